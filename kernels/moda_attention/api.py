@@ -1,0 +1,251 @@
+"""``moda_attention``: the functional form of the operator, its backends and how one is chosen.
+
+The operator is a pair of custom ops (``moda::attention`` and ``moda::attention_backward``) with fake implementations, so
+that ``torch.compile`` sees one node and never looks inside. Arguments are checked inside the op: once, for eager and compiled
+callers alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from typing import Any, List, Optional, Protocol, Tuple, Union, cast
+
+import torch
+
+from .problem import Problem, make_problem
+
+__all__ = ["Backend", "available_backends", "choose_backend", "get_backend", "moda_attention"]
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "fused", "split")
+
+
+class Backend(Protocol):
+    """What a backend provides; each is a module of this package. Shapes are those of :func:`moda_attention`."""
+
+    name: str
+
+    def unsupported(self, p: Problem) -> Optional[str]:
+        """Why this backend cannot solve ``p``, naming the argument, or None if it can."""
+        ...
+
+    def forward(
+        self,
+        p: Problem,
+        q: torch.Tensor,
+        k: Optional[torch.Tensor],
+        v: Optional[torch.Tensor],
+        depth_k: Optional[torch.Tensor],
+        depth_v: Optional[torch.Tensor],
+        q_depth: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Output ``[B, T, Hq, D]`` and natural-log LSE ``[B, Hq, T]``."""
+        ...
+
+    def backward(
+        self,
+        p: Problem,
+        grad_out: torch.Tensor,
+        grad_lse: Optional[torch.Tensor],
+        q: torch.Tensor,
+        k: Optional[torch.Tensor],
+        v: Optional[torch.Tensor],
+        depth_k: Optional[torch.Tensor],
+        depth_v: Optional[torch.Tensor],
+        q_depth: Optional[torch.Tensor],
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_depth_k: Optional[torch.Tensor],
+        grad_depth_v: Optional[torch.Tensor],
+        fresh: Tuple[int, int],
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Gradients of q, k, v, q_depth. Depth gradients go into the buffers: ``fresh`` slots stored, others added."""
+        ...
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_missing() -> Optional[str]:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f".{name}", __package__))
+
+
+def available_backends() -> List[str]:
+    """Names of the backends whose requirements this machine has (a CUDA device is not looked for)."""
+    return [n for n in BACKENDS if n == "reference" or _triton_missing() is None]
+
+
+def get_backend(name: str, p: Problem) -> Backend:
+    """The backend called ``name``, or the one that :func:`choose_backend` picks for ``"auto"``.
+
+    :raises ValueError: for an unknown name, a backend this machine does not have, or one that cannot solve ``p``.
+    """
+    if name == "auto":
+        return choose_backend(p)
+    if name not in BACKENDS:
+        raise ValueError(f"moda_attention: backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
+    if name != "reference":
+        missing = _triton_missing()
+        if missing is not None:
+            raise ValueError(f"moda_attention: backend {name!r} cannot run here: {missing}")
+    backend = _load(name)
+    reason = backend.unsupported(p)
+    if reason is not None:
+        raise ValueError(f"moda_attention: backend {name!r} cannot run this: {reason}")
+    return backend
+
+
+def choose_backend(p: Problem) -> Backend:
+    """The fastest backend that can solve ``p`` on its device; the choice is logged once for each kind of problem."""
+    kind = (p.device.type, p.dtype, p.head_dim, p.causal, p.depth_chunk, p.has_sequence, p.cu_seqlens is not None)
+    return _load(_choice(kind, p))
+
+
+_CHOICES: dict = {}
+
+
+def _choice(kind: Tuple[Any, ...], p: Problem) -> str:
+    if kind not in _CHOICES:
+        name = "reference"
+        if p.device.type == "cuda" and _triton_missing() is None:
+            # split first: the vendor's flash attention is the faster half wherever it can run (kernels/results).
+            name = next((n for n in ("split", "fused") if _load(n).unsupported(p) is None), "reference")
+        _CHOICES[kind] = name
+        log.info(
+            "moda_attention: backend auto chose %r for %s %s, head dim %d, causal=%s, depth_chunk=%d",
+            name, p.device.type, str(p.dtype).removeprefix("torch."), p.head_dim, p.causal, p.depth_chunk,
+        )  # fmt: skip
+    return _CHOICES[kind]
+
+
+@torch.library.custom_op("moda::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    depth_k: Optional[torch.Tensor],
+    depth_v: Optional[torch.Tensor],
+    q_depth: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor],
+    causal: bool,
+    scale: Optional[float],
+    depth_chunk: int,
+    backend: str,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    p = make_problem(
+        q, k, v, depth_k, depth_v, q_depth=q_depth, causal=causal, scale=scale, depth_chunk=depth_chunk,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return get_backend(backend, p).forward(p, q, k, v, depth_k, depth_v, q_depth)
+
+
+@_attention.register_fake
+def _(q, k, v, depth_k, depth_v, q_depth, cu_seqlens, causal, scale, depth_chunk, backend):  # type: ignore[no-untyped-def]
+    B, T, Hq, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, Hq, T, dtype=dtype)
+
+
+@torch.library.custom_op("moda::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: Optional[torch.Tensor],
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    depth_k: Optional[torch.Tensor],
+    depth_v: Optional[torch.Tensor],
+    q_depth: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: Optional[float],
+    depth_chunk: int,
+    backend: str,
+) -> List[torch.Tensor]:
+    p = make_problem(
+        q, k, v, depth_k, depth_v, q_depth=q_depth, causal=causal, scale=scale, depth_chunk=depth_chunk,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    grad_dk = None if depth_k is None else torch.empty(depth_k.shape, dtype=q.dtype, device=q.device)
+    grad_dv = None if depth_v is None else torch.empty(depth_v.shape, dtype=q.dtype, device=q.device)
+    dq, dk, dv, dqd = get_backend(backend, p).backward(
+        p, grad_out, grad_lse, q, k, v, depth_k, depth_v, q_depth, out, lse, grad_dk, grad_dv, (0, p.n_slots)
+    )
+    return [g for g in (dq, dk, dv, grad_dk, grad_dv, dqd) if g is not None]
+
+
+@_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, depth_k, depth_v, q_depth, *rest):  # type: ignore[no-untyped-def]
+    inputs = (q, k, v, depth_k, depth_v, q_depth)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
+
+
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, causal, scale, depth_chunk, backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = (causal, scale, depth_chunk, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Optional[torch.Tensor], grad_lse: Optional[torch.Tensor]) -> Tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    inputs, out = tensors[:6], tensors[7]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = iter(_attention_backward(grad_out, grad_lse, *tensors, *ctx.options))
+    return (*(None if x is None else next(grads) for x in inputs), None, None, None, None, None)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def moda_attention(
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    depth_k: Optional[torch.Tensor] = None,
+    depth_v: Optional[torch.Tensor] = None,
+    *,
+    q_depth: Optional[torch.Tensor] = None,
+    causal: bool = True,
+    scale: Optional[float] = None,
+    depth_chunk: int = 1,
+    cu_seqlens: Optional[torch.Tensor] = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+    """Mixture-of-Depths Attention (arXiv 2603.15619): sequence and depth keys under one softmax.
+
+    :param q: ``[B, T, Hq, D]`` queries; bf16, fp16, fp32 (fp64: reference only).
+    :param k: ``[B, T, Hk, D]`` sequence keys, or None with ``v`` for depth-only attention.
+    :param v: ``[B, T, Hk, D]`` sequence values.
+    :param depth_k: ``[S, B, T, Hk, D]`` depth keys, slot-major, or None (S = 0: plain attention).
+    :param depth_v: ``[S, B, T, Hk, D]`` depth values.
+    :param q_depth: ``[B, T, Hq, D]`` query of the depth branch; ``q`` if None.
+    :param causal: token t sees the sequence tokens 0..t only. Depth is not concerned: it has no cross-token term.
+    :param scale: factor on every logit; ``D ** -0.5`` if None.
+    :param depth_chunk: C; token t sees the depth slots of tokens ``floor(t / C) * C .. t``, counted within its document.
+    :param cu_seqlens: int32 ``[N + 1]`` boundaries of the documents packed into one row (B = 1); attention and chunks stay
+        within a document.
+    :param backend: ``reference``, ``fused``, ``split`` or ``auto``. An explicit backend runs or raises.
+    :param return_lse: also return the natural-log log-sum-exp of every query's logits.
+
+    :returns: ``[B, T, Hq, D]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` in fp32.
+
+    :raises ValueError: naming the argument, what was expected and what was given.
+    """
+    if not isinstance(q, torch.Tensor):
+        raise ValueError(f"moda_attention: q must be a torch.Tensor, got {type(q).__name__}")
+    out, lse = _attention(q, k, v, depth_k, depth_v, q_depth, cu_seqlens, causal, scale, depth_chunk, backend)
+    return (out, lse) if return_lse else out

