@@ -1,0 +1,304 @@
+"""Depth backward: the depth branch's gradients, from the merged output and log-sum-exp alone.
+
+For a token t and query head h of key/value head k = h // G, with do the gradient of the merged output, lse the merged natural-log
+LSE and dlse its gradient (0 unless the caller differentiates it):
+
+    p_s  = exp(scale * q . K[s] - lse)              ds_s = scale * p_s * (do . V[s] - delta)
+    delta = do . out - dlse                         dq  += sum_s ds_s * K[s]
+    dK[s] = sum over the G heads of ds_s * q        dV[s] = sum over the G heads of p_s * do
+
+Two ways for dK and dV, which are two thirds of the bytes if they are added to what deeper layers left in the buffers:
+
+* immediate: store into *fresh* slots, read-modify-write the others (sum in fp32, rounded once);
+* deferred: keep p, ds, q and do (:class:`Pending`) and let :func:`flush` add the contributions of several layers with one
+  read-modify-write per slot, a matrix product with inner dimension layers * G.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .depth_forward import LOG2_E, Tile, depth_logits, row_of_program, slot_layout
+
+__all__ = ["Pending", "backward_tile", "depth_backward", "flush"]
+
+#: Slots of a pending row are padded to a multiple of this, so that rows of p and ds start on 32-byte sectors.
+SLOT_PADDING = 16
+
+
+@triton.jit
+def _store_or_add(ptrs, value, valid, fresh):
+    """Write a gradient tile: stored where ``fresh``, added to what is there elsewhere; nothing where not ``valid``."""
+    old = tl.load(ptrs, mask=valid & ~fresh, other=0.0)
+    tl.store(ptrs, (value + old.to(tl.float32)).to(ptrs.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _depth_backward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr,
+    T, n_slots, fresh_lo, fresh_hi, scale,
+    k_slot_stride, v_slot_stride, dk_slot_stride, dv_slot_stride, pending_row, pending_first,
+    q_stride_b, q_stride_t, q_stride_h,
+    out_stride_b, out_stride_t, out_stride_h,
+    do_stride_b, do_stride_t, do_stride_h,
+    dq_stride_b, dq_stride_t, dq_stride_h,
+    dlse_stride_b, dlse_stride_h, dlse_stride_t,
+    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row, batch, t, head = row_of_program(T, N_KV_HEADS)
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    g_mask = g < G
+    gd_mask = g_mask[:, None] & (d < D)[None, :]
+    heads = (head * G + g).to(tl.int64)
+
+    q = tl.load(
+        q_ptr + batch * q_stride_b + t * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=gd_mask, other=0.0
+    )
+    do = tl.load(
+        do_ptr + batch * do_stride_b + t * do_stride_t + heads[:, None] * do_stride_h + d[None, :],
+        mask=gd_mask, other=0.0,
+    )  # fmt: skip
+    out = tl.load(
+        out_ptr + batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :],
+        mask=gd_mask, other=0.0,
+    )  # fmt: skip
+    lse = tl.load(lse_ptr + (batch * (N_KV_HEADS * G) + heads) * T + t, mask=g_mask, other=0.0) * LOG2_E
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
+    if HAS_DLSE:
+        dlse_offset = batch * dlse_stride_b + heads * dlse_stride_h + t * dlse_stride_t
+        delta -= tl.load(dlse_ptr + dlse_offset, mask=g_mask, other=0.0).to(tl.float32)
+    dq = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+    if DEFER:
+        keep = row * (G * D) + g[:, None] * D + d[None, :]
+        tl.store(q_keep_ptr + keep, q, mask=gd_mask)
+        tl.store(do_keep_ptr + keep, do, mask=gd_mask)
+
+    s64 = s.to(tl.int64)[:, None]
+    k_offset = row * D + s64 * k_slot_stride + d[None, :]
+    v_offset = row * D + s64 * v_slot_stride + d[None, :]
+    dk_offset = row * D + s64 * dk_slot_stride + d[None, :]
+    dv_offset = row * D + s64 * dv_slot_stride + d[None, :]
+    pending_offset = (row * G + g.to(tl.int64)[:, None]) * pending_row + pending_first + s[None, :]
+    k_slot = tl.cast(k_slot_stride, tl.int64)
+    v_slot = tl.cast(v_slot_stride, tl.int64)
+    dk_slot = tl.cast(dk_slot_stride, tl.int64)
+    dv_slot = tl.cast(dv_slot_stride, tl.int64)
+    for start in tl.range(0, n_slots, BLOCK_S, num_stages=STAGES):
+        slots = start + s
+        valid = (slots < n_slots)[:, None]
+        if BLOCK_D != D:
+            valid = valid & (d < D)[None, :]
+        k = tl.load(k_ptr + start * k_slot + k_offset, mask=valid, other=0.0, eviction_policy="evict_first")
+        v = tl.load(v_ptr + start * v_slot + v_offset, mask=valid, other=0.0, eviction_policy="evict_first")
+        x = depth_logits(q, k, slots, n_slots, scale * LOG2_E, PRECISION)
+        p = tl.exp2(x - lse[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None]) * scale
+        p_low = p.to(k.dtype)
+        ds_low = ds.to(k.dtype)
+        dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
+        if DEFER:
+            # A flush looks at real slots only, so that whole tiles may be written, up to the end of the row.
+            keep_mask = g_mask[:, None] & (pending_first + start + s < pending_row)[None, :]
+            tl.store(p_ptr + pending_offset + start, p_low, mask=keep_mask)
+            tl.store(ds_ptr + pending_offset + start, ds_low, mask=keep_mask)
+        else:
+            fresh = ((slots >= fresh_lo) & (slots < fresh_hi))[:, None]
+            # Padded query rows are zero, so what p and ds hold there does not matter.
+            dk = tl.dot(tl.trans(ds_low), q, input_precision=PRECISION)
+            dv = tl.dot(tl.trans(p_low), do, input_precision=PRECISION)
+            _store_or_add(dk_ptr + start * dk_slot + dk_offset, dk, valid, fresh)
+            _store_or_add(dv_ptr + start * dv_slot + dv_offset, dv, valid, fresh)
+
+    dq_ptrs = dq_ptr + batch * dq_stride_b + t * dq_stride_t + heads[:, None] * dq_stride_h + d[None, :]
+    if ADD_DQ:
+        dq += tl.load(dq_ptrs, mask=gd_mask, other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=gd_mask)
+
+
+@triton.jit
+def _flush_kernel(
+    p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
+    first, end, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_row, pending_layer, keep_layer, n_pending,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    mg = tl.arange(0, BLOCK_M)  # (pending layer, query head of the group)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    layer = (mg // G).to(tl.int64)
+    m_mask = mg < n_pending * G
+    md_mask = m_mask[:, None] & (d < D)[None, :]
+    head = (row * G + mg % G)[:, None]
+    keep = layer[:, None] * keep_layer + head * D + d[None, :]
+    q = tl.load(q_ptr + keep, mask=md_mask, other=0.0)
+    do = tl.load(do_ptr + keep, mask=md_mask, other=0.0)
+    pending = layer[:, None] * pending_layer + head * pending_row + s[None, :]
+    s64 = s.to(tl.int64)[:, None]
+    dk_offset = row * D + s64 * dk_slot_stride + d[None, :]
+    dv_offset = row * D + s64 * dv_slot_stride + d[None, :]
+    dk_slot = tl.cast(dk_slot_stride, tl.int64)
+    dv_slot = tl.cast(dv_slot_stride, tl.int64)
+    # Tiles start on multiples of BLOCK_S, so that rows of p and ds are loaded in 16-byte pieces.
+    for start in tl.range(first // BLOCK_S * BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+        slots = start + s
+        valid = ((slots >= first) & (slots < end))[:, None]
+        if BLOCK_D != D:
+            valid = valid & (d < D)[None, :]
+        fresh = ((slots >= fresh_lo) & (slots < fresh_hi))[:, None]
+        # Columns outside [first, end) may hold anything: they only reach gradient rows that are not stored.
+        at = pending + tl.multiple_of(start, BLOCK_S)
+        ds = tl.load(ds_ptr + at, mask=m_mask[:, None], other=0.0)
+        p = tl.load(p_ptr + at, mask=m_mask[:, None], other=0.0)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        _store_or_add(dk_ptr + start * dk_slot + dk_offset, dk, valid, fresh)
+        dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
+        _store_or_add(dv_ptr + start * dv_slot + dv_offset, dv, valid, fresh)
+
+
+class Pending:
+    """What up to ``layers`` layers owe the depth gradients: their p, ds, q and do.
+
+    Memory: ``layers * B * T * Hq * 2 * (slots rounded up to 16, plus D)`` elements of q's dtype.
+
+    :param layers: b, how many layers are kept before their contributions must be flushed.
+    :param slots: the width of a row of p and ds: one more than the highest slot that will be kept.
+    """
+
+    def __init__(self, layers: int, slots: int, q: torch.Tensor) -> None:
+        B, T, Hq, D = q.shape
+        self.layers = layers
+        self.row = -(-slots // SLOT_PADDING) * SLOT_PADDING
+        self.p, self.ds = torch.empty((2, layers, B, T, Hq, self.row), dtype=q.dtype, device=q.device).unbind(0)
+        self.q, self.do = torch.empty((2, layers, B, T, Hq, D), dtype=q.dtype, device=q.device).unbind(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 2 * (self.p.nbytes + self.q.nbytes)
+
+
+def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
+    """The backward tile of a dtype and padded head dim."""
+    if dtype == torch.float32 or block_d > 64:
+        return Tile(slots=16, stages=2, warps=2)
+    return Tile(slots=16, stages=3 if deferred else 2, warps=1)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def depth_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    depth_k: torch.Tensor,
+    depth_v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    *,
+    grad_depth_k: Optional[torch.Tensor] = None,
+    grad_depth_v: Optional[torch.Tensor] = None,
+    fresh: Tuple[int, int] = (0, 0),
+    grad_lse: Optional[torch.Tensor] = None,
+    add_to: Optional[torch.Tensor] = None,
+    pending: Optional[Pending] = None,
+    index: int = 0,
+    first_slot: int = 0,
+    tile: Optional[Tile] = None,
+) -> torch.Tensor:
+    """Gradients of the depth branch.
+
+    :param grad_out: ``[B, T, Hq, D]`` gradient of the merged output.
+    :param q: ``[B, T, Hq, D]`` depth queries.
+    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
+    :param out: ``[B, T, Hq, D]`` merged output.
+    :param lse: ``[B, Hq, T]`` contiguous fp32 merged natural-log LSE.
+    :param grad_depth_k: ``[S, B, T, Hk, D]`` written in place, so is ``grad_depth_v``; not looked at with ``pending``.
+    :param fresh: slots ``lo <= s < hi`` are stored, the others added to.
+    :param grad_lse: ``[B, Hq, T]`` gradient of the LSE, or None.
+    :param add_to: ``[B, T, Hq, D]`` to which the query gradient is added in place; a new tensor is returned if None.
+    :param pending: defer the depth gradients of this call into ``pending`` at ``index``; slot 0 of this call is column
+        ``first_slot`` there.
+
+    :returns: the query gradient ``[B, T, Hq, D]`` (``add_to`` itself if given).
+    """
+    B, T, Hq, D = q.shape
+    S, Hk = depth_k.shape[0], depth_k.shape[3]
+    depth_k, k_slot_stride = slot_layout(depth_k)
+    depth_v, v_slot_stride = slot_layout(depth_v)
+    q, grad_out, out = _last_contiguous(q), _last_contiguous(grad_out), _last_contiguous(out)
+    dq = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device) if add_to is None else add_to
+    block_d = max(16, triton.next_power_of_2(D))
+    tile = tile or backward_tile(q.dtype, block_d, pending is not None)
+    if pending is not None:
+        keep = (pending.p[index], pending.ds[index], pending.q[index], pending.do[index])
+        dk, dv, pending_row = depth_k, depth_v, pending.row
+    else:
+        assert grad_depth_k is not None and grad_depth_v is not None
+        dk, dv, pending_row = grad_depth_k, grad_depth_v, 0
+        keep = (q, q, q, q)
+    dl = lse if grad_lse is None else grad_lse
+    _depth_backward_kernel[(B * T * Hk,)](
+        q, depth_k, depth_v, out, grad_out, lse, dl, dq, dk, dv, *keep,
+        T, S, fresh[0], fresh[1], scale,
+        k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_row, first_slot,
+        q.stride(0), q.stride(1), q.stride(2),
+        out.stride(0), out.stride(1), out.stride(2),
+        grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
+        dq.stride(0), dq.stride(1), dq.stride(2),
+        dl.stride(0), dl.stride(1), dl.stride(2),
+        N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_G=max(16, triton.next_power_of_2(Hq // Hk)), BLOCK_D=block_d,
+        BLOCK_S=tile.slots, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=pending is not None,
+        PRECISION="ieee", STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dq
+
+
+def flush(
+    pending: Pending,
+    layers: Tuple[int, int],
+    slots: Tuple[int, int],
+    grad_depth_k: torch.Tensor,
+    grad_depth_v: torch.Tensor,
+    fresh: Tuple[int, int],
+    *,
+    tile: Optional[Tile] = None,
+) -> None:
+    """Add what pending layers owe to a range of slots: one read-modify-write (or store) of each slot.
+
+    :param layers: indices ``lo <= i < hi`` in ``pending``; every one of them must have kept all of ``slots``.
+    :param slots: ``lo <= s < hi``, columns of ``pending`` and indices of the buffers.
+    :param grad_depth_k: ``[S, B, T, Hk, D]``, slots contiguous; so is ``grad_depth_v``.
+    :param fresh: slots ``lo <= s < hi`` are stored, the others added to.
+    """
+    Hk, D = grad_depth_k.shape[3:]
+    B, T, Hq = pending.q.shape[1:4]
+    first, count = layers[0], layers[1] - layers[0]
+    block_d = max(16, triton.next_power_of_2(D))
+    tile = tile or flush_tile(pending.q.dtype, block_d)
+    _flush_kernel[(B * T * Hk,)](
+        pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
+        slots[0], slots[1], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
+        pending.row, pending.p.stride(0), pending.q.stride(0), count,
+        G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
+        BLOCK_S=tile.slots, PRECISION="ieee", STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def flush_tile(dtype: torch.dtype, block_d: int) -> Tile:
+    """The flush tile of a dtype and padded head dim."""
+    return Tile(slots=16, stages=2, warps=1 if dtype != torch.float32 and block_d <= 64 else 2)
