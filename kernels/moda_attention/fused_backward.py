@@ -36,6 +36,7 @@ from .tiles import (
     score_gradients,
     tma_descriptor,
     tma_ready,
+    tma_rows,
 )
 
 __all__ = ["backward", "keys_kernel", "rows_kernel"]
@@ -43,12 +44,12 @@ __all__ = ["backward", "keys_kernel", "rows_kernel"]
 
 @triton.jit
 def rows_kernel(
-    q, depth_k, depth_v, out, grad_out, lse, grad_lse, delta, grad_q_sum, grad_q, grad_depth_k, grad_depth_v,
+    q, depth_k, depth_v, out, grad_out, lse, grad_lse, lse_log2, delta, grad_q_sum, grad_q, grad_depth_k, grad_depth_v,
     stride_qb, stride_qt, stride_qh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
-    length, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
+    length, row_stride, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     DEPTH: tl.constexpr, LSE_GRADIENT: tl.constexpr, SUM: tl.constexpr, DIRECT: tl.constexpr, PRELOAD: tl.constexpr,
 ):  # fmt: skip
@@ -77,13 +78,16 @@ def rows_kernel(
     dl = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if LSE_GRADIENT:
         dl -= tl.load(grad_lse + row, mask=real, other=0.0)
-    tl.store(delta + row, dl, mask=real)
+    lse2 = tl.load(lse + row, mask=real, other=float("inf")) * 1.4426950408889634
+    if SUM:
+        saved = (b64 * n_heads + q_head) * row_stride + token
+        tl.store(delta + saved, dl, mask=real)
+        tl.store(lse_log2 + saved, lse2, mask=real)
 
     dq = tl.zeros([BLOCK_G, BLOCK_DIM], dtype=tl.float32)
     if DEPTH:
         q_at = b64 * stride_qb + t64 * stride_qt + q_head[:, None] * stride_qh + d[None, :]
         qt = tl.load(q + q_at, mask=inside, other=0.0)
-        lse2 = tl.load(lse + row, mask=real, other=float("inf")) * 1.4426950408889634
         k_base = depth_k + b64 * stride_akb + t64 * stride_akt + h64 * stride_akh
         v_base = depth_v + b64 * stride_avb + t64 * stride_avt + h64 * stride_avh
         gk_base = grad_depth_k + b64 * stride_gkb + t64 * stride_gkt + h64 * stride_gkh
@@ -124,20 +128,31 @@ def rows_kernel(
 
 
 @triton.jit
+def load_row_values(x, index, row, row_stride, length, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """``[ROWS]`` fp32 values of one head's rows, zero past the end (where q and do are zero, so p = 1 adds nothing)."""
+    if TMA:
+        values = x.load([index, row]).reshape(ROWS)
+    else:
+        r = row + tl.arange(0, ROWS)
+        values = tl.load(x + tl.full([], index, tl.int64) * row_stride + r, mask=r < length, other=0.0)
+    return values
+
+
+@triton.jit
 def _walk_queries(
-    dk, dv, kt, vt, q, grad_out, grad_q_sum, lse, delta, batch, q_head, key, start, end, lo, hi,
+    dk, dv, kt, vt, q, grad_out, grad_q_sum, lse_log2, delta, batch, q_head, key, start, end, lo, hi,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
-    length, n_heads, dim, scale_log2,
+    length, row_stride, n_heads, dim, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the queries lo..hi of one head to a tile of keys; scores are kept transposed, ``[keys, queries]``."""
-    row_base = (batch.to(tl.int64) * n_heads + q_head) * length
+    saved = batch * n_heads + q_head
     for m in tl.range(lo, hi, BLOCK_M):
         m = tl.multiple_of(m, BLOCK_M)
         rows = m + tl.arange(0, BLOCK_M)
         qt = load_tile(q, batch, q_head, m, stride_qb, stride_qh, stride_qt, length, dim, BLOCK_M, BLOCK_DIM, TMA)
-        lse2 = tl.load(lse + row_base + rows, mask=rows < length, other=float("inf")) * 1.4426950408889634
+        lse2 = load_row_values(lse_log2, saved, m, row_stride, length, BLOCK_M, TMA)
         s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
         p = probabilities(s, lse2[None, :], scale_log2)
         if MASKED:
@@ -154,7 +169,7 @@ def _walk_queries(
         )
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(vt, tl.trans(do), input_precision="ieee")
-        dl = tl.load(delta + row_base + rows, mask=rows < length, other=0.0)
+        dl = load_row_values(delta, saved, m, row_stride, length, BLOCK_M, TMA)
         ds = score_gradients(p, dp, dl[None, :]).to(qt.dtype)
         dk = tl.dot(ds, qt, dk, input_precision="ieee")
         dq = tl.dot(tl.trans(ds), kt, input_precision="ieee")
@@ -170,11 +185,11 @@ def _walk_queries(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, grad_q_sum, grad_k, grad_v, lse, delta, row_start, row_end,
+    q, k, v, grad_out, grad_q_sum, grad_k, grad_v, lse_log2, delta, row_start, row_end,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
     stride_ks, stride_kb, stride_kt, stride_kh, stride_vs, stride_vb, stride_vt, stride_vh,
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
-    length, n_heads, scale, scale_log2, fresh_lo, fresh_hi,
+    length, row_stride, n_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SLOTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -236,20 +251,23 @@ def keys_kernel(
     for member in range(0, GROUP):
         q_head = head * GROUP + member
         dk, dv = _walk_queries(
-            dk, dv, kt, vt, q, grad_out, grad_q_sum, lse, delta, batch, q_head, key, start, end, lo, a,
-            stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, n_heads, DIM, scale_log2,
+            dk, dv, kt, vt, q, grad_out, grad_q_sum, lse_log2, delta, batch, q_head, key, start, end, lo, a,
+            stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
+            scale_log2,
             True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
         )  # fmt: skip
         if not SLOTS:
             dk, dv = _walk_queries(
-                dk, dv, kt, vt, q, grad_out, grad_q_sum, lse, delta, batch, q_head, key, start, end, a, b,
-                stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, n_heads, DIM, scale_log2,
+                dk, dv, kt, vt, q, grad_out, grad_q_sum, lse_log2, delta, batch, q_head, key, start, end, a, b,
+                stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
+            scale_log2,
                 False, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
             )  # fmt: skip
             if BOUNDED:
                 dk, dv = _walk_queries(
-                    dk, dv, kt, vt, q, grad_out, grad_q_sum, lse, delta, batch, q_head, key, start, end, b, hi,
-                    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, n_heads, DIM, scale_log2,
+                    dk, dv, kt, vt, q, grad_out, grad_q_sum, lse_log2, delta, batch, q_head, key, start, end, b, hi,
+                    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
+            scale_log2,
                     True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
                 )  # fmt: skip
 
@@ -265,15 +283,16 @@ def keys_kernel(
     tl.store(gv_at, dv.to(kt.dtype), mask=inside)
 
 
+# Queries x keys, fastest first at the paper's shapes.
 HALF_TILES = (
-    Tile("queries64_keys128", 64, 128, 8, 2),
+    Tile("queries64_keys64", 64, 64, 4, 2, max_registers=168),
     Tile("queries128_keys128", 128, 128, 8, 2),
-    Tile("queries64_keys64", 64, 64, 4, 3),
+    Tile("queries64_keys64_deep", 64, 64, 4, 3),
 )
 WIDE_HEAD_TILES = (
-    Tile("queries64_keys128", 64, 128, 8, 2),
+    Tile("queries64_keys128", 64, 128, 8, 1),
+    Tile("queries64_keys128_deep", 64, 128, 8, 2),
     Tile("queries64_keys64", 64, 64, 8, 2),
-    Tile("queries32_keys64", 32, 64, 4, 1),
 )
 SINGLE_TILES = (Tile("queries32_keys32", 32, 32, 4, 1),)
 INTERPRETER_TILES = (Tile("queries32_keys32", 32, 32, 1, 1),)
@@ -312,11 +331,13 @@ def backward(
     has_sum = p.has_sequence or shared
     like_q = (p.batch, p.length, p.n_heads, p.head_dim)
     direct = own and (q_depth is not None or not p.has_sequence)
-    delta = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
+    # LSE in exponents of two and delta, for the keys kernel; rows padded to the 16 bytes that the copy engine asks for.
+    row_stride = triton.cdiv(p.length, 4) * 4
+    stats = torch.empty(2, p.batch * p.n_heads, row_stride, dtype=torch.float32, device=p.device)
     q_sum = torch.empty(like_q, dtype=torch.float32, device=p.device) if has_sum else None
     q_direct = torch.empty(like_q, dtype=p.dtype, device=p.device) if direct else None
     _rows(
-        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, delta, q_sum, q_direct,
+        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, stats, q_sum, q_direct,
         grad_depth_k, grad_depth_v, fresh, own,
     )  # fmt: skip
 
@@ -325,7 +346,7 @@ def backward(
         assert q_sum is not None
         dk = torch.empty(k.shape, dtype=p.dtype, device=p.device)
         dv = torch.empty(k.shape, dtype=p.dtype, device=p.device)
-        _keys(p, q, k[None], v[None], grad_out, q_sum, dk[None], dv[None], lse, delta, False, (0, 1))
+        _keys(p, q, k[None], v[None], grad_out, q_sum, dk[None], dv[None], stats, False, (0, 1))
     depth_sum = q_sum
     if shared:
         assert depth_k is not None and depth_v is not None and grad_depth_k is not None and grad_depth_v is not None
@@ -334,9 +355,7 @@ def backward(
         if q_depth is not None:
             qd, depth_sum = q_depth, torch.zeros_like(q_sum)
         assert depth_sum is not None
-        _keys(
-            p, qd, depth_k, depth_v, grad_out, depth_sum, grad_depth_k, grad_depth_v, lse, delta, True, fresh
-        )  # fmt: skip
+        _keys(p, qd, depth_k, depth_v, grad_out, depth_sum, grad_depth_k, grad_depth_v, stats, True, fresh)
 
     def finish(total: Optional[torch.Tensor]) -> torch.Tensor:
         grad = torch.empty(like_q, dtype=p.dtype, device=p.device)
@@ -357,7 +376,7 @@ def _rows(
     depth_v: Optional[torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
+    stats: torch.Tensor,
     q_sum: Optional[torch.Tensor],
     q_direct: Optional[torch.Tensor],
     grad_depth_k: Optional[torch.Tensor],
@@ -372,11 +391,11 @@ def _rows(
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
     with _device_of(q):
         rows_kernel[(p.length * p.n_kv_heads, p.batch)](
-            q, depth_k, depth_v, out, grad_out, lse, grad_lse, delta, q_sum, q_direct, grad_depth_k, grad_depth_v,
-            *_strides(q, tbh), *_strides(depth_k, sbth), *_strides(depth_v, sbth),
+            q, depth_k, depth_v, out, grad_out, lse, grad_lse, stats[0], stats[1], q_sum, q_direct, grad_depth_k,
+            grad_depth_v, *_strides(q, tbh), *_strides(depth_k, sbth), *_strides(depth_v, sbth),
             *_strides(grad_depth_k, sbth), *_strides(grad_depth_v, sbth), *_strides(out, tbh),
             *_strides(grad_out, tbh),
-            p.length, p.n_slots, p.n_heads, p.n_kv_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
+            p.length, stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
             GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
             BLOCK_S=slots, DEPTH=own, LSE_GRADIENT=grad_lse is not None, SUM=q_sum is not None,
             DIRECT=q_direct is not None, PRELOAD=fresh[0] > 0 or fresh[1] < p.n_slots,
@@ -393,8 +412,7 @@ def _keys(
     q_sum: torch.Tensor,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+    stats: torch.Tensor,
     slots: bool,
     fresh: Tuple[int, int],
 ) -> None:
@@ -405,24 +423,24 @@ def _keys(
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
 
     def launch(tile: Tile, total: torch.Tensor = q_sum) -> None:
-        queries, grads, sums = q, grad_out, total  # type: Any, Any, Any
+        queries, grads, sums, lse2, delta = q, grad_out, total, stats[0], stats[1]  # type: Any, Any, Any, Any, Any
         if tma:
             queries, grads, sums = (tma_descriptor(x, tile.block_m, block_dim) for x in (q, grad_out, total))
+            lse2, delta = (tma_rows(x, p.length, tile.block_m) for x in (lse2, delta))
         with _device_of(q):
             keys_kernel[(triton.cdiv(p.length, tile.block_n) * k.shape[0], p.n_kv_heads, p.batch)](
-                queries, k, v, grads, sums, grad_k, grad_v, lse, delta, start, end,
+                queries, k, v, grads, sums, grad_k, grad_v, lse2, delta, start, end,
                 *_strides(q, tbh), *_strides(grad_out, tbh), *_strides(k, sbth), *_strides(v, sbth),
                 *_strides(grad_k, sbth), *_strides(grad_v, sbth),
-                p.length, p.n_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
+                p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
                 GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots, TMA=tma,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                **tile.options,
             )  # fmt: skip
 
     tiles = tiles_for(p)
     if slots:
-        # Timing would add to the gradients more than once, so slots have one tile: the last, smallest of the list.
-        tile = tiles[-1]
+        tile = tiles[-1]  # not timed: a second launch would add to the gradients again
     else:
         kind = (*problem_kind(p, False), tma)
         tile = _chooser.choose(kind, tiles, lambda t: launch(t, torch.empty_like(q_sum)), p.device)

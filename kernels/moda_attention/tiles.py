@@ -27,6 +27,7 @@ __all__ = [
     "softmax_step",
     "tma_descriptor",
     "tma_ready",
+    "tma_rows",
 ]
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,13 @@ def tma_descriptor(x: torch.Tensor, rows: int, dim: int) -> Any:
     return TensorDescriptor(x, [b, h, t, d], [*strides, token, 1], [1, 1, rows, dim])
 
 
+def tma_rows(x: torch.Tensor, length: int, rows: int) -> Any:
+    """Descriptor of the first ``length`` columns of a contiguous ``[N, L]`` tensor, in pieces of ``rows``."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.shape[0], length], [x.stride(0), 1], [1, rows])
+
+
 @dataclass(frozen=True)
 class Tile:
     """A named launch shape: ``block_m`` query rows by ``block_n`` keys."""
@@ -126,6 +134,13 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: Optional[int] = None
+
+    @property
+    def options(self) -> Dict[str, int]:
+        """The compiler's part, as keyword arguments of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 class TileChooser:

@@ -1,0 +1,364 @@
+"""The operator against the yardstick, every backend, every gradient.
+
+On a CPU the Triton backends run in the interpreter on tiny shapes (fp16 and fp32: its bf16 product is not trustworthy). The full
+grid needs a GPU: ``pytest -m gpu tests/kernels``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+import pytest
+import torch
+
+from kernels.moda_attention import get_backend, make_problem, moda_attention
+from kernels.yardstick import plain_attention, relative_error, report, verdicts
+
+GPU = torch.cuda.is_available()
+BACKENDS = ("reference", "fused", "split")
+NAMES = ("q", "k", "v", "depth_k", "depth_v", "q_depth")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; fields as in the legend (B, T, Hq, Hk, D, S), C the depth chunk."""
+
+    T: int = 21
+    G: int = 2
+    S: int = 3
+    D: int = 32
+    Hk: int = 2
+    B: int = 1
+    dtype: str = "fp16"
+    causal: bool = True
+    C: int = 1
+    docs: Tuple[int, ...] = ()
+    sequence: bool = True
+    q_depth: bool = False
+    inputs: str = "normal"
+    lse_gradient: bool = False
+    strided: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        parts = [f"T{self.T}", f"G{self.G}", f"S{self.S}", f"D{self.D}", self.dtype]
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("T", "G", "S", "D", "dtype") or value == getattr(default, f.name):
+                continue
+            named = {"causal": "non-causal", "sequence": "depth-only", "docs": f"{len(self.docs) - 1}docs"}
+            parts.append(named.get(f.name) or (f.name if value is True else f"{f.name}{value}"))
+        return "-".join(parts)
+
+
+def draw(case: Case, device: str) -> Dict[str, Optional[torch.Tensor]]:
+    """Inputs and output gradients in the case's dtype; absent ones are None."""
+    g = torch.Generator().manual_seed(1000 * case.T + 10 * case.S + case.G)
+    B, T, Hq, Hk, D, S = case.B, case.T, case.G * case.Hk, case.Hk, case.D, case.S
+    dtype = DTYPES[case.dtype]
+
+    def normal(*shape: int, factor: float = 1.0) -> torch.Tensor:
+        x = (torch.randn(*shape, generator=g) * factor).to(dtype)
+        if case.strided:  # every other element of a larger tensor in the head dimension's neighbour
+            wide = torch.full((*shape[:-2], 2 * shape[-2], shape[-1]), float("nan"), dtype=dtype)
+            wide[..., ::2, :] = x
+            return wide.to(device)[..., ::2, :]
+        return x.to(device)
+
+    # 'large': rows whose biggest logit is near +-50; 'identical': all keys of a head the same, so probabilities tie.
+    factor = 3.0 if case.inputs == "large" else 1.0
+    x: Dict[str, Optional[torch.Tensor]] = {n: None for n in NAMES}
+    x["q"] = normal(B, T, Hq, D, factor=factor)
+    if case.sequence:
+        x["k"], x["v"] = normal(B, T, Hk, D, factor=factor), normal(B, T, Hk, D)
+    if S:
+        x["depth_k"], x["depth_v"] = normal(S, B, T, Hk, D, factor=factor), normal(S, B, T, Hk, D)
+        if case.q_depth:
+            x["q_depth"] = normal(B, T, Hq, D, factor=factor)
+    if case.inputs == "identical":
+        for name in ("k", "depth_k"):
+            if x[name] is not None:
+                x[name] = torch.ones_like(x[name]) * x[name].flatten(0, -3)[0]
+    x["grad_out"] = normal(B, T, Hq, D)
+    x["grad_lse"] = torch.randn(B, Hq, T, generator=g).to(device) if case.lse_gradient else None
+    return x
+
+
+def options(case: Case, device: str) -> Dict[str, object]:
+    cu = torch.tensor(case.docs, dtype=torch.int32, device=device) if case.docs else None
+    return dict(causal=case.causal, depth_chunk=case.C, cu_seqlens=cu)
+
+
+def differentiate(run, x: Dict[str, Optional[torch.Tensor]], dtype: Optional[torch.dtype] = None) -> Dict[str, Optional[torch.Tensor]]:  # fmt: skip
+    """Output, LSE and gradients by autograd, on the inputs cast to ``dtype``."""
+
+    def cast(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        return t if t is None or dtype is None else t.to(dtype)
+
+    leaves = {n: None if x[n] is None else cast(x[n]).detach().requires_grad_() for n in NAMES}
+    out, lse = run(*(leaves[n] for n in NAMES[:-1]), q_depth=leaves["q_depth"])
+    outputs, grads = [out], [cast(x["grad_out"])]
+    if x["grad_lse"] is not None:
+        outputs.append(lse)
+        grads.append(x["grad_lse"].to(lse.dtype))
+    present = [n for n in NAMES if leaves[n] is not None]
+    found = torch.autograd.grad(outputs, [leaves[n] for n in present], grads, allow_unused=True)
+    by_name = {n: g if g is not None else torch.zeros_like(leaves[n]) for n, g in zip(present, found)}
+    return {"out": out.detach(), "lse": lse.detach(), **{f"d{n}": by_name.get(n) for n in NAMES}}
+
+
+def skip_unless_supported(name: str, case: Case, x: Dict[str, Optional[torch.Tensor]], device: str) -> None:
+    """fused and reference must take every case; split may refuse by name, and the reason is shown."""
+    p = make_problem(*(x[n] for n in NAMES[:-1]), q_depth=x["q_depth"], **options(case, device))
+    try:
+        get_backend(name, p)
+    except ValueError as error:
+        if name == "split":
+            pytest.skip(str(error))
+        raise
+
+
+def judge(name: str, case: Case, device: str) -> None:
+    x = draw(case, device)
+    skip_unless_supported(name, case, x, device)
+    opts = options(case, device)
+
+    def operator(backend: str):
+        return lambda *t, q_depth: moda_attention(*t, q_depth=q_depth, backend=backend, return_lse=True, **opts)
+
+    truth = differentiate(operator("reference"), x, torch.float64)
+    plain = differentiate(lambda *t, q_depth: plain_attention(*t, q_depth=q_depth, **opts), x)
+    judged = verdicts(differentiate(operator(name), x), plain, truth)
+    assert all(v.passed for v in judged), f"{name}, {case}\n{report(judged)}"
+
+
+# --- small cases: the interpreter on a CPU, all backends on a GPU ----------------------------------------------------
+
+SMALL = [
+    Case(),
+    Case(S=0, G=1),
+    Case(T=1, S=1, G=8, Hk=1),
+    Case(T=35, S=17, G=3, Hk=1, D=40, B=2),
+    Case(S=2, causal=False, T=37),
+    Case(docs=(0, 5, 21), S=2),
+    Case(docs=(0, 3, 21), causal=False, S=2),
+    Case(sequence=False, S=5),
+    Case(C=4, S=2),
+    Case(C=3, docs=(0, 7, 21), q_depth=True, S=2),
+    Case(sequence=False, C=5, q_depth=True, S=2),
+    Case(q_depth=True, lse_gradient=True),
+    Case(inputs="large", S=4),
+    Case(inputs="identical", S=4),
+    Case(strided=True, D=40),
+    Case(dtype="fp32", S=4, G=1),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small(backend: str, case: Case, poisoned: None) -> None:
+    judge(backend, case, "cuda" if GPU else "cpu")
+
+
+# --- the full grid -----------------------------------------------------------------------------------------------------
+
+
+def grid() -> List[Case]:
+    bf16 = Case(dtype="bf16", D=64)
+    cases = [
+        dataclasses.replace(bf16, T=333 if S != 140 else 127, S=S, G=G) for S in (0, 1, 17, 71, 140) for G in (1, 2, 3, 8)
+    ]
+    cases += [Case(T=201, S=17, G=2, D=D, dtype=t) for D in (64, 80, 128) for t in ("bf16", "fp16", "fp32")]
+    cases += [dataclasses.replace(bf16, T=T, S=5, G=8, Hk=1) for T in (1, 2, 63, 64, 65, 513)]
+    cases += [dataclasses.replace(bf16, T=97, S=9, G=G, Hk=1) for G in (16, 32)]
+    base = dataclasses.replace(bf16, T=257, S=17, G=8)
+    docs = (0, 1, 64, 130, 257)
+    switches: List[Dict[str, object]] = [
+        dict(causal=False),
+        dict(causal=False, G=1, D=128, S=3),
+        dict(docs=docs),
+        dict(docs=docs, causal=False, G=2),
+        dict(docs=docs, G=1, D=128, S=0),
+        dict(sequence=False),
+        dict(sequence=False, D=128, G=2, q_depth=True),
+        dict(C=2, G=2),
+        dict(C=5, S=4),
+        dict(C=64, S=3, G=2),
+        dict(C=300, S=2),
+        dict(C=7, S=4, docs=docs, q_depth=True),
+        dict(C=16, S=4, sequence=False, G=2),
+        dict(C=4, S=4, causal=False, D=80),
+        dict(B=3),
+        dict(B=3, q_depth=True, lse_gradient=True, G=2),
+        dict(q_depth=True, D=128, S=71),
+        dict(inputs="large", S=71),
+        dict(inputs="large", sequence=False, S=71),
+        dict(inputs="identical", S=71),
+        dict(strided=True),
+        dict(strided=True, D=80, B=2, C=3, S=4),
+    ]
+    return cases + [dataclasses.replace(base, **s) for s in switches]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", grid(), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grid(backend: str, case: Case, poisoned: None) -> None:
+    judge(backend, case, "cuda")
+
+
+def test_reference_equals_plain_autograd_in_fp64() -> None:
+    """The truth itself: explicit gradients of the reference against autograd on dense logits, both fp64."""
+    cases = [Case(S=4), Case(causal=False), Case(docs=(0, 5, 21), C=3, q_depth=True), Case(sequence=False, C=4)]
+    for case in [dataclasses.replace(c, lse_gradient=True) for c in cases]:
+        x, opts = draw(case, "cpu"), options(case, "cpu")
+        ours = differentiate(
+            lambda *t, q_depth, o=opts: moda_attention(*t, q_depth=q_depth, backend="reference", return_lse=True, **o),
+            x, torch.float64,
+        )  # fmt: skip
+        plain = differentiate(lambda *t, q_depth, o=opts: plain_attention(*t, q_depth=q_depth, **o), x, torch.float64)
+        for name, value in plain.items():
+            if value is not None:
+                assert relative_error(ours[name], value) < 1e-13, (str(case), name)
+
+
+# --- depth gradients: store and add --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", (1, 3), ids=("own", "chunk3"))
+@pytest.mark.parametrize("fresh", ((0, 4), (2, 4), (1, 3), (0, 0)), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fresh_slots_are_stored_and_others_added(backend: str, fresh: Tuple[int, int], C: int) -> None:
+    """Buffers are prefixes of larger ones; fresh slots hold NaN before, the others values that must stay in the sum."""
+    device = "cuda" if GPU else "cpu"
+    case = Case(S=4, T=19, C=C, dtype="fp32")
+    x = draw(case, device)
+    skip_unless_supported(backend, case, x, device)
+    p = make_problem(*(x[n] for n in NAMES[:-1]), **options(case, device))
+    tensors = [x[n] for n in NAMES]
+    grads = {}
+    for name in ("reference", backend):
+        b = get_backend(name, p)
+        out, lse = b.forward(p, *tensors)
+        buffers = []
+        for i in (1, 2):
+            buffer = torch.full((7, *x["depth_k"].shape[1:]), float("nan"), device=device)
+            buffer[: fresh[0]] = float(i)
+            buffer[fresh[1] : 4] = float(-i)
+            buffers.append(buffer)
+        b.backward(p, x["grad_out"], None, *tensors, out, lse, buffers[0][:4], buffers[1][:4], fresh)
+        grads[name] = buffers
+    for ours, theirs in zip(grads[backend], grads["reference"]):
+        assert torch.isnan(ours[4:]).all(), "slots past the prefix were written"
+        assert relative_error(ours[:4], theirs[:4]) < 1e-5
+
+
+# --- determinism -----------------------------------------------------------------------------------------------------------
+
+
+def run_twice(backend: str, case: Case, device: str):
+    x = draw(case, device)
+    skip_unless_supported(backend, case, x, device)
+    opts = options(case, device)
+    run = lambda *t, q_depth: moda_attention(*t, q_depth=q_depth, backend=backend, return_lse=True, **opts)  # noqa: E731
+    return differentiate(run, x), differentiate(run, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_has_the_same_bits_twice_small(backend: str) -> None:
+    first, second = run_twice(backend, Case(S=4), "cuda" if GPU else "cpu")
+    assert torch.equal(first["out"], second["out"]) and torch.equal(first["lse"], second["lse"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", (1, 8), ids=("own", "chunk8"))
+@pytest.mark.parametrize("backend", ("fused", "split"))
+def test_same_bits_twice(backend: str, C: int) -> None:
+    """Forward: every bit. Backward: stated by each backend; in ``fused`` dq alone is a sum without a fixed order."""
+    first, second = run_twice(backend, Case(T=2000, G=8, S=17, D=64, dtype="bf16", C=C), "cuda")
+    assert torch.equal(first["out"], second["out"]) and torch.equal(first["lse"], second["lse"])
+    if backend == "fused":
+        for name in ("dk", "dv", "ddepth_k", "ddepth_v"):
+            assert torch.equal(first[name], second[name]), name
+        assert relative_error(first["dq"], second["dq"]) < 2.0**-8
+
+
+@pytest.mark.gpu
+def test_every_named_tile_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile that autotuning may choose, judged alone."""
+    from kernels.moda_attention import fused_backward, fused_forward
+
+    failures = []
+    for D, lists in ((64, "HALF_TILES"), (128, "WIDE_HEAD_TILES")):
+        for module in (fused_forward, fused_backward):
+            for tile in getattr(module, lists):
+                monkeypatch.setattr(module, "tiles_for", lambda p, tile=tile: (tile,))
+                module._chooser.chosen.clear()
+                try:
+                    judge("fused", Case(T=333, G=8, S=9, D=D, dtype="bf16"), "cuda")
+                except Exception as error:
+                    failures.append(f"{module.__name__} D={D} {tile.name}: {error}")
+            monkeypatch.undo()
+            module._chooser.chosen.clear()
+    assert not failures, "\n".join(failures)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------------
+
+
+def good() -> Dict[str, torch.Tensor]:
+    r = torch.randn
+    return dict(q=r(1, 6, 4, 16), k=r(1, 6, 2, 16), v=r(1, 6, 2, 16), depth_k=r(3, 1, 6, 2, 16), depth_v=r(3, 1, 6, 2, 16))
+
+
+BAD = {
+    "q-rank": (dict(q=torch.zeros(6, 4, 16)), "q must be of shape", "[6, 4, 16]"),
+    "q-type": (dict(q=3), "q must be a torch.Tensor", "int"),
+    "q-dtype": (dict(q=torch.zeros(1, 6, 4, 16, dtype=torch.int32)), "q must be of dtype", "int32"),
+    "k-length": (dict(k=torch.zeros(1, 5, 2, 16)), "k must be of shape [1, 6, 2, 16]", "[1, 5, 2, 16]"),
+    "heads": (dict(q=torch.zeros(1, 6, 3, 16)), "head count", "3"),
+    "v-missing": (dict(v=None), "v must be given together with k", "None"),
+    "depth_v-missing": (dict(depth_v=None), "depth_v must be given together with depth_k", "None"),
+    "depth_k-slots": (dict(depth_k=torch.zeros(2, 1, 6, 2, 16)), "depth_v must be of shape [2", "[3, 1, 6, 2, 16]"),
+    "v-dtype": (dict(v=torch.zeros(1, 6, 2, 16, dtype=torch.float64)), "v must be of q's dtype", "float64"),
+    "depth_chunk": (dict(depth_chunk=0), "depth_chunk must be an integer >= 1", "0"),
+    "scale": (dict(scale=-1.0), "scale must be a finite number > 0", "-1.0"),
+    "cu_seqlens-end": (dict(cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)), "cu_seqlens must be", "[0, 4]"),
+    "cu_seqlens-dtype": (dict(cu_seqlens=torch.tensor([0, 6])), "cu_seqlens must be an int32 tensor", "int64"),
+    "backend": (dict(backend="triton"), "backend must be one of auto, reference, fused, split", "'triton'"),
+    "depth-only-without-depth": (dict(k=None, v=None, depth_k=None, depth_v=None), "depth_k must be given", "none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_argument_expected_and_received(name: str) -> None:
+    change, expected, received = BAD[name]
+    arguments = {**good(), **change}
+    with pytest.raises(ValueError) as error:
+        moda_attention(*[arguments.pop(n) for n in NAMES[:-1]], **arguments)
+    assert expected in str(error.value) and received in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("backend", ("fused", "split"))
+def test_an_explicit_backend_never_falls_back(backend: str) -> None:
+    """fp64 is the reference's alone: the others refuse it, naming the argument."""
+    x = {n: t.double() for n, t in good().items()}
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this.*float64|{backend}.*q"):
+        moda_attention(*(x[n] for n in NAMES[:-1]), backend=backend)
+
+
+def test_fused_refuses_head_dims_it_cannot_tile() -> None:
+    q = torch.randn(1, 4, 2, 20, dtype=torch.float16)
+    with pytest.raises(ValueError, match="head dim must be a multiple of 8 up to 128, got 20"):
+        moda_attention(q, q, q, backend="fused")
+
+
+def test_fused_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    q = torch.randn(1, 4, 2, 32, dtype=torch.float16)
+    with pytest.raises(ValueError, match="backend 'fused' cannot run this: q: a CUDA device is needed"):
+        moda_attention(q, q, q, backend="fused")
