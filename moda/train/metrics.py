@@ -1,0 +1,78 @@
+"""The figures of a run, under stable names: in ``metrics.jsonl``, on the terminal and in the log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+__all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select"]
+
+METRICS_FILE = "metrics.jsonl"
+
+# OLMo-core's names of what a step reports, and ours.
+_NAMES = {
+    "train/CE loss": "loss",
+    "train/PPL": "perplexity",
+    "train/Z loss": "z_loss",
+    "optim/total grad norm": "grad_norm",
+    "optim/LR (group 0)": "lr",
+    "optim/LR": "lr",
+    "throughput/total tokens": "tokens",
+    "throughput/device/TPS": "tokens_per_second_per_device",
+    "throughput/device/MFU": "mfu_percent",
+    "throughput/device/data loading (%)": "data_loading_percent",
+    "gpu_memory/GPU reserved mem (GiB)": "memory_gib",
+    "system/memory_gib": "memory_gib",
+    "optim/step skipped": "step_skipped",
+}
+
+
+def select(metrics: Dict[str, float]) -> Dict[str, float]:
+    """OLMo-core's metrics of one step under this project's names; evaluations become ``eval/<set>/loss``."""
+    chosen: Dict[str, float] = {}
+    for name, value in metrics.items():
+        if name in _NAMES:
+            chosen[_NAMES[name]] = value
+        elif name.startswith("eval/lm/"):
+            chosen[name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")] = value
+        elif name.startswith("eval/"):
+            chosen[name] = value
+    return chosen
+
+
+class MetricsFile:
+    """One JSON object a step. A resumed run drops the lines after the step it resumes from."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / METRICS_FILE
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after ``step`` (and a line cut short by a kill)."""
+        if not self.path.is_file():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        scratch.replace(self.path)
+
+    def append(self, step: int, figures: Dict[str, float]) -> None:
+        """Add a step's figures; a figure that is not finite is written as null."""
+        clean: Dict[str, Optional[float]] = {k: (v if math.isfinite(v) else None) for k, v in figures.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **clean}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def read_metrics(path: Path) -> List[Dict[str, Any]]:
+    """The lines of a metrics file, without one that was cut short."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,125 @@
+"""What a configuration comes to before anything is built: sizes, FLOPs, memory, steps, and whether it can run at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Tuple
+
+from moda.config.schema import Checkpointing, DataParallel, RunConfig
+from moda.data import Tokenizer, load_tokenizer
+from moda.errors import UserError
+from moda.model import MoDATransformerConfig
+
+__all__ = ["Plan", "estimate_memory", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    :param config: the resolved configuration.
+    :param tokenizer: the data's tokenizer.
+    :param transformer: OLMo-core's form of the model.
+    :param world_size: processes that train.
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    transformer: MoDATransformerConfig
+    world_size: int
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token, causal attention counted half."""
+        return self.transformer.num_flops_per_token(self.config.train.sequence_length)
+
+    @property
+    def paper_forward_flops(self) -> int:
+        """Forward FLOPs of one sequence as the paper's Table 3 counts them (full attention square)."""
+        return self.transformer.paper_forward_flops(self.config.train.sequence_length)
+
+    def rows(self) -> List[Tuple[str, str]]:
+        """What ``--dry-run`` prints below the configuration."""
+        t, train = self.transformer, self.config.train
+        rows = [("parameters", f"{t.num_counted_params:,}")]
+        if t.num_padding_params:
+            rows.append(("padding parameters (not counted above)", f"{t.num_padding_params:,}"))
+        if t.layout is not None:
+            rows.append(("depth slots", f"{t.layout.n_slots} ({t.layout.slots_read / t.n_layers:.1f} read a layer)"))
+            rows.append(("parameters of depth projections", f"{t.num_depth_params:,}"))
+        rows += [
+            ("training FLOPs a token (attention counted half)", f"{self.flops_per_token / 1e9:,.3f} G"),
+            ("forward FLOPs a sequence as in the paper's Table 3", f"{self.paper_forward_flops / 1e12:,.4g} T"),
+            ("tokens a step", f"{train.tokens_per_step:,}"),
+            ("steps", f"{self.steps:,}"),
+            ("tokens in all", f"{self.steps * train.tokens_per_step:,}"),
+            ("processes", f"{self.world_size}"),
+        ]
+        memory = estimate_memory(self)
+        rows += [(f"memory a process, estimated: {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
+        rows.append(("memory a process, estimated: total", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
+        return rows
+
+
+def make_plan(config: RunConfig, world_size: int) -> Plan:
+    """Check what concerns several sections and the number of processes.
+
+    :raises UserError: naming the key.
+    """
+    train, parallel = config.train, config.parallel
+    assert not isinstance(config.data.tokenizer, str)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    transformer = config.model.transformer(tokenizer.config.vocab_size)
+    vocab = transformer.vocab_size - transformer.lm_head.padding
+    if vocab < tokenizer.config.vocab_size:
+        raise UserError(
+            "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
+        )
+    ranks = parallel.tensor * parallel.context
+    if world_size % ranks:
+        raise UserError("parallel.tensor", f"tensor x context to divide the {world_size} processes", ranks)
+    replicas = world_size // ranks
+    if train.global_batch_size % (train.microbatch_size * replicas):
+        raise UserError(
+            "train.global_batch_size",
+            f"a multiple of train.microbatch_size x processes ({train.microbatch_size} x {replicas})",
+            train.global_batch_size,
+        )
+    if parallel.data == DataParallel.hsdp:
+        if world_size == 1:
+            raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
+        if parallel.shard_degree is not None and replicas % parallel.shard_degree:
+            raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    if config.optim.warmup_steps >= train.steps:
+        raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
+    return Plan(config, tokenizer, transformer, world_size)
+
+
+def estimate_memory(plan: Plan) -> Dict[str, float]:
+    """Bytes a process needs, by purpose. An estimate: fragmentation and kernels' scratch space are left out.
+
+    Parameters, gradients and AdamW's two moments are fp32 (16 bytes a parameter) and sharded by FSDP; activations are bf16 on a
+    GPU. Without checkpointing a layer keeps about 16 tensors of width d_model and 3 of the FFN's width for each token.
+    """
+    c, t = plan.config, plan.transformer
+    shards = plan.world_size if c.parallel.data == DataParallel.fsdp else c.parallel.shard_degree or 1
+    if c.parallel.data == DataParallel.ddp:
+        shards = 1
+    tokens = c.train.microbatch_size * c.train.sequence_length
+    half = 2
+    assert t.block.feed_forward is not None
+    width = 16 * t.d_model + 3 * t.block.feed_forward.hidden_size
+    kept = 1.0 if c.parallel.activation_checkpointing == Checkpointing.none else 0.15
+    vocab = t.vocab_size - t.lm_head.padding
+    memory = {
+        "parameters, gradients, optimizer": 16.0 * t.num_params / shards,
+        "activations": kept * half * tokens * width * t.n_layers,
+        "logits and their gradient": 10.0 * tokens * vocab,
+    }
+    if t.layout is not None:
+        memory["depth keys, values and their gradients"] = 4.0 * half * t.layout.n_slots * tokens * t.kv_width
+    return memory

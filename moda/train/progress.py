@@ -1,0 +1,135 @@
+"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere and in the log file."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
+
+from olmo_core.distributed.utils import get_rank
+from olmo_core.train.callbacks import ConsoleLoggerCallback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .metrics import MetricsFile, select
+
+__all__ = ["ProgressCallback", "format_duration", "step_line"]
+
+log = logging.getLogger(__name__)
+
+
+def format_duration(seconds: float) -> str:
+    """``1d 02:03:04``, ``02:03:04`` or ``03:04``."""
+    s = int(seconds + 0.5)
+    days, hours, minutes, s = s // 86400, s // 3600 % 24, s // 60 % 60, s % 60
+    clock = f"{hours:02d}:{minutes:02d}:{s:02d}" if hours or days else f"{minutes:02d}:{s:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+def step_line(step: int, total: int, f: Dict[str, float]) -> str:
+    """One line of figures: step, loss, lr, gradient norm, tokens/s, MFU, memory, ETA."""
+    parts = [f"step {step}/{total}"]
+    if "loss" in f:
+        parts.append(f"loss {f['loss']:.4f}")
+    if "lr" in f:
+        parts.append(f"lr {f['lr']:.2e}")
+    if "grad_norm" in f:
+        parts.append(f"grad norm {f['grad_norm']:.3f}")
+    if "tokens_per_second" in f:
+        parts.append(f"{f['tokens_per_second']:,.0f} tokens/s")
+    if "mfu_percent" in f:
+        parts.append(f"MFU {f['mfu_percent']:.1f} %")
+    if "memory_gib" in f:
+        parts.append(f"memory {f['memory_gib']:.1f} GiB")
+    if "eta_seconds" in f:
+        parts.append(f"ETA {format_duration(f['eta_seconds'])}")
+    return " | ".join(parts)
+
+
+@dataclass
+class ProgressCallback(ConsoleLoggerCallback):
+    """Shows, logs and writes the figures of a run.
+
+    :param total_steps: steps of the whole run.
+    :param devices: ranks that train.
+    """
+
+    total_steps: int = 0
+    devices: int = 1
+    folder: str = ""
+    _bar: Any = None
+    _task: Any = None
+    _times: Dict[int, float] = field(default_factory=dict)
+    _first_step: Optional[int] = None
+
+    def pre_train(self) -> None:
+        if get_rank() != 0:
+            return
+        MetricsFile(self.folder).rewind(self.step if self.trainer.checkpoint_loaded else -1)
+        console = Console()
+        if console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task("training", total=self.total_steps, completed=self.step, figures="")
+            self._bar.start()
+
+    def pre_step(self, batch: Dict[str, Any]) -> None:
+        if self._first_step is None:
+            self._first_step = self.step
+            self._times[self.step - 1] = time.monotonic()
+
+    def post_step(self) -> None:
+        self._times[self.step] = time.monotonic()
+        if self.trainer.device.type == "cpu":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.trainer.record_metric("system/memory_gib", peak * (1 if sys.platform == "darwin" else 1024) / 2**30)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.step)
+
+    def _eta(self, step: int) -> Optional[float]:
+        """Seconds that the remaining steps take at the pace of the last ones; the first step is slower and left out."""
+        done = sorted(s for s in self._times if s <= step)[-51:]
+        if self._first_step is not None and len(done) > 2 and done[0] < self._first_step:
+            done = done[1:]
+        if len(done) < 2:
+            return None
+        pace = (self._times[done[-1]] - self._times[done[0]]) / (done[-1] - done[0])
+        return pace * (self.total_steps - step)
+
+    def log_metrics(self, step: int, metrics: Dict[str, float]) -> None:
+        if get_rank() != 0:
+            return
+        figures = select(metrics)
+        per_device = figures.pop("tokens_per_second_per_device", None)
+        if per_device is not None:
+            figures["tokens_per_second"] = per_device * self.devices
+        eta = self._eta(step) if "loss" in figures else None
+        if eta is not None:
+            figures["eta_seconds"] = eta
+        if not figures:
+            return
+        MetricsFile(self.folder).append(step, figures)
+        evaluations = {k: v for k, v in figures.items() if k.startswith("eval/") and k.endswith("/loss")}
+        for name, loss in sorted(evaluations.items()):
+            perplexity = figures.get(name.replace("/loss", "/perplexity"), float("nan"))
+            log.info("step %d | %s %.4f | perplexity %.2f", step, name, loss, perplexity)
+        if "loss" in figures and self._should_log_metrics(step):
+            line = step_line(step, self.total_steps, figures)
+            log.info(line)
+            if self._bar is not None:
+                self._bar.update(self._task, figures=line.split(" | ", 1)[-1])
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,189 @@
+"""``train``: one run from its configuration to its last checkpoint, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from olmo_core.distributed.utils import broadcast_object, get_rank
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.io import is_url
+from olmo_core.train import teardown_training_environment
+from olmo_core.utils import get_default_device
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from moda.config.schema import RunConfig
+from moda.config.typed import to_dict
+from moda.data import TrainingData, build_training_data
+from moda.errors import UserError
+
+from .build import build_data_loader, build_train_module, build_trainer
+from .checkpoints import check_same_model, find_resumable
+from .environment import console, launched_world_size, prepare_environment, set_up_logging
+from .metrics import METRICS_FILE, read_metrics
+from .plan import Plan, make_plan
+from .progress import format_duration
+
+__all__ = ["Outcome", "plan", "print_plan", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``stopped_by`` names the signal that ended it early."""
+
+    steps: int
+    stopped_by: Optional[signal.Signals] = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the shell's code of the signal that stopped the run."""
+        return 0 if self.stopped_by is None else 128 + int(self.stopped_by)
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check a configuration for the processes that were launched.
+
+    :raises UserError: naming the key.
+    """
+    return make_plan(config, launched_world_size())
+
+
+def print_plan(p: Plan) -> None:
+    """The resolved configuration and what it comes to (``--dry-run``)."""
+    console.print(OmegaConf.to_yaml(OmegaConf.create(to_dict(p.config))), highlight=False, markup=False, end="")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in p.rows():
+        table.add_row(name, value)
+    console.print()
+    console.print(table)
+
+
+def _prepare_data(p: Plan) -> TrainingData:
+    """Check and, for text, tokenize the data: rank 0 first, the others once it is there. An error reaches every rank."""
+    c = p.config
+    error: Optional[UserError] = None
+    data: Optional[TrainingData] = None
+    if get_rank() == 0:
+        try:
+            data = build_training_data(c.data, p.tokenizer, c.train.sequence_length)
+        except UserError as e:
+            error = e
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+    return build_training_data(c.data, p.tokenizer, c.train.sequence_length) if data is None else data
+
+
+def _save_config(config: RunConfig) -> None:
+    if get_rank() != 0 or is_url(config.save_folder):
+        return
+    path = Path(config.save_folder) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    scratch.replace(path)
+
+
+def train(config: RunConfig) -> Outcome:
+    """Run a configuration, resuming from the newest whole checkpoint of its save folder.
+
+    :raises UserError: for what cannot work, before any training.
+    """
+    p = plan(config)
+    prepare_environment(config.train.seed)
+    set_up_logging(config.save_folder)
+    try:
+        return _train(p)
+    except OLMoConfigurationError as e:
+        raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
+    finally:
+        teardown_training_environment()
+
+
+def _train(p: Plan) -> Outcome:
+    config = p.config
+    started = time.monotonic()
+    checkpoint: Optional[str] = None
+    if get_rank() == 0:
+        found = find_resumable(config.save_folder)
+        checkpoint = None if found is None else str(found)
+    checkpoint = broadcast_object(checkpoint)
+    source = checkpoint or config.train.load_path
+    if source is not None and not is_url(source):
+        check_same_model(Path(source), config.model)
+    data = _prepare_data(p)
+    _save_config(config)
+
+    device = get_default_device()
+    log.info(
+        "%s: %s parameters, %s tokens a step, %s steps, %d process%s on %s",
+        config.name,
+        f"{p.transformer.num_counted_params:,}",
+        f"{config.train.tokens_per_step:,}",
+        f"{p.steps:,}",
+        p.world_size,
+        "" if p.world_size == 1 else "es",
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    )
+    module = build_train_module(p, device)
+    loader = build_data_loader(p, data, module)
+    trainer = build_trainer(p, data, module, loader)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
+        log.info("resuming from %s", checkpoint)
+    elif config.train.load_path is not None:
+        trainer.load_checkpoint(config.train.load_path, load_trainer_state=False)
+        log.info("starting from the weights of %s", config.train.load_path)
+    if trainer.global_step >= p.steps:
+        log.info("this run is complete at step %d: nothing to do", trainer.global_step)
+    else:
+        trainer.load_strategy = type(trainer.load_strategy).never  # what was to be loaded has been
+        trainer.fit()
+    if get_rank() == 0:
+        _summarise(config, trainer.global_step, time.monotonic() - started)
+    return Outcome(trainer.global_step, _signal_of(trainer))
+
+
+def _signal_of(trainer: Any) -> Optional[signal.Signals]:
+    reason = trainer._cancel_reason or ""
+    return next((s for s in (signal.SIGTERM, signal.SIGINT) if s.name in reason), None)
+
+
+def _first_last(lines: List[Dict[str, Any]], key: str) -> Optional[tuple]:
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return (values[0], values[-1]) if values else None
+
+
+def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
+    """Losses and perplexities before and after, time, and where everything is."""
+    import math
+
+    folder = Path(config.save_folder)
+    metrics = folder / METRICS_FILE
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
+    for heading in ("", "loss before", "after", "perplexity before", "after", "fall"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    keys = ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]
+    for key in keys:
+        ends = _first_last(lines, key)
+        if ends is None:
+            continue
+        before, after = ends
+        name = "training" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss") + " (validation)"
+        fall = math.exp(before - after)
+        row = (f"{before:.3f}", f"{after:.3f}", f"{math.exp(before):,.1f}", f"{math.exp(after):,.1f}", f"{fall:,.1f}x")
+        table.add_row(name, *row)
+    console.print(table)
+    console.print(f"checkpoints, config.yaml, train.log and {METRICS_FILE}: {folder}", soft_wrap=True, highlight=False)
+    with (folder / "summary.json").open("w") as f:
+        json.dump({"steps": steps, "seconds": seconds, "metrics": {k: _first_last(lines, k) for k in keys}}, f, indent=1)

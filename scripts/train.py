@@ -1,0 +1,43 @@
+"""Train a model from a configuration file.
+
+torchrun scripts/train.py configs/moda_1.5b.yaml [key=value ...]     several processes
+python scripts/train.py configs/moda_demo.yaml [key=value ...]       one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Large CPU tensors (the logits) in huge pages: page faults otherwise take longer than the arithmetic. Read when torch loads.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, such as configs/moda_demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and its sizes, and exit")
+    args = parser.parse_args()
+
+    from moda.config import load_config
+    from moda.errors import UserError
+    from moda.train.run import plan, print_plan, train
+
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            print_plan(plan(config))
+            return 0
+        return train(config).exit_code
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
