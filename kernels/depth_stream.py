@@ -18,6 +18,11 @@ stream through the integer handle in ``control``, an int64 CPU tensor whose *val
 can share one compiled graph. Slots and ranges come from the layer's index, never from a cursor: activation checkpointing
 may run a block again, its writes then find their slots written and its reads see what they saw.
 
+Adding a layer's depth gradients to all the slots it read is a read-modify-write of every one of them. With the ``split`` backend
+layers *defer* that: the backward of a read keeps its p, ds, q and do, and one flush adds what several layers owe with a single
+read-modify-write per slot. Flushes happen when ``defer`` layers are kept (all slots), and before a slot is taken that any of
+them covers (a window of ``WINDOW`` slots). Exact for any slots; what layers owe is a range of slots each.
+
 The stream lives as long as its autograd graph: the node made by :meth:`DepthStream.start` holds the only strong reference
 besides the caller's.
 """
@@ -26,18 +31,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, List, Optional, Tuple
 
 import torch
 
-from .moda_attention.api import get_backend
-from .moda_attention.problem import make_problem
+from .moda_attention.api import Backend, get_backend
+from .moda_attention.problem import Problem, make_problem
 
 __all__ = ["ATTENTION", "FFN", "DepthLayout", "DepthStream", "depth_attention", "depth_write"]
 
 ATTENTION = 0
 FFN = 1
+
+#: How many layers' depth gradients are kept before they are flushed, unless a stream is told otherwise. Chosen by measurement:
+#: 4 and 12 are slower on a 36-layer model. They take ``DEFER * B * T * Hq * 2 * (S + D)`` elements, S rounded up to 16.
+DEFER = 8
+#: Slots that are flushed together when one of them is taken.
+WINDOW = 4
 
 _HANDLE, _LAYER, _READ_FROM, _READ_TO, _WRITE = range(5)  # columns of a control row; _WRITE + kind is the slot written
 
@@ -127,11 +138,16 @@ class DepthStream:
 
     :param layout: which slots are written and read.
     :param backend: the operator's backend, as in :func:`kernels.moda_attention`.
+    :param defer: how many layers' depth gradients are kept before a flush; 1 adds each layer's at once, which is also what
+        backends other than ``split`` do. Memory: ``defer * B * T * Hq * 2 * (S rounded up to 16 + D)`` elements.
     """
 
-    def __init__(self, layout: DepthLayout, backend: str = "auto") -> None:
+    def __init__(self, layout: DepthLayout, backend: str = "auto", defer: int = DEFER) -> None:
+        if defer < 1:
+            raise ValueError(f"DepthStream: defer must be >= 1, got {defer}")
         self.layout = layout
         self.backend = backend
+        self.defer = defer
         self.handle = next(_HANDLES)
         self.k: Optional[torch.Tensor] = None
         self.v: Optional[torch.Tensor] = None
@@ -140,6 +156,9 @@ class DepthStream:
         self._written = [False] * layout.n_slots
         self._touched = [False] * layout.n_slots
         self._differentiated: set = set()
+        self._pending: Any = None
+        self._owed: List[Tuple[int, int]] = []  # for each layer kept in _pending, the slots lo..hi not flushed yet
+        self._documents: Optional[Tuple[torch.Tensor, int]] = None
         _STREAMS[self.handle] = self
         rows = []
         for layer in range(layout.n_layers):
@@ -184,30 +203,98 @@ class DepthStream:
             )
         self._differentiated.add(layer)
 
-    def gradient_range(self, lo: int, hi: int) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
-        """Gradient buffers of slots lo..hi and the part of them, counted from lo, that is to be stored, not added to."""
+    def _gradients(self, lo: int, hi: int) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
+        """The whole gradient buffers, and which of the slots lo..hi, about to be written, are to be stored, not added to."""
         assert self.k is not None
         if self.grad_k is None or self.grad_v is None:
             self.grad_k, self.grad_v = torch.empty_like(self.k), torch.empty_like(self.k)
         new = [s for s in range(lo, hi) if not self._touched[s]]
         first, end = (new[0], new[-1] + 1) if new else (lo, lo)
-        for s in range(first, end):
-            if self._touched[s]:  # new slots on both sides of old ones: give the new ones a value to add to
-                for t in new:
-                    self.grad_k[t].zero_()
-                    self.grad_v[t].zero_()
-                first = end = lo
-                break
+        if len(new) < end - first:  # new slots on both sides of old ones: give the new ones a value to add to
+            for s in new:
+                self.grad_k[s].zero_()
+                self.grad_v[s].zero_()
+            first = end = lo
         self._touched[lo:hi] = [True] * (hi - lo)
-        return self.grad_k[lo:hi], self.grad_v[lo:hi], (first - lo, end - lo)
+        return self.grad_k, self.grad_v, (first, end)
+
+    def gradient_range(self, lo: int, hi: int) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
+        """Gradient buffers of slots lo..hi and the part of them, counted from lo, that is to be stored, not added to."""
+        grad_k, grad_v, (first, end) = self._gradients(lo, hi)
+        return grad_k[lo:hi], grad_v[lo:hi], (first - lo, end - lo)
+
+    def keep(self, lo: int, hi: int, q: torch.Tensor) -> Any:
+        """Room for the depth gradients that a layer owes to slots lo..hi, to be flushed later.
+
+        :param q: ``[B, T, Hq, D]`` like the layer's queries.
+        :returns: ``split.Deferred``.
+        """
+        from .moda_attention.depth_backward import Pending
+        from .moda_attention.split import Deferred
+
+        if len(self._owed) == self.defer:
+            self.flush(0)
+        if self._pending is None:
+            self._pending = Pending(self.defer, self.layout.n_slots, q)
+        self._owed.append((lo, hi))
+        return Deferred(self._pending, len(self._owed) - 1, lo)
+
+    def flush(self, first: int) -> None:
+        """Add what the kept layers owe to all slots >= ``first``."""
+        from .moda_attention.depth_backward import flush
+
+        owed = [(max(lo, first), hi) for lo, hi in self._owed]
+        edges = sorted({edge for lo, hi in owed if lo < hi for edge in (lo, hi)})
+        ranges: List[Tuple[int, int, int, int]] = []  # layers i..j owe to slots a..b
+        for a, b in zip(edges, edges[1:]):
+            layers = [m for m, (lo, hi) in enumerate(owed) if lo <= a and b <= hi]
+            for i in layers:
+                if ranges and ranges[-1][1] == i and ranges[-1][2] == a:
+                    ranges[-1] = (ranges[-1][0], i + 1, a, b)
+                else:
+                    ranges.append((i, i + 1, a, b))
+        for i, j, a, b in ranges:
+            flush(self._pending, (i, j), (a, b), *self._gradients(a, b))
+        self._owed = [(lo, min(hi, first)) for lo, hi in self._owed]
+        if all(lo >= hi for lo, hi in self._owed):
+            self._owed.clear()
 
     def take_gradient(self, slot: int) -> Tuple[torch.Tensor, torch.Tensor]:
         """The gradients of a slot, handed over: zeros if nothing that was differentiated has read it."""
         assert self.k is not None
+        if any(lo <= slot < hi for lo, hi in self._owed):
+            self.flush(slot // WINDOW * WINDOW)
         if self.grad_k is None or self.grad_v is None or not self._touched[slot]:
             return torch.zeros_like(self.k[slot]), torch.zeros_like(self.k[slot])
         self._touched[slot] = False
         return self.grad_k[slot], self.grad_v[slot]
+
+
+    def problem(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        depth_k: Optional[torch.Tensor],
+        depth_v: Optional[torch.Tensor],
+        q_depth: Optional[torch.Tensor],
+        cu_seqlens: Optional[torch.Tensor],
+        causal: bool,
+        scale: Optional[float],
+    ) -> Problem:
+        """:func:`make_problem`, reading document boundaries back from the device once per forward pass, not once per layer."""
+        known = self._documents
+        cu = cu_seqlens
+        if cu is not None and known is not None and known[0].data_ptr() == cu.data_ptr() and known[0].shape == cu.shape:
+            cu = None  # `known` keeps the tensor alive, so that the same address is the same boundaries
+        p = make_problem(q, k, v, depth_k, depth_v, q_depth=q_depth, causal=causal, scale=scale, cu_seqlens=cu)
+        if cu_seqlens is None:
+            return p
+        if cu is not None:
+            self._documents = (cu, p.max_seqlen)
+            return p
+        assert known is not None
+        return replace(p, cu_seqlens=cu_seqlens, max_seqlen=known[1])
 
 
 def _stream(control: torch.Tensor) -> Tuple[DepthStream, List[int]]:
@@ -275,6 +362,10 @@ def depth_write(token: torch.Tensor, k: torch.Tensor, v: torch.Tensor, control: 
     return _write(token, k, v, control, kind)
 
 
+def _can_defer(backend: Backend) -> bool:
+    return backend.name == "split"
+
+
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +384,7 @@ def _read(
     stream, row = _stream(control)
     depth_k, depth_v = stream.read(row[_READ_FROM], row[_READ_TO])
     qd = None if depth_k is None else q_depth
-    p = make_problem(q, k, v, depth_k, depth_v, q_depth=qd, causal=causal, scale=scale, cu_seqlens=cu_seqlens)
+    p = stream.problem(q, k, v, depth_k, depth_v, qd, cu_seqlens, causal, scale)
     out, lse = get_backend(stream.backend, p).forward(p, q, k, v, depth_k, depth_v, qd)
     return out, lse, torch.empty_like(token)
 
@@ -325,14 +416,16 @@ def _read_backward(
     lo, hi = row[_READ_FROM], row[_READ_TO]
     depth_k, depth_v = stream.read(lo, hi)
     qd = None if depth_k is None else q_depth
-    grad_dk = grad_dv = None
-    fresh = (0, 0)
-    if depth_k is not None:
-        grad_dk, grad_dv, fresh = stream.gradient_range(lo, hi)
-    p = make_problem(q, k, v, depth_k, depth_v, q_depth=qd, causal=causal, scale=scale, cu_seqlens=cu_seqlens)
-    dq, dk, dv, dqd = get_backend(stream.backend, p).backward(
-        p, grad_out, None, q, k, v, depth_k, depth_v, qd, out, lse, grad_dk, grad_dv, fresh
-    )
+    p = stream.problem(q, k, v, depth_k, depth_v, qd, cu_seqlens, causal, scale)
+    backend = get_backend(stream.backend, p)
+    arguments = (p, grad_out, None, q, k, v, depth_k, depth_v, qd, out, lse)
+    if depth_k is None:
+        grads = backend.backward(*arguments, None, None, (0, 0))
+    elif stream.defer > 1 and _can_defer(backend):
+        grads = backend.backward(*arguments, None, None, (0, 0), deferred=stream.keep(lo, hi, q))  # type: ignore[call-arg]
+    else:
+        grads = backend.backward(*arguments, *stream.gradient_range(lo, hi))
+    dq, dk, dv, dqd = grads
     if q_depth is not None and dqd is None:  # a layer that reads nothing: its depth query has no part in the output
         dqd = torch.zeros_like(q_depth)
     return [torch.empty_like(grad_token), *(g for g in (dq, dk, dv, dqd) if g is not None)]

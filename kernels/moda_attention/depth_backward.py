@@ -207,7 +207,8 @@ def _flush_few_kernel(
             v3 += tl.load(p_ptr + at_s + 3, mask=r_mask, other=0.0).to(tl.float32)[:, None] * do
     offset = rows[:, None] * D + d[None, :]
     for j in tl.static_range(N_SLOTS):
-        fresh = (first + j >= fresh_lo) & (first + j < fresh_hi)
+        at = tl.full([1, 1], j, dtype=tl.int32) + first
+        fresh = (at >= fresh_lo) & (at < fresh_hi)
         slot = tl.cast(first + j, tl.int64)
         dk = (k0, k1, k2, k3)[j]
         dv = (v0, v1, v2, v3)[j]
@@ -311,7 +312,7 @@ def depth_backward(
         N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_G=max(16, triton.next_power_of_2(Hq // Hk)), BLOCK_D=block_d,
         BLOCK_S=tile.slots, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=pending is not None,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= S,
-        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee", STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee", STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return dq
 
@@ -356,7 +357,7 @@ def flush(
         pending.row, pending.p.stride(0), pending.q.stride(0), count,
         G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
         BLOCK_S=tile.slots, ALL_FRESH=all_fresh, PRECISION="ieee", STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 

@@ -29,11 +29,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Tile(NamedTuple):
-    """How a depth kernel is cut: slots of one step, software pipeline depth and warps of a program."""
+    """How a depth kernel is cut: slots of one step, software pipeline depth, warps of a program."""
 
     slots: int
     stages: int
     warps: int
+    registers: Optional[int] = None  # cap a thread's registers, so that more programs fit on a multiprocessor
 
 
 @triton.jit
@@ -116,10 +117,8 @@ def slot_layout(x: torch.Tensor) -> Tuple[torch.Tensor, int]:
 
 
 def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
-    """The forward tile of a dtype and padded head dim: a step holds about 4 KiB of K and V."""
-    if dtype == torch.float32 or block_d > 64:
-        return Tile(slots=16, stages=2, warps=1)
-    return Tile(slots=16, stages=3, warps=1)
+    """The forward tile of a dtype and padded head dim."""
+    return Tile(slots=16, stages=2, warps=1)
 
 
 def depth_forward(
@@ -163,6 +162,6 @@ def depth_forward(
         out.stride(0), out.stride(1), out.stride(2),
         N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_G=max(16, triton.next_power_of_2(Hq // Hk)), BLOCK_D=block_d,
         BLOCK_S=tile.slots, HAS_SEQUENCE=seq_out is not None, PRECISION="ieee", STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out, lse

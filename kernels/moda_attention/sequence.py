@@ -253,7 +253,7 @@ class FlashAttnPackage(SequenceKernel):
 
 
 class CpuFlash(SequenceKernel):
-    """PyTorch's flash attention for CPUs, so that ``split`` runs where Triton's interpreter stands in for a GPU."""
+    """PyTorch's flash attention for CPUs in fp64, so that ``split`` runs where Triton's interpreter stands in for a GPU."""
 
     name = "cpu"
 
@@ -268,8 +268,8 @@ class CpuFlash(SequenceKernel):
 
     @staticmethod
     def _heads_first(p: Problem, *tensors: torch.Tensor) -> List[torch.Tensor]:
-        """``[B, Hq, T, D]``, key/value heads repeated."""
-        return [x.repeat_interleave(p.n_heads // x.shape[2], dim=2).transpose(1, 2) for x in tensors]
+        """``[B, Hq, T, D]`` in fp64, key/value heads repeated."""
+        return [x.double().repeat_interleave(p.n_heads // x.shape[2], dim=2).transpose(1, 2) for x in tensors]
 
     def forward(
         self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -277,7 +277,7 @@ class CpuFlash(SequenceKernel):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *self._heads_first(p, q, k, v), 0.0, p.causal, scale=p.scale
         )
-        return out.transpose(1, 2).contiguous(), lse.float().contiguous()
+        return out.transpose(1, 2).to(p.dtype).contiguous(), lse.float().contiguous()
 
     def backward(
         self,
@@ -291,10 +291,10 @@ class CpuFlash(SequenceKernel):
     ) -> Gradients:
         tensors = self._heads_first(p, grad_out, q, k, v, out)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, lse, 0.0, p.causal, scale=p.scale
+            *tensors, lse.double(), 0.0, p.causal, scale=p.scale
         )
-        dk, dv = (x.transpose(1, 2).unflatten(2, (p.n_kv_heads, p.group)).sum(3) for x in (dk, dv))
-        return dq.transpose(1, 2).contiguous(), dk, dv
+        dk, dv = (x.transpose(1, 2).unflatten(2, (p.n_kv_heads, p.group)).sum(3).to(p.dtype) for x in (dk, dv))
+        return dq.transpose(1, 2).to(p.dtype).contiguous(), dk, dv
 
 
 _KERNELS: Dict[str, SequenceKernel] = {

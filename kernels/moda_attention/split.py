@@ -24,10 +24,10 @@ HEAD_DIMS = range(8, 129, 8)
 
 
 class Deferred(NamedTuple):
-    """Where a backward pass leaves its depth gradients instead of adding them: row ``index`` of ``pending``."""
+    """Where a backward pass leaves its depth gradients instead of adding them: layer ``at`` of ``pending``."""
 
     pending: Pending
-    index: int
+    at: int
     first_slot: int  # the column of the call's slot 0
 
 
