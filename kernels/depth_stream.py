@@ -114,7 +114,7 @@ class DepthLayout:
         return sum(hi - lo for lo, hi in map(self.read_range, range(self.n_layers)))
 
 
-_STREAMS: "weakref.WeakValueDictionary[int, DepthStream]" = weakref.WeakValueDictionary()
+_STREAMS: weakref.WeakValueDictionary[int, DepthStream] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
 
 
@@ -122,7 +122,7 @@ class _Hold(torch.autograd.Function):
     """Gives the first token and keeps the stream alive until the last node of the graph is gone."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, stream: "DepthStream") -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, stream: DepthStream) -> torch.Tensor:
         ctx.stream = stream
         return torch.empty_like(anchor)
 
@@ -269,7 +269,6 @@ class DepthStream:
         self._touched[slot] = False
         return self.grad_k[slot], self.grad_v[slot]
 
-
     def problem(
         self,
         q: torch.Tensor,
@@ -350,7 +349,9 @@ def _write_grad(ctx: Any, grad_token: torch.Tensor) -> Tuple[Any, ...]:
 _write.register_autograd(_write_grad, setup_context=_write_context)
 
 
-def depth_write(token: torch.Tensor, k: torch.Tensor, v: torch.Tensor, control: torch.Tensor, kind: int) -> torch.Tensor:
+def depth_write(
+    token: torch.Tensor, k: torch.Tensor, v: torch.Tensor, control: torch.Tensor, kind: int
+) -> torch.Tensor:
     """Write a layer's slot and return the next token.
 
     :param token: what the last write or read of this forward pass returned.

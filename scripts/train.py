@@ -21,7 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/moda_demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and its sizes, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and its sizes, and exit"
+    )
     args = parser.parse_args()
 
     from moda.config import load_config

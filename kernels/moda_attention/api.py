@@ -67,14 +67,14 @@ class Backend(Protocol):
         ...
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_missing() -> Optional[str]:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f".{name}", __package__))
 

@@ -172,7 +172,9 @@ def _walk_queries(
         dl = load_row_values(delta, saved, m, row_stride, length, BLOCK_M, TMA)
         ds = score_gradients(p, dp, dl[None, :]).to(qt.dtype)
         dk = tl.dot(ds, qt, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), kt, input_precision="ieee")
+        # Transposed, so that ds is the operand that the matrix unit reads from shared memory; the other way round it is
+        # transposed through shared memory and read back into registers first.
+        dq = tl.trans(tl.dot(tl.trans(kt), ds, input_precision="ieee"))
         if TMA:
             grad_q_sum.atomic_add([batch, q_head, m, 0], dq.reshape(1, 1, BLOCK_M, BLOCK_DIM))
         else:
@@ -386,8 +388,8 @@ def _rows(
 ) -> None:
     """Launch :func:`rows_kernel`; ``q`` is the query of the depth branch."""
     block_dim = max(16, next_power_of_two(p.head_dim))
-    wide = block_dim * q.element_size() > 128
-    slots = 16 if wide or p.n_slots <= 16 else 32
+    adds = fresh[0] > 0 or fresh[1] < p.n_slots
+    wide = block_dim > 64
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
     with _device_of(q):
         rows_kernel[(p.length * p.n_kv_heads, p.batch)](
@@ -397,9 +399,9 @@ def _rows(
             *_strides(grad_out, tbh),
             p.length, stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
             GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
-            BLOCK_S=slots, DEPTH=own, LSE_GRADIENT=grad_lse is not None, SUM=q_sum is not None,
-            DIRECT=q_direct is not None, PRELOAD=fresh[0] > 0 or fresh[1] < p.n_slots,
-            num_warps=1 if block_dim <= 64 else 2, num_stages=2,
+            BLOCK_S=32 if wide and adds else 16, DEPTH=own, LSE_GRADIENT=grad_lse is not None, SUM=q_sum is not None,
+            DIRECT=q_direct is not None, PRELOAD=adds,
+            num_warps=2 if wide else 1, num_stages=2 if wide else 3,
         )  # fmt: skip
 
 

@@ -179,9 +179,9 @@ HALF_TILES = (
     Tile("rows64_keys64", 64, 64, 4, 3),
 )
 WIDE_HEAD_TILES = (
+    Tile("rows64_keys64", 64, 64, 4, 3, max_registers=168),
     Tile("rows128_keys64", 128, 64, 8, 2, max_registers=128),
     Tile("rows128_keys128", 128, 128, 8, 2),
-    Tile("rows64_keys64", 64, 64, 4, 2),
 )
 SINGLE_TILES = (Tile("rows32_keys32", 32, 32, 4, 1),)
 INTERPRETER_TILES = (Tile("rows32_keys32", 32, 32, 1, 1),)

@@ -160,13 +160,16 @@ def backward(
     dtype = compute_dtype(p.dtype)
     if p.n_slots == 0:
         depth_k = depth_v = q_depth = None
-    zeros = dict(dtype=dtype, device=p.device)
-    dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, **zeros)
+    dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
     dqd = torch.zeros_like(dq) if q_depth is not None else dq
-    dk = torch.zeros(p.batch, p.length, p.n_kv_heads, p.head_dim, **zeros) if k is not None else None
+    dk = (
+        torch.zeros(p.batch, p.length, p.n_kv_heads, p.head_dim, dtype=dtype, device=p.device)
+        if k is not None
+        else None
+    )
     dv = torch.zeros_like(dk) if dk is not None else None
-    dkd = torch.zeros(depth_k.shape, **zeros) if depth_k is not None else None
-    dvd = torch.zeros(depth_k.shape, **zeros) if depth_k is not None else None
+    dkd = torch.zeros(depth_k.shape, dtype=dtype, device=p.device) if depth_k is not None else None
+    dvd = torch.zeros(depth_k.shape, dtype=dtype, device=p.device) if depth_k is not None else None
     for lo, hi in _row_blocks(p):
         end = 0 if k is None else (hi if p.causal else p.length)
         logits = _logits(p, lo, hi, end, q, k, depth_k, q_depth)
@@ -202,7 +205,12 @@ def backward(
 
     grad_q = final(dq, p.n_heads)
     assert grad_q is not None
-    return grad_q, final(dk, p.n_kv_heads), final(dv, p.n_kv_heads), final(dqd if q_depth is not None else None, p.n_heads)
+    return (
+        grad_q,
+        final(dk, p.n_kv_heads),
+        final(dv, p.n_kv_heads),
+        final(dqd if q_depth is not None else None, p.n_heads),
+    )
 
 
 def store_or_add(buffer: torch.Tensor, grad: torch.Tensor, fresh: Tuple[int, int]) -> None:

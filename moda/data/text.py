@@ -115,7 +115,9 @@ def _jsonl_documents(label: str, relative: str, path: Path) -> Iterator[Document
         try:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError("data.text", f"a JSON object with a 'text' field in {path}, line {number}", line[:60]) from None
+            raise UserError(
+                "data.text", f"a JSON object with a 'text' field in {path}, line {number}", line[:60]
+            ) from None
         if not isinstance(text, str):
             raise UserError("data.text", f"a string in the field 'text' of {path}, line {number}", text)
         if text.strip():

@@ -53,7 +53,7 @@ class Tokenizer:
     fingerprint: str
     hub: Optional[str] = None
 
-    def load(self) -> "tokenizers.Tokenizer":
+    def load(self) -> tokenizers.Tokenizer:
         """The tokenizer itself.
 
         :raises UserError: if there is no file and the hub cannot be reached.
@@ -66,7 +66,10 @@ class Tokenizer:
             return tokenizers.Tokenizer.from_pretrained(self.config.identifier)
         except Exception as e:  # the hub client raises many kinds
             raise UserError(
-                "data.tokenizer", "a local tokenizer.json, where the hub cannot be reached", self.name, str(e).split("\n")[0]
+                "data.tokenizer",
+                "a local tokenizer.json, where the hub cannot be reached",
+                self.name,
+                str(e).split("\n")[0],
             ) from None
 
     def describe(self) -> Dict[str, Any]:
@@ -80,7 +83,7 @@ class Tokenizer:
         }
 
 
-def _read(path: Path, name: str) -> "tokenizers.Tokenizer":
+def _read(path: Path, name: str) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:

@@ -39,6 +39,11 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
+def _one_row(x: torch.Tensor, packed: bool) -> torch.Tensor:
+    """``[B, T, H, D]``, as one row ``[1, B * T, H, D]`` of packed documents if asked."""
+    return x.reshape(1, -1, *x.shape[2:]) if packed else x
+
+
 @SequenceMixerConfig.register("moda_attention")
 @dataclass
 class MoDAAttentionConfig(AttentionConfig):
@@ -54,7 +59,7 @@ class MoDAAttentionConfig(AttentionConfig):
         n_layers: int,
         init_device: str = "cpu",
         cache: Optional[BufferCache] = None,
-    ) -> "MoDAAttention":
+    ) -> MoDAAttention:
         """Build the attention of one layer.
 
         :raises ValueError: for options of OLMo-core's attention that the depth stream does not have.
@@ -198,27 +203,31 @@ class MoDAAttention(Attention):
         if reader and q_depth is None:
             q_depth = self._times_reader_gain(q)
 
-        if cu_doc_lens is None:
-            out, token = depth_attention(q, k, v, token, control, q_depth=q_depth)
-        else:
-            packed = [None if t is None else t.reshape(1, B * T, *t.shape[2:]) for t in (q, k, v, q_depth)]
-            out, token = depth_attention(*packed[:3], token, control, q_depth=packed[3], cu_seqlens=cu_doc_lens)  # type: ignore[arg-type]
+        packed = cu_doc_lens is not None
+        out, token = depth_attention(
+            _one_row(q, packed),
+            _one_row(k, packed),
+            _one_row(v, packed),
+            token,
+            control,
+            q_depth=None if q_depth is None else _one_row(q_depth, packed),
+            cu_seqlens=cu_doc_lens,
+        )
 
         if self.writes_attention:
             if self.depth_projection is not None:
-                k, v = self.depth_slot(*self.depth_projection(x), rope, projected=True)
+                raw_k, raw_v = self.depth_projection(x)
+                k, v = self.depth_slot(raw_k, raw_v, rope, projected=True)
             elif reader or self.depth_kv.rope == DepthRoPE.none:
                 k, v = self.depth_slot(raw_k, raw_v, rope, projected=False)
-            token = self.write_slot(token, k, v, control, ATTENTION, packed=cu_doc_lens is not None)
+            token = self.write_slot(token, k, v, control, ATTENTION, packed=packed)
         return self.w_out(out.reshape(B, T, -1)), token
 
     def write_slot(
         self, token: torch.Tensor, k: torch.Tensor, v: torch.Tensor, control: torch.Tensor, kind: int, *, packed: bool
     ) -> torch.Tensor:
         """Write ``[B, T, Hk, D]`` keys and values, as one packed row ``[1, B * T, Hk, D]`` under intra-document masking."""
-        if packed:
-            k, v = (t.reshape(1, -1, *t.shape[2:]) for t in (k, v))
-        return depth_write(token, k, v, control, kind)
+        return depth_write(token, _one_row(k, packed), _one_row(v, packed), control, kind)
 
     def init_weights(
         self,

@@ -175,7 +175,8 @@ class MoDABlock(PlacedBlock):
         u = self.feed_forward_input(h)
         if self.ffn_depth_projection is not None:
             rope = {} if cu_doc_lens is None else {"cu_doc_lens": cu_doc_lens}
-            k, v = self.attention.depth_slot(*self.ffn_depth_projection(u), rope, projected=True)
+            k, v = self.ffn_depth_projection(u)
+            k, v = self.attention.depth_slot(k, v, rope, projected=True)
             token = self.attention.write_slot(token, k, v, control, FFN, packed=cu_doc_lens is not None)
         return self.after_feed_forward(h, self.feed_forward(u)), token
 

@@ -27,7 +27,7 @@ class PaddedLMHeadConfig(LMHeadConfig):
 
     padding: int = 0
 
-    def build(self, *, d_model: int, vocab_size: int, init_device: str = "cpu") -> "LMHead":
+    def build(self, *, d_model: int, vocab_size: int, init_device: str = "cpu") -> LMHead:
         """Build the head. ``vocab_size`` counts the padding, the head's own ``vocab_size`` does not."""
         if self.padding == 0:
             return LMHeadConfig(

@@ -238,4 +238,6 @@ class MoDATransformer(Transformer):
         super().apply_fsdp(*args, **kwargs)
 
     def apply_pp(self, *args: Any, **kwargs: Any) -> None:
-        raise OLMoConfigurationError("depth_kv does not work with pipeline parallelism: the depth stream would cross stages")
+        raise OLMoConfigurationError(
+            "depth_kv does not work with pipeline parallelism: the depth stream would cross stages"
+        )

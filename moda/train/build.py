@@ -128,6 +128,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
     built = module.build(model, device=device)
+    assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(
         max_seq_len=c.train.sequence_length,
         max_local_microbatch_size=c.train.microbatch_size * c.train.sequence_length,

@@ -36,7 +36,11 @@ def prepare_environment(seed: int) -> None:
         backend: Optional[str] = "cpu:gloo,cuda:nccl"
     else:
         backend = "cpu:gloo" if distributed else None
+    quiet = logging.getLogger("olmo_core")
+    level = quiet.level
+    quiet.setLevel(logging.WARNING)  # until the log file is there, its notes would go to the terminal
     prepare_training_environment(seed=seed, backend=backend, shared_filesystem=True)
+    quiet.setLevel(level)
 
 
 class _OursOrWarning(logging.Filter):

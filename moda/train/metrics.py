@@ -37,7 +37,9 @@ def select(metrics: Dict[str, float]) -> Dict[str, float]:
         if name in _NAMES:
             chosen[_NAMES[name]] = value
         elif name.startswith("eval/lm/"):
-            chosen[name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")] = value
+            chosen[name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")] = (
+                value
+            )
         elif name.startswith("eval/"):
             chosen[name] = value
     return chosen

@@ -60,8 +60,8 @@ class Plan:
             ("processes", f"{self.world_size}"),
         ]
         memory = estimate_memory(self)
-        rows += [(f"memory a process, estimated: {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
-        rows.append(("memory a process, estimated: total", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
+        rows.append(("memory a process (estimate)", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
+        rows += [(f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
         return rows
 
 

@@ -11,9 +11,9 @@ from typing import Any, Dict, Optional
 
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import ConsoleLoggerCallback
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .environment import console
 from .metrics import MetricsFile, select
 
 __all__ = ["ProgressCallback", "format_duration", "step_line"]
@@ -69,7 +69,6 @@ class ProgressCallback(ConsoleLoggerCallback):
         if get_rank() != 0:
             return
         MetricsFile(self.folder).rewind(self.step if self.trainer.checkpoint_loaded else -1)
-        console = Console()
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),

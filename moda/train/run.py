@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -165,25 +166,25 @@ def _first_last(lines: List[Dict[str, Any]], key: str) -> Optional[tuple]:
 
 def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
     """Losses and perplexities before and after, time, and where everything is."""
-    import math
-
     folder = Path(config.save_folder)
     metrics = folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
     table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
-    for heading in ("", "loss before", "after", "perplexity before", "after", "fall"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("validation", "loss before", "after", "perplexity before", "after", "fall"):
+        table.add_column(heading, justify="left" if heading == "validation" else "right", no_wrap=True)
     keys = ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]
     for key in keys:
         ends = _first_last(lines, key)
         if ends is None:
             continue
         before, after = ends
-        name = "training" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss") + " (validation)"
+        name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
         fall = math.exp(before - after)
         row = (f"{before:.3f}", f"{after:.3f}", f"{math.exp(before):,.1f}", f"{math.exp(after):,.1f}", f"{fall:,.1f}x")
         table.add_row(name, *row)
     console.print(table)
     console.print(f"checkpoints, config.yaml, train.log and {METRICS_FILE}: {folder}", soft_wrap=True, highlight=False)
     with (folder / "summary.json").open("w") as f:
-        json.dump({"steps": steps, "seconds": seconds, "metrics": {k: _first_last(lines, k) for k in keys}}, f, indent=1)
+        json.dump(
+            {"steps": steps, "seconds": seconds, "metrics": {k: _first_last(lines, k) for k in keys}}, f, indent=1
+        )

@@ -104,6 +104,8 @@ CHECKPOINTING = [
 def test_activation_checkpointing(checkpointing: dict) -> None:
     net = build("post", DEPTH)
     net.apply_activation_checkpointing(**checkpointing)
-    for block in net.blocks.values():  # as init_weights does: selected_ops counts the ops of a block, first use included
+    for (
+        block
+    ) in net.blocks.values():  # as init_weights does: selected_ops counts the ops of a block, first use included
         block.attention.rope.warmup_cache(16, torch.device("cpu"))
     check(net, "post", DEPTH)
