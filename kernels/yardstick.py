@@ -8,9 +8,10 @@ a result passes when ``err(result) <= 2 * err(plain)``, where ``plain`` is what 
 products, softmax and autograd on low-precision tensors: :func:`plain_attention`). The factor is :data:`FACTOR` everywhere;
 there are no per-test tolerances.
 
-Three corners. A result that is not finite where the truth is finite never passes. Where the truth is exactly zero the relative error
-has no meaning: the absolute norms are compared instead. And the bound never falls below one rounding of the truth to the
-result's dtype (:data:`FLOOR`): a plain computation that happens to be exact would otherwise ask for what no dtype can hold.
+Three corners. A result that is not finite where the truth is finite never passes. Where the truth is exactly zero the
+relative error has no meaning: the absolute norms are compared instead. And the bound never falls below one rounding of the
+truth to the result's dtype (:data:`FLOOR`): a plain computation that happens to be exact would otherwise ask for what no dtype
+can hold.
 """
 
 from __future__ import annotations

@@ -80,7 +80,9 @@ def backward(
         depth_k = depth_v = q_depth = grad_depth_k = grad_depth_v = None
     for what, grad in (("grad_depth_k", grad_depth_k), ("grad_depth_v", grad_depth_v)):
         if grad is not None and grad.stride(-1) != 1:
-            raise ValueError(f"fused backward: {what} must have a contiguous last dimension, got strides {grad.stride()}")
+            raise ValueError(
+                f"fused backward: {what} must have a contiguous last dimension, got strides {grad.stride()}"
+            )
     if grad_lse is not None:
         grad_lse = grad_lse.float().contiguous()
     do, q_, k, v, depth_k, depth_v, q_depth, o = _rows(grad_out, q, k, v, depth_k, depth_v, q_depth, out)

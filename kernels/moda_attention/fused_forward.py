@@ -5,7 +5,7 @@ key/value head side by side, so K and V, of the sequence and of the depth slots 
 
     for every block of sequence keys:   (acc, m, l) <- softmax_step(q K^T, V)
     for every block of depth keys:      (acc, m, l) <- softmax_step(q_depth Kd^T hidden unless visible, Vd)
-    out = acc / l,  lse = m + log2(l)
+    out = acc / l,  lse = m ln 2 + ln l
 
 Depth keys are flattened to (slot, token of the tile's window); a row sees the columns of its own token (``CHUNKED``: of the
 tokens from its chunk's start to itself, the window then reaches back to the first chunk of the tile). With TOKENS = BLOCK_M / G
@@ -23,9 +23,22 @@ import triton
 import triton.language as tl
 
 from .problem import Problem
-from .tiles import LOG2_E, Tile, TileChooser, load_tile, next_power_of_two, softmax_step, tma_descriptor, tma_ready
+from .tiles import (
+    LOG2_E,
+    Tile,
+    TileChooser,
+    depth_columns,
+    key_range,
+    load_tile,
+    natural_lse,
+    next_power_of_two,
+    sees,
+    softmax_step,
+    tma_descriptor,
+    tma_ready,
+)
 
-__all__ = ["forward", "forward_kernel", "row_bounds"]
+__all__ = ["device_of", "forward", "forward_kernel", "problem_kind", "row_bounds", "strides"]
 
 
 @triton.jit
@@ -41,15 +54,7 @@ def _walk_sequence(
         kt = load_tile(k, batch, head, n, stride_kb, stride_kh, stride_kt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
         if MASKED:
-            cols = n + tl.arange(0, BLOCK_N)
-            if CAUSAL:
-                visible = cols[None, :] <= token[:, None]
-            elif DOCUMENTS:
-                visible = cols[None, :] < end[:, None]
-            else:
-                visible = (cols < length)[None, :]
-            if DOCUMENTS:
-                visible &= cols[None, :] >= start[:, None]
+            visible = sees(token, n + tl.arange(0, BLOCK_N), start, end, length, CAUSAL, DOCUMENTS)
             s = tl.where(visible, s, float("-inf"))
         vt = load_tile(v, batch, head, n, stride_vb, stride_vh, stride_vt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         acc, m, den = softmax_step(s, vt, acc, m, den, scale_log2, MASKED)
@@ -97,31 +102,17 @@ def forward_kernel(
     if SEQUENCE:
         start = token
         end = token
-        lo = 0
-        hi = length
+        lo, inner, plain, hi = key_range(seq_start, seq_end, first, last, length, BLOCK_N, CAUSAL, DOCUMENTS)
         if DOCUMENTS:
             start = tl.load(seq_start + token, mask=token < length, other=0)
             end = tl.load(seq_end + token, mask=token < length, other=0)
-            lo = tl.load(seq_start + first) // BLOCK_N * BLOCK_N
-            hi = tl.load(seq_end + last)
-        if CAUSAL:
-            hi = last + 1
-            plain = (first + 1) // BLOCK_N * BLOCK_N  # every row sees every key of the blocks before this
-        elif DOCUMENTS:
-            plain = tl.load(seq_end + first) // BLOCK_N * BLOCK_N
-        else:
-            plain = length // BLOCK_N * BLOCK_N
-        if DOCUMENTS:
-            plain = tl.maximum(plain, lo)
-            inner = tl.minimum(tl.cdiv(tl.load(seq_start + last), BLOCK_N) * BLOCK_N, plain)
             acc, m, den = _walk_sequence(
                 acc, m, den, qt, k, v, batch, head, token, start, end, lo, inner,
                 stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
                 True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
             )  # fmt: skip
-            lo = inner
         acc, m, den = _walk_sequence(
-            acc, m, den, qt, k, v, batch, head, token, start, end, lo, plain,
+            acc, m, den, qt, k, v, batch, head, token, start, end, inner, plain,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
             False, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
         )  # fmt: skip
@@ -140,25 +131,20 @@ def forward_kernel(
             base = tl.load(chunk_start + first)
             width = last + 1 - base
         else:
+            since = token
             base = first
             width = TOKENS
         key_base = depth_k + b64 * stride_akb + head.to(tl.int64) * stride_akh
         value_base = depth_v + b64 * stride_avb + head.to(tl.int64) * stride_avh
         for n in tl.range(0, n_slots * width, BLOCK_N):
-            j = n + tl.arange(0, BLOCK_N)
-            slot = j // width
-            u = base + j % width
+            slot, u, exists, visible = depth_columns(n, base, width, n_slots, length, token, since, BLOCK_N, CHUNKED)
             s64 = slot.to(tl.int64)
             u64 = u.to(tl.int64)
-            there = ((slot < n_slots) & (u < length))[:, None] & (d < DIM)[None, :]
+            there = exists[:, None] & (d < DIM)[None, :]
             k_at = s64[:, None] * stride_aks + u64[:, None] * stride_akt + d[None, :]
             kt = tl.load(key_base + k_at, mask=there, other=0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            if CHUNKED:
-                visible = (u[None, :] <= token[:, None]) & (u[None, :] >= since[:, None])
-            else:
-                visible = u[None, :] == token[:, None]
-            s = tl.where(visible & (slot < n_slots)[None, :], s, float("-inf"))
+            s = tl.where(visible, s, float("-inf"))
             v_at = s64[:, None] * stride_avs + u64[:, None] * stride_avt + d[None, :]
             vt = tl.load(value_base + v_at, mask=there, other=0.0)
             acc, m, den = softmax_step(s, vt, acc, m, den, scale_log2, True)
@@ -167,7 +153,7 @@ def forward_kernel(
     o_at = b64 * stride_ob + t64[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
     tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=inside)
     l_at = (b64 * n_heads + q_head) * length + token
-    tl.store(lse + l_at, (m + tl.math.log2(den)) * 0.6931471805599453, mask=real)
+    tl.store(lse + l_at, natural_lse(m, den), mask=real)
 
 
 # Rows x keys, fastest first at the paper's shapes. Fewer rows waste less on depth, more rows re-read K and V less; the caps on
@@ -217,7 +203,7 @@ def row_bounds(p: Problem, depth: bool) -> Tuple[Optional[torch.Tensor], Optiona
     return start, end
 
 
-def _strides(x: Optional[torch.Tensor], order: Tuple[int, ...]) -> List[int]:
+def strides(x: Optional[torch.Tensor], order: Tuple[int, ...]) -> List[int]:
     return [0] * len(order) if x is None else [x.stride(i) for i in order]
 
 
@@ -249,11 +235,11 @@ def forward(
             keys, values = (tma_descriptor(x, tile.block_n, block_dim) for x in (k, v))
         rows = tile.block_m
         grid = (triton.cdiv(p.length, rows // padded), p.n_kv_heads, p.batch)
-        with _device_of(q):
+        with device_of(q):
             forward_kernel[grid](
                 q, q_depth, keys, values, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
-                *_strides(q, tbh), *_strides(q_depth, tbh), *_strides(k, tbh), *_strides(v, tbh),
-                *_strides(depth_k, sbth), *_strides(depth_v, sbth), *_strides(out, tbh),
+                *strides(q, tbh), *strides(q_depth, tbh), *strides(k, tbh), *strides(v, tbh),
+                *strides(depth_k, sbth), *strides(depth_v, sbth), *strides(out, tbh),
                 p.length, p.n_slots, p.n_heads, p.scale * LOG2_E,
                 GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
                 BLOCK_M=rows, BLOCK_N=tile.block_n,
@@ -273,5 +259,5 @@ def problem_kind(p: Problem, depth_query: bool) -> Tuple[Any, ...]:
     return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)
 
 
-def _device_of(x: torch.Tensor) -> Any:
+def device_of(x: torch.Tensor) -> Any:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -7,6 +7,7 @@ one fused multiply-add, ``exp2(s * scale * log2(e) - m)``, so q is never rounded
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -20,10 +21,16 @@ __all__ = [
     "LOG2_E",
     "Tile",
     "TileChooser",
+    "accurate_exp",
+    "depth_columns",
+    "key_range",
+    "load_row_values",
     "load_tile",
+    "natural_lse",
     "next_power_of_two",
     "probabilities",
     "score_gradients",
+    "sees",
     "softmax_step",
     "tma_descriptor",
     "tma_ready",
@@ -33,14 +40,16 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 # --- steps inside a kernel -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_tile(x, batch, head, row, stride_b, stride_h, stride_t, n_rows, dim, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def load_tile(
+    x, batch, head, row, stride_b, stride_h, stride_t, n_rows, dim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """``[ROWS, DIM]``: rows ``row..`` of one head of ``x``, a tensor descriptor over (B, H, T, D) or a pointer."""
     if TMA:
         tile = x.load([batch, head, row, 0]).reshape(ROWS, DIM)
@@ -51,6 +60,76 @@ def load_tile(x, batch, head, row, stride_b, stride_h, stride_t, n_rows, dim, RO
         at = base + r.to(tl.int64)[:, None] * stride_t + d[None, :]
         tile = tl.load(at, mask=(r < n_rows)[:, None] & (d < dim)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def load_row_values(x, index, row, row_stride, length, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """``[ROWS]`` values of line ``index`` of ``x`` ``[N, row_stride]`` (a descriptor or a pointer), zero past the end."""
+    if TMA:
+        values = x.load([index, row]).reshape(ROWS)
+    else:
+        r = row + tl.arange(0, ROWS)
+        values = tl.load(x + tl.full([], index, tl.int64) * row_stride + r, mask=r < length, other=0.0)
+    return values
+
+
+@triton.jit
+def key_range(
+    seq_start, seq_end, first, last, length,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Sequence keys that the tokens ``first..last`` see: blocks from ``lo`` to ``hi``.
+
+    Every token sees every key of the blocks from ``inner`` to ``plain``; those before (with documents) and after need a mask.
+    """
+    lo = 0
+    hi = length
+    if DOCUMENTS:
+        lo = tl.load(seq_start + first) // BLOCK_N * BLOCK_N
+        hi = tl.load(seq_end + last)
+    if CAUSAL:
+        hi = last + 1
+        plain = (first + 1) // BLOCK_N * BLOCK_N
+    elif DOCUMENTS:
+        plain = tl.load(seq_end + first) // BLOCK_N * BLOCK_N
+    else:
+        plain = length // BLOCK_N * BLOCK_N
+    inner = lo
+    if DOCUMENTS:
+        plain = tl.maximum(plain, lo)
+        inner = tl.minimum(tl.cdiv(tl.load(seq_start + last), BLOCK_N) * BLOCK_N, plain)
+    return lo, inner, plain, hi
+
+
+@triton.jit
+def sees(token, cols, start, end, length, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """``[rows, keys]`` mask of the sequence keys ``cols`` that each row's token sees; start, end: its document."""
+    if CAUSAL:
+        visible = cols[None, :] <= token[:, None]
+    elif DOCUMENTS:
+        visible = cols[None, :] < end[:, None]
+    else:
+        visible = (cols < length)[None, :]
+    if DOCUMENTS:
+        visible &= cols[None, :] >= start[:, None]
+    return visible
+
+
+@triton.jit
+def depth_columns(n, base, width, n_slots, length, token, since, BLOCK_N: tl.constexpr, CHUNKED: tl.constexpr):
+    """Depth keys n.. of a tile, flattened to (slot, token of the window ``base .. base + width``).
+
+    Returns slot and token of each column, whether it exists, and the ``[rows, keys]`` mask of what each row sees: its own token's
+    slots or, ``CHUNKED``, those of the tokens ``since .. token``.
+    """
+    j = n + tl.arange(0, BLOCK_N)
+    slot = j // width
+    u = base + j % width
+    if CHUNKED:
+        visible = (u[None, :] <= token[:, None]) & (u[None, :] >= since[:, None])
+    else:
+        visible = u[None, :] == token[:, None]
+    return slot, u, (slot < n_slots) & (u < length), visible & (slot < n_slots)[None, :]
 
 
 @triton.jit
@@ -73,9 +152,38 @@ def softmax_step(s, v, acc, m, den, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def probabilities(s, lse_log2, scale_log2):
-    """Normalised softmax of raw scores; ``lse_log2`` (broadcastable) is the row's LSE in exponents of two."""
-    return tl.math.exp2(s * scale_log2 - lse_log2)
+def accurate_exp(x):
+    """exp of fp32 to about one unit in the last place (Cody and Waite's reduction, a polynomial of degree 7).
+
+    The hardware's exp2 is off by up to two, and so is its argument after a product with log2(e): fp32 gradients show it.
+    """
+    x = tl.maximum(x, -86.0)  # e**-86: the smallest p that is not subnormal is of no consequence
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = x - n * 0.693145751953125  # the upper bits of ln 2: exact
+    r = r - n * 1.4286068203094172e-06
+    e = 1.0 + r * (1.0 + r * (0.5 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))))))
+    two_to_n = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return e * two_to_n
+
+
+@triton.jit
+def natural_lse(m, den):
+    """Natural-log LSE from a maximum in exponents of two and its denominator, rounded once."""
+    return m * 0.693145751953125 + (m * 1.4286068203094172e-06 + tl.log(den))
+
+
+@triton.jit
+def probabilities(s, lse, scale, scale_log2, SINGLE: tl.constexpr):
+    """Normalised softmax of raw scores from the rows' LSE (broadcastable).
+
+    The LSE comes in exponents of two, so that one fused multiply-add is enough. For fp32 inputs (``SINGLE``) it stays natural:
+    rounding it a second time would cost as much accuracy as all else together.
+    """
+    if SINGLE:
+        p = accurate_exp(s * scale - lse)
+    else:
+        p = tl.math.exp2(s * scale_log2 - lse)
+    return p
 
 
 @triton.jit
@@ -155,7 +263,9 @@ class TileChooser:
         self.chosen: Dict[Hashable, Tile] = {}
         self.timings: Dict[Hashable, List[Tuple[str, Optional[float]]]] = {}
 
-    def choose(self, key: Hashable, tiles: Sequence[Tile], launch: Callable[[Tile], None], device: torch.device) -> Tile:
+    def choose(
+        self, key: Hashable, tiles: Sequence[Tile], launch: Callable[[Tile], None], device: torch.device
+    ) -> Tile:
         """The tile for ``key``. ``launch`` must leave a correct result however often it is called."""
         if key in self.chosen:
             return self.chosen[key]
@@ -169,8 +279,8 @@ class TileChooser:
         for tile in tiles:
             try:
                 launch(tile)
-                ms = _time(lambda: launch(tile)) if timed else 0.0
-            except Exception as error:  # noqa: BLE001 - the compiler has many error types; re-raised below if none works
+                ms = _time(functools.partial(launch, tile)) if timed else 0.0
+            except Exception as error:  # the compiler has many error types
                 if not _is_resource_error(error):
                     raise
                 failure = error
