@@ -23,7 +23,7 @@ from moda.errors import UserError
 
 from .tokenizer import Tokenizer
 
-__all__ = ["PYTHON_STDLIB", "Document", "PreparedText", "prepare_text"]
+__all__ = ["PYTHON_STDLIB", "Document", "PreparedText", "prepare_text", "read_documents"]
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,11 @@ def _read_text(path: Path) -> str:
         raise UserError("data.text", f"a readable file {path}", hint=str(e)) from None
 
 
-def _documents(sources: Sequence[str]) -> Iterator[Document]:
+def read_documents(sources: Sequence[str]) -> Iterator[Document]:
+    """The documents of files, folders, globs or the Python library, in a stable order.
+
+    :raises UserError: for sources that do not exist or cannot be read.
+    """
     for source in sources:
         label, files = _expand(source)
         if not files:
@@ -181,7 +185,7 @@ def prepare_text(
     :raises UserError: for missing or unreadable text.
     """
     sources = [text] if isinstance(text, str) else list(text)
-    documents = list(_documents(sources))
+    documents = list(read_documents(sources))
     if not documents:
         raise UserError("data.text", "at least one document that is not empty", ", ".join(sources))
     key = hashlib.sha256(json.dumps([FORMAT, tokenizer.describe(), validation_fraction]).encode())
