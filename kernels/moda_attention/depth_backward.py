@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .depth_forward import LOG2_E, Tile, depth_logits, row_of_program, slot_layout
+from .depth_forward import LOG2_E, Tile, depth_logits, packed_heads, rows_of_program, slot_layout
 
 __all__ = ["Pending", "backward_tile", "depth_backward", "flush"]
 
@@ -51,8 +51,8 @@ def _depth_backward_kernel(
     do_stride_b, do_stride_t, do_stride_h,
     dq_stride_b, dq_stride_t, dq_stride_h,
     dlse_stride_b, dlse_stride_h, dlse_stride_t,
-    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr, ALL_FRESH: tl.constexpr, ONE_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,54 +60,52 @@ def _depth_backward_kernel(
         v_slot_stride = k_slot_stride
         dk_slot_stride = k_slot_stride
         dv_slot_stride = k_slot_stride
-    row, batch, t, head = row_of_program(T, N_KV_HEADS)
-    g = tl.arange(0, BLOCK_G)
+    row, batch, t, head = rows_of_program(T, N_KV_HEADS, HEADS)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    s = tl.arange(0, BLOCK_S)
-    g_mask = g < G
-    gd_mask = g_mask[:, None] & (d < D)[None, :]
-    heads = (head * G + g).to(tl.int64)
+    m_mask = m < HEADS * G
+    md_mask = m_mask[:, None] & (d < D)[None, :]
+    heads = head * G + m
 
-    q = tl.load(
-        q_ptr + batch * q_stride_b + t * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=gd_mask, other=0.0
-    )
-    do = tl.load(
-        do_ptr + batch * do_stride_b + t * do_stride_t + heads[:, None] * do_stride_h + d[None, :],
-        mask=gd_mask, other=0.0,
-    )  # fmt: skip
-    out = tl.load(
-        out_ptr + batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :],
-        mask=gd_mask, other=0.0,
-    )  # fmt: skip
-    lse = tl.load(lse_ptr + (batch * (N_KV_HEADS * G) + heads) * T + t, mask=g_mask, other=0.0) * LOG2_E
+    q_offset = batch * q_stride_b + t * q_stride_t + heads[:, None] * q_stride_h + d[None, :]
+    q = tl.load(q_ptr + q_offset, mask=md_mask, other=0.0)
+    do_offset = batch * do_stride_b + t * do_stride_t + heads[:, None] * do_stride_h + d[None, :]
+    do = tl.load(do_ptr + do_offset, mask=md_mask, other=0.0)
+    out_offset = batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
+    out = tl.load(out_ptr + out_offset, mask=md_mask, other=0.0)
+    lse = tl.load(lse_ptr + (batch * (N_KV_HEADS * G) + heads) * T + t, mask=m_mask, other=0.0) * LOG2_E
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     if HAS_DLSE:
         dlse_offset = batch * dlse_stride_b + heads * dlse_stride_h + t * dlse_stride_t
-        delta -= tl.load(dlse_ptr + dlse_offset, mask=g_mask, other=0.0).to(tl.float32)
-    dq = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+        delta -= tl.load(dlse_ptr + dlse_offset, mask=m_mask, other=0.0).to(tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if DEFER:
-        keep = row * (G * D) + g[:, None] * D + d[None, :]
-        tl.store(q_keep_ptr + keep, q, mask=gd_mask)
-        tl.store(do_keep_ptr + keep, do, mask=gd_mask)
+        keep = (row * G + m)[:, None] * D + d[None, :]
+        tl.store(q_keep_ptr + keep, q, mask=md_mask)
+        tl.store(do_keep_ptr + keep, do, mask=md_mask)
 
-    s64 = s.to(tl.int64)[:, None]
-    k_offset = row * D + s64 * k_slot_stride + d[None, :]
-    v_offset = row * D + s64 * v_slot_stride + d[None, :]
-    dk_offset = row * D + s64 * dk_slot_stride + d[None, :]
-    dv_offset = row * D + s64 * dv_slot_stride + d[None, :]
-    pending_offset = (row * G + g.to(tl.int64)[:, None]) * pending_row + pending_first + s[None, :]
+    STEP: tl.constexpr = BLOCK_N // HEADS
+    step = tl.arange(0, STEP)
+    in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
+    slot = (n // HEADS).to(tl.int64)[:, None]
+    k_offset = in_slot + slot * k_slot_stride
+    v_offset = in_slot + slot * v_slot_stride
+    dk_offset = in_slot + slot * dk_slot_stride
+    dv_offset = in_slot + slot * dv_slot_stride
+    pending_offset = (row * G + m)[:, None] * pending_row + pending_first + step[None, :]
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
     dv_slot = tl.cast(dv_slot_stride, tl.int64)
-    for start in tl.range(0, n_slots, BLOCK_S, num_stages=STAGES):
-        slots = start + s
+    for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
+        slots = start + n // HEADS
         valid = (slots < n_slots)[:, None]
         if BLOCK_D != D:
             valid = valid & (d < D)[None, :]
         k = tl.load(k_ptr + start * k_slot + k_offset, mask=valid, other=0.0, eviction_policy="evict_first")
         v = tl.load(v_ptr + start * v_slot + v_offset, mask=valid, other=0.0, eviction_policy="evict_first")
-        x = depth_logits(q, k, slots, n_slots, scale * LOG2_E, PRECISION)
+        x = depth_logits(q, k, m, n, slots, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
         p = tl.exp2(x - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None]) * scale
@@ -115,8 +113,11 @@ def _depth_backward_kernel(
         ds_low = ds.to(k.dtype)
         dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
         if DEFER:
-            # A flush looks at real slots only, so that whole tiles may be written, up to the end of the row.
-            keep_mask = g_mask[:, None] & (pending_first + start + s < pending_row)[None, :]
+            if HEADS > 1:  # a query row has numbers in the columns of its own head only: adding up the others is exact
+                p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
+                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
+            # A flush looks at real slots only, so that whole steps may be written, up to the end of the row.
+            keep_mask = m_mask[:, None] & (pending_first + start + step < pending_row)[None, :]
             tl.store(p_ptr + pending_offset + start, p_low, mask=keep_mask)
             tl.store(ds_ptr + pending_offset + start, ds_low, mask=keep_mask)
         else:
@@ -129,8 +130,8 @@ def _depth_backward_kernel(
 
     dq_ptrs = dq_ptr + batch * dq_stride_b + t * dq_stride_t + heads[:, None] * dq_stride_h + d[None, :]
     if ADD_DQ:
-        dq += tl.load(dq_ptrs, mask=gd_mask, other=0.0).to(tl.float32)
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=gd_mask)
+        dq += tl.load(dq_ptrs, mask=md_mask, other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=md_mask)
 
 
 @triton.jit
@@ -181,39 +182,37 @@ def _flush_few_kernel(
     N_PENDING: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N_SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
 ):  # fmt: skip
-    """The flush for one to four slots, where a tile of the matrix unit would be mostly empty: sums on the vector units."""
+    """The flush for one to four slots, where a tile of the matrix unit would be mostly empty: sums on the vector units.
+
+    The first half of the grid does dK, the second dV, so that a thread's sums leave room for many loads in flight.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     r_mask = rows < n_rows
     mask = r_mask[:, None] & (d < D)[None, :]
-    k0 = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
-    v0 = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
-    k1, v1, k2, v2, k3, v3 = k0, v0, k0, v0, k0, v0
+    if tl.program_id(1) == 0:
+        weight_ptr, x_ptr, grad_ptr, slot_stride = ds_ptr, q_ptr, dk_ptr, dk_slot_stride
+    else:
+        weight_ptr, x_ptr, grad_ptr, slot_stride = p_ptr, do_ptr, dv_ptr, dv_slot_stride
+    a0 = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    a1, a2, a3 = a0, a0, a0
     for i in tl.static_range(N_PENDING * G):
         at = (i // G) * keep_layer + (rows[:, None] * G + i % G) * D + d[None, :]
-        q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        do = tl.load(do_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        at_s = (i // G) * pending_layer + (rows * G + i % G) * pending_row + first
-        k0 += tl.load(ds_ptr + at_s, mask=r_mask, other=0.0).to(tl.float32)[:, None] * q
-        v0 += tl.load(p_ptr + at_s, mask=r_mask, other=0.0).to(tl.float32)[:, None] * do
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        weight = weight_ptr + (i // G) * pending_layer + (rows * G + i % G) * pending_row + first
+        a0 += tl.load(weight, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 1:
-            k1 += tl.load(ds_ptr + at_s + 1, mask=r_mask, other=0.0).to(tl.float32)[:, None] * q
-            v1 += tl.load(p_ptr + at_s + 1, mask=r_mask, other=0.0).to(tl.float32)[:, None] * do
+            a1 += tl.load(weight + 1, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 2:
-            k2 += tl.load(ds_ptr + at_s + 2, mask=r_mask, other=0.0).to(tl.float32)[:, None] * q
-            v2 += tl.load(p_ptr + at_s + 2, mask=r_mask, other=0.0).to(tl.float32)[:, None] * do
+            a2 += tl.load(weight + 2, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 3:
-            k3 += tl.load(ds_ptr + at_s + 3, mask=r_mask, other=0.0).to(tl.float32)[:, None] * q
-            v3 += tl.load(p_ptr + at_s + 3, mask=r_mask, other=0.0).to(tl.float32)[:, None] * do
+            a3 += tl.load(weight + 3, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
     offset = rows[:, None] * D + d[None, :]
     for j in tl.static_range(N_SLOTS):
-        at = tl.full([1, 1], j, dtype=tl.int32) + first
-        fresh = (at >= fresh_lo) & (at < fresh_hi)
-        slot = tl.cast(first + j, tl.int64)
-        dk = (k0, k1, k2, k3)[j]
-        dv = (v0, v1, v2, v3)[j]
-        _store_or_add(dk_ptr + slot * dk_slot_stride + offset, dk, mask, fresh, ALL_FRESH)
-        _store_or_add(dv_ptr + slot * dv_slot_stride + offset, dv, mask, fresh, ALL_FRESH)
+        at_slot = tl.full([1, 1], j, dtype=tl.int32) + first
+        fresh = (at_slot >= fresh_lo) & (at_slot < fresh_hi)
+        to = grad_ptr + tl.cast(first + j, tl.int64) * slot_stride + offset
+        _store_or_add(to, (a0, a1, a2, a3)[j], mask, fresh, ALL_FRESH)
 
 
 class Pending:
@@ -241,8 +240,8 @@ class Pending:
 def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
     """The backward tile of a dtype and padded head dim."""
     if dtype == torch.float32 or block_d > 64:
-        return Tile(slots=16, stages=2, warps=2)
-    return Tile(slots=16, stages=3 if deferred else 2, warps=1)
+        return Tile(keys=16, stages=2, warps=2)
+    return Tile(keys=16, stages=3, warps=1, registers=96) if deferred else Tile(keys=16, stages=2, warps=1)
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -300,7 +299,9 @@ def depth_backward(
         dk, dv, pending_row = grad_depth_k, grad_depth_v, 0
         keep = (q, q, q, q)
     dl = lse if grad_lse is None else grad_lse
-    _depth_backward_kernel[(B * T * Hk,)](
+    G = Hq // Hk
+    heads = tile.heads or packed_heads(Hk, G)
+    _depth_backward_kernel[(B * T * Hk // heads,)](
         q, depth_k, depth_v, out, grad_out, lse, dl, dq, dk, dv, *keep,
         T, S, fresh[0], fresh[1], scale,
         k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_row, first_slot,
@@ -309,8 +310,8 @@ def depth_backward(
         grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
         dq.stride(0), dq.stride(1), dq.stride(2),
         dl.stride(0), dl.stride(1), dl.stride(2),
-        N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_G=max(16, triton.next_power_of_2(Hq // Hk)), BLOCK_D=block_d,
-        BLOCK_S=tile.slots, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=pending is not None,
+        N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
+        BLOCK_D=block_d, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=pending is not None,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= S,
         ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee", STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
@@ -342,7 +343,7 @@ def flush(
     if tile is None and slots[1] - slots[0] <= FEW_SLOTS:
         n_rows = B * T * Hk
         block_r = max(1, 1024 // block_d)
-        _flush_few_kernel[(triton.cdiv(n_rows, block_r),)](
+        _flush_few_kernel[(triton.cdiv(n_rows, block_r), 2)](
             pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
             n_rows, slots[0], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
             pending.row, pending.p.stride(0), pending.q.stride(0),
@@ -350,17 +351,19 @@ def flush(
             ALL_FRESH=all_fresh, num_warps=4,
         )  # fmt: skip
         return
-    tile = tile or flush_tile(pending.q.dtype, block_d)
+    tile = tile or flush_tile(pending.q.dtype, block_d, slots[1] - slots[0])
     _flush_kernel[(B * T * Hk,)](
         pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
         slots[0], slots[1], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
         pending.row, pending.p.stride(0), pending.q.stride(0), count,
         G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
-        BLOCK_S=tile.slots, ALL_FRESH=all_fresh, PRECISION="ieee", STAGES=tile.stages,
+        BLOCK_S=tile.keys, ALL_FRESH=all_fresh, PRECISION="ieee", STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
-def flush_tile(dtype: torch.dtype, block_d: int) -> Tile:
-    """The flush tile of a dtype and padded head dim."""
-    return Tile(slots=16, stages=2, warps=1 if dtype != torch.float32 and block_d <= 64 else 2)
+def flush_tile(dtype: torch.dtype, block_d: int, slots: int) -> Tile:
+    """The flush tile of a dtype, a padded head dim and a number of slots."""
+    if dtype == torch.float32 or block_d > 64 or slots > 16:
+        return Tile(keys=32 if slots > 16 else 16, stages=2, warps=2)
+    return Tile(keys=16, stages=2, warps=1)

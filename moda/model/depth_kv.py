@@ -81,8 +81,10 @@ class DepthProjection(nn.Module):
         self.w_v = nn.Linear(d_model, width, bias=bias, dtype=dtype, device=init_device)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``."""
-        return self.w_k(x), self.w_v(x)
+        """K and V ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``, from one matrix product instead of two narrow ones."""
+        bias = None if self.w_k.bias is None else torch.cat([self.w_k.bias, self.w_v.bias])
+        k, v = nn.functional.linear(x, torch.cat([self.w_k.weight, self.w_v.weight]), bias).chunk(2, dim=-1)
+        return k, v
 
     @staticmethod
     def num_params(d_model: int, width: int, bias: bool) -> int:
