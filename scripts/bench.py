@@ -1,0 +1,55 @@
+"""Benchmarks. ``python scripts/bench.py kernels --table 2`` measures the operator; see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", help="the operator: tables of the paper, siblings, a training step")
+    kernels.add_argument("--table", required=True, choices=("2", "7", "siblings", "training"), help="what to measure")
+    kernels.add_argument("--out", type=Path, default=ROOT / "kernels" / "results", help="folder of CSV files and plots")
+    kernels.add_argument("--variants", nargs="+", metavar="NAME", help="measure these variants only")
+    kernels.add_argument("--only", metavar="TEXT", help="measure the cases whose name contains TEXT")
+    kernels.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand (0: none)")
+    kernels.add_argument("--budget-ms", type=float, default=150.0, help="time of each measurement's repetitions")
+    kernels.add_argument("--plot-only", action="store_true", help="draw the plots of an existing CSV")
+    arguments = parser.parse_args()
+    if arguments.table == "training":
+        return int(importlib.import_module("moda.benchmark").main(arguments.out))
+    return _kernels(arguments)
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from kernels.benchmarks.plots import draw_sweeps
+
+    console = Console(soft_wrap=True, highlight=False)
+    if not arguments.plot_only:
+        if not torch.cuda.is_available():
+            console.print("bench: a CUDA device is needed (--plot-only draws from an existing CSV)")
+            return 2
+        from kernels.benchmarks.runner import run_table
+        from kernels.benchmarks.variants import VARIANTS
+
+        run_table(
+            arguments.table, arguments.out, arguments.variants or tuple(VARIANTS), arguments.jobs, arguments.only,
+            arguments.budget_ms, progress=console.print,
+        )  # fmt: skip
+    for path in draw_sweeps(arguments.out / f"table_{arguments.table}.csv"):
+        console.print(f"plot: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
