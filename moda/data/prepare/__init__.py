@@ -1,0 +1,24 @@
+"""From any text to token files, on datatrove: readers, de-duplication, tokenizing, shards and a manifest.
+
+``prepare`` and its options are imported on use, so that worker processes stay light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .options import PrepareOptions, load_options
+    from .run import Preparation, prepare
+
+__all__ = ["PrepareOptions", "Preparation", "load_options", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PrepareOptions", "load_options"):
+        from . import options as module
+    elif name in ("Preparation", "prepare"):
+        from . import run as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

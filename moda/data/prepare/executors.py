@@ -1,0 +1,166 @@
+"""Running a stage: datatrove's executors for one machine, Ray and Slurm, behind one call.
+
+A task that fails leaves its reason in ``state/errors``, because the executors lose it in different ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import os
+import traceback
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import multiprocess
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from moda.errors import UserError
+
+from .tasks import read_json, write_json
+
+__all__ = ["make_executor", "raise_errors", "run_stage"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """datatrove's logs go to its log files only: the terminal shows progress."""
+    logger.remove()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+    logger.remove()
+
+
+def _note_error(state: str, stage: str, rank: int, e: BaseException) -> None:
+    if isinstance(e, UserError):
+        note: Dict[str, Any] = {"key": e.key, "expected": e.expected, "got": None if e.got is None else str(e.got)}
+        note["hint"] = e.hint
+    elif isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some and run the same command again: it goes on from here"
+        note = {"key": "output", "expected": f"enough disk space under {Path(state).parent}", "got": None, "hint": hint}
+    else:
+        what = "".join(traceback.format_exception_only(type(e), e)).strip()
+        log = f"{state}/stages/{stage}/logs/task_{rank:05d}.log"
+        note = {"key": f"task {rank} of stage {stage}", "expected": "no failure", "got": what, "hint": f"see {log}"}
+    with contextlib.suppress(OSError):  # on a full disk the exception itself still tells
+        write_json(Path(state) / "errors" / f"{stage}-{rank:05d}.json", note)
+
+
+class _Noted:
+    """What our executors do around a task: keep the terminal quiet, and keep the reason of a failure."""
+
+    state: str
+    stage: str
+    pipeline: List[Any]
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process a task: no threads inside
+        try:
+            with _quiet():
+                return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
+        except Exception as e:
+            _note_error(self.state, self.stage, rank, e)
+            raise RuntimeError(str(e)) from None  # one that can be pickled
+
+
+class _Local(_Noted, LocalPipelineExecutor):
+    def run(self) -> None:
+        """datatrove's loop without its manager process, which outlives a killed parent."""
+        ranks = self.get_incomplete_ranks()
+        self.save_executor_as_json()
+        if self.workers == 1:
+            pipeline: List[Any] = self.pipeline
+            try:
+                for rank in ranks:
+                    self.pipeline = copy.deepcopy(pipeline)
+                    self._run_for_rank(rank)
+            finally:
+                self.pipeline = pipeline
+            return
+        context = multiprocess.get_context(self.start_method)
+        with context.Pool(min(self.workers, len(ranks))) as pool:
+            for _ in pool.imap_unordered(self._run_for_rank, ranks):
+                pass
+
+
+class _Ray(_Noted, RayPipelineExecutor):
+    pass
+
+
+class _Slurm(_Noted, SlurmPipelineExecutor):
+    pass
+
+
+def make_executor(
+    kind: str, pipeline: List[PipelineStep], tasks: int, *, state: str, stage: str, workers: int, slurm: Dict[str, Any]
+) -> Any:
+    """datatrove's executor of a stage.
+
+    :param kind: ``local``, ``ray`` or ``slurm``.
+    :param workers: tasks that run at a time.
+    :param slurm: further settings of datatrove's ``SlurmPipelineExecutor``.
+    """
+    logs = f"{state}/stages/{stage}"
+    common: Dict[str, Any] = dict(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
+    executor: Any
+    if kind == "local":
+        executor = _Local(**common)
+    elif kind == "ray":
+        executor = _Ray(**common, mem_per_cpu_gb=0.5)
+    else:
+        executor = _Slurm(**common, **{"mail_type": "NONE", "job_name": f"prepare-{stage}", **slurm})
+    executor.state, executor.stage = state, stage
+    return executor
+
+
+def raise_errors(state: str) -> None:
+    """The first failure that a task noted, as an error of this process.
+
+    :raises UserError: if there is one.
+    """
+    notes = sorted((Path(state) / "errors").glob("*.json"))
+    if notes:
+        note = read_json(notes[0])
+        raise UserError(note["key"], note["expected"], note["got"], note["hint"])
+
+
+def run_stage(executor: Any) -> None:
+    """Run a stage to its end where it runs here, or submit it.
+
+    :raises UserError: with the reason of the first task that failed.
+    """
+    failure: Optional[Exception] = None
+    try:
+        with _quiet():
+            executor.run()
+    except (RuntimeError, OSError) as e:
+        failure = e
+    raise_errors(executor.state)
+    if failure is not None:
+        if isinstance(failure, OSError) and failure.errno == errno.ENOSPC:
+            raise UserError("output", f"enough disk space under {executor.state}", hint="free some and run it again")
+        raise failure
+
+
+def start_ray(address: Optional[str]) -> None:
+    """Join the Ray cluster at ``address``, or start one on this machine; its workers find this project's packages.
+
+    :raises UserError: where Ray is not installed or the cluster cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("executor", "Ray to be installed (pip install ray)", "ray") from None
+    root = str(Path(__file__).resolve().parents[3])
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    if not ray.is_initialized():
+        environment = {"env_vars": {"PYTHONPATH": paths}}
+        try:
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise UserError(
+                "ray_address", "a Ray cluster that can be reached", address, str(e).split("\n")[0]
+            ) from None

@@ -1,0 +1,179 @@
+"""What a preparation can be told, checked when it is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from moda.config.load import read_yaml
+from moda.config.schema import TokenizerSection
+from moda.config.typed import from_dict
+from moda.errors import UserError
+
+__all__ = ["Dedup", "ExecutorKind", "Format", "PrepareOptions", "SourceOptions", "load_options"]
+
+
+class Format(str, Enum):
+    auto = "auto"
+    jsonl = "jsonl"
+    lines = "lines"
+    text = "text"
+    code = "code"
+    parquet = "parquet"
+    huggingface = "huggingface"
+
+
+class Policy(str, Enum):
+    error = "error"
+    skip = "skip"
+
+
+class Dedup(str, Enum):
+    none = "none"
+    exact = "exact"
+    minhash = "minhash"
+
+
+class ExecutorKind(str, Enum):
+    local = "local"
+    ray = "ray"
+    slurm = "slurm"
+
+
+@dataclass
+class SourceOptions:
+    """``sources.NAME``. A plain string or list is its ``path``.
+
+    :param path: files, folders and globs; or the name or folder of a Hugging Face dataset.
+    :param format: ``auto`` goes by suffix: .jsonl, .parquet, and text for the rest. ``lines``: a document a line. ``code``: the
+        files of a folder that are program text. ``huggingface``: ``path`` is for ``datasets.load_dataset``.
+    :param field: the text field of a record.
+    :param config: configuration of a Hugging Face dataset.
+    :param split: its split.
+    :param streaming: read it without downloading it first.
+    :param shards: tasks that share it.
+    """
+
+    path: Union[str, List[str]]
+    format: Format = Format.auto
+    field: str = "text"
+    config: Optional[str] = None
+    split: Optional[str] = None
+    streaming: bool = False
+    shards: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        self.format = Format(self.format)
+        if isinstance(self.path, str):
+            self.path = [self.path]
+        if not self.path:
+            raise UserError("sources.path", "at least one file, folder or glob", self.path)
+        given = [n for n in ("config", "split", "shards") if getattr(self, n) is not None] + [
+            "streaming"
+        ] * self.streaming
+        if self.format != Format.huggingface and given:
+            raise UserError(f"sources.{given[0]}", "to be used with format: huggingface", self.format.value)
+        if self.format == Format.huggingface:
+            if len(self.path) != 1:
+                raise UserError("sources.path", "one dataset", self.path)
+            self.split = self.split or "train"
+        if self.shards is not None and self.shards < 1:
+            raise UserError("sources.shards", "an integer >= 1", self.shards)
+
+
+@dataclass
+class MinHashOptions:
+    """``minhash``: a pair of documents whose word n-grams overlap by s is found with probability 1-(1-s^hashes)^buckets."""
+
+    n_grams: int = 5
+    buckets: int = 14
+    hashes_per_bucket: int = 8
+
+
+@dataclass
+class PrepareOptions:
+    """A preparation: text in, token files and a manifest out.
+
+    :param output: the folder to make. It appears when everything is there; until then there is ``OUTPUT.partial``.
+    :param sources: what to read, by name. Token files are named after it.
+    :param tokenizer: as ``data.tokenizer`` of a run.
+    :param validation_fraction: share of the documents held out, by a hash of their text.
+    :param shard_tokens: tokens in a shard, at most (a longer document is a shard by itself).
+    :param task_bytes: input that a task reads; null: a 64th of all input, from 4 MiB to 256 MiB.
+    :param dedup: ``exact`` (equal text) or ``minhash`` (nearly equal text), over all sources.
+    :param bad_input: what invalid UTF-8 or JSON, a missing field or a broken file leads to.
+    :param empty: what a document without text leads to.
+    :param executor: where tasks run. Like ``workers`` it changes nothing in the result.
+    :param workers: tasks at a time; null for one a core (16 on Slurm).
+    :param ray_address: a Ray cluster; null for one of this machine.
+    :param slurm: settings of datatrove's SlurmPipelineExecutor; ``time`` and ``partition`` are needed.
+    """
+
+    output: str
+    sources: Dict[str, Union[SourceOptions, str, List[str]]]
+    tokenizer: Union[TokenizerSection, str] = "dolma2"
+    validation_fraction: float = 0.005
+    shard_tokens: int = 1 << 27
+    task_bytes: Optional[int] = None
+    dedup: Dedup = Dedup.none
+    minhash: MinHashOptions = field(default_factory=MinHashOptions)
+    bad_input: Policy = Policy.error
+    empty: Policy = Policy.skip
+    executor: ExecutorKind = ExecutorKind.local
+    workers: Optional[int] = None
+    ray_address: Optional[str] = None
+    slurm: Optional[Dict[str, Any]] = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("sources", "at least one source (sources.NAME=PATH)")
+        for name, given in self.sources.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise UserError("sources", "names of letters, digits, dots, dashes and underscores", name)
+            self.sources[name] = given if isinstance(given, SourceOptions) else SourceOptions(given)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = TokenizerSection(self.tokenizer)
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError("validation_fraction", "a number from 0 to below 1", self.validation_fraction)
+        for key in ("shard_tokens", "task_bytes", "workers"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(key, "an integer >= 1", value)
+        missing = {"time", "partition"} - set(self.slurm or {})
+        if self.executor == ExecutorKind.slurm and missing:
+            raise UserError("slurm", f"a value for {' and '.join(sorted(missing))}", self.slurm)
+
+    @property
+    def root(self) -> Path:
+        return Path(self.output).expanduser()
+
+    def source(self, name: str) -> SourceOptions:
+        found = self.sources[name]
+        assert isinstance(found, SourceOptions)
+        return found
+
+
+def load_options(path: Optional[str], overrides: Sequence[str]) -> PrepareOptions:
+    """Options from a YAML file, ``key=value`` pairs, or both.
+
+    :raises UserError: naming the key that is wrong.
+    """
+    if path is not None:
+        data: Mapping[str, Any] = read_yaml(path, overrides)
+    else:
+        for pair in overrides:
+            if "=" not in pair:
+                raise UserError("argument", "key=value, or one YAML file first", pair)
+        try:
+            plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+        except (OmegaConfBaseException, YAMLError) as e:
+            raise UserError("argument", "key=value with a YAML value", " ".join(str(e).split())) from None
+        data = cast(Mapping[str, Any], plain)
+    return from_dict(PrepareOptions, data)

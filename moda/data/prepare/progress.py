@@ -1,0 +1,109 @@
+"""How far a stage is: input bytes and documents read so far, shown live with the time that is left."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, Optional, Tuple, Type
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Watch", "format_bytes"]
+
+log = logging.getLogger(__name__)
+
+_LINE_SECONDS = 10.0
+
+
+def format_bytes(n: float) -> str:
+    """``1.5 GB`` and the like (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+class Watch:
+    """Shows a stage's progress while the body runs: a bar on a terminal, a line now and then elsewhere.
+
+    :param title: what is going on.
+    :param state: the state folder.
+    :param stage: the stage's name.
+    :param total: input bytes, or None if they are not known: then tasks are counted.
+    :param tasks: the stage's tasks.
+    """
+
+    def __init__(self, title: str, state: Path, stage: str, total: Optional[int], tasks: int, console: Console) -> None:
+        self.title, self.total, self.tasks, self.console = title, total, tasks, console
+        self._notes = state / "progress" / stage
+        self._marks = state / "stages" / stage / "completions"
+        self._seen: Dict[str, Tuple[int, int]] = {}
+        self._finished: set = set()
+        self._stop = threading.Event()
+        self._started = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def read(self) -> Tuple[int, int, int]:
+        """(bytes, documents, finished tasks) so far."""
+        finished = {p.name for p in self._marks.iterdir()} if self._marks.is_dir() else set()
+        names = [p for p in self._notes.iterdir()] if self._notes.is_dir() else []
+        for path in names:
+            if path.name in self._finished:
+                continue  # its last note has been read
+            try:
+                note = orjson.loads(path.read_bytes())
+                self._seen[path.name] = (note["bytes"], note["documents"])
+            except (OSError, ValueError):
+                continue  # being written
+        self._finished = finished
+        done = sum(b for b, _ in self._seen.values())
+        return done, sum(d for _, d in self._seen.values()), len(finished)
+
+    def _loop(self) -> None:
+        bar: Optional[Progress] = None
+        task: Any = None
+        first, _, first_tasks = self.read()  # of an interrupted run: not part of this one's pace
+        if self.console.is_terminal:
+            bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            task = bar.add_task(self.title, total=self.total or self.tasks, figures="")
+            bar.start()
+        last_line = time.monotonic()
+        while True:
+            stopping = self._stop.wait(0.5)
+            done, documents, tasks = self.read()
+            seconds = max(time.monotonic() - self._started, 1e-9)
+            position, total, before = (done, self.total, first) if self.total else (tasks, self.tasks, first_tasks)
+            pace = (position - before) / seconds
+            figures = f"{tasks}/{self.tasks} tasks, {documents:,} documents"
+            if self.total:
+                figures += f", {format_bytes(done)} of {format_bytes(self.total)}, {format_bytes(pace)}/s"
+            if bar is not None:
+                bar.update(task, completed=min(position, total or 1), figures=figures)
+            elif not stopping and time.monotonic() - last_line > _LINE_SECONDS:
+                last_line = time.monotonic()
+                left = f"{((total or 0) - position) / pace:.0f} s" if pace > 0 else "unknown"
+                self.console.print(f"{self.title}: {figures}, ETA {left}", highlight=False, soft_wrap=True)
+            if stopping:
+                break
+        if bar is not None:
+            bar.stop()
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], tb: Optional[TracebackType]
+    ) -> None:
+        self._stop.set()
+        self._thread.join()

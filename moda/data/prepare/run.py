@@ -1,0 +1,337 @@
+"""A preparation from its options to the finished folder: plan, lock, stages, shards, manifest, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from datatrove.pipeline.base import PipelineStep
+from rich.console import Console
+
+from moda.config.typed import to_dict
+from moda.data.manifest import MANIFEST, read_manifest
+from moda.data.tokenizer import Tokenizer, load_tokenizer
+from moda.errors import UserError
+
+from . import dedup
+from .executors import make_executor, raise_errors, run_stage, start_ray
+from .inputs import make_tasks
+from .options import Dedup, ExecutorKind, PrepareOptions
+from .pack import ShardWriter, plan_shards
+from .progress import Watch
+from .readers import TaskReader
+from .tasks import STATE, Task, read_json, write_json, write_task
+from .tokenize import SPLITS, PartTokenizer
+
+__all__ = ["Preparation", "prepare"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the output; part of the manifest
+_NOT_IN_RESULT = ("output", "executor", "workers", "ray_address", "slurm")
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A finished preparation.
+
+    :param folder: where it is.
+    :param manifest: its manifest.
+    :param seconds: how long this call worked on it; 0 if it was there already.
+    """
+
+    folder: Path
+    manifest: Dict[str, Any]
+    seconds: float
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Keep a second preparation out of a folder. The lock goes with the process, however that ends."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = (partial / ".lock").open("a+")
+    except OSError as e:
+        raise UserError("output", f"a folder that can be written ({partial})", hint=str(e)) from None
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by child processes
+        except (BlockingIOError, PermissionError):
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(
+                "output", f"no other preparation at work in {partial}", holder, "wait for it to end"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield
+
+
+def _result_options(options: PrepareOptions) -> Dict[str, Any]:
+    """The options that the output depends on; they are part of the manifest."""
+    plain = to_dict(options)
+    return {k: v for k, v in plain.items() if k not in _NOT_IN_RESULT}
+
+
+def _plan(options: PrepareOptions, tokenizer: Tokenizer, tasks: List[Task], inputs: Dict[str, Any]) -> Dict[str, Any]:
+    """What identifies a preparation: the same plan gives the same bytes."""
+    files: List[List[Any]] = []
+    for task in tasks:
+        for p in task.pieces:
+            stamp = None if p.kind == "hf" else os.stat(p.path).st_mtime_ns
+            files.append([p.kind, p.path, p.start, p.end, p.size, stamp])
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "options": _result_options(options),
+        "tokenizer": tokenizer.describe(),
+        "tasks": len(tasks),
+        "inputs": inputs,
+        "pieces": digest,
+    }
+
+
+def _open_plan(state: Path, plan: Dict[str, Any], tasks: List[Task]) -> None:
+    """Start a preparation, or check that the one that was interrupted is this one."""
+    file = state / "plan.json"
+    if file.is_file():
+        before = read_json(file)
+        for name, value in plan.items():
+            if before.get(name) != value:
+                what = "input files" if name in ("pieces", "inputs", "tasks") else name
+                raise UserError(
+                    "output",
+                    f"the same {what} as the unfinished preparation in {state.parent}",
+                    hint="go on with what it was begun with, or pass --restart",
+                )
+        log.info("going on with the unfinished preparation in %s", state.parent)
+    else:
+        for rank, task in enumerate(tasks):
+            write_task(state, rank, task)
+        write_json(file, plan)
+    shutil.rmtree(state / "errors", ignore_errors=True)
+    for scratch in state.parent.rglob(".*.partial"):
+        scratch.unlink(missing_ok=True)
+
+
+def _forget_unfinished(state: Path, stage: str, whole: Callable[[int], bool], tasks: int) -> None:
+    """Drop the completion marks of tasks whose files are not (or no longer) there."""
+    marks = state / "stages" / stage / "completions"
+    for rank in range(tasks):
+        mark = marks / f"{rank:05d}"
+        if mark.is_file() and not whole(rank):
+            mark.unlink()
+
+
+class _Stages:
+    """Runs the stages of one preparation, one after the other."""
+
+    def __init__(self, options: PrepareOptions, state: Path, console: Console) -> None:
+        self.options, self.state, self.console = options, state, console
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = options.workers or (16 if options.executor == ExecutorKind.slurm else cores)
+        if options.executor == ExecutorKind.ray:
+            start_ray(options.ray_address)
+
+    def run(
+        self, title: str, stage: str, pipeline: List[PipelineStep], tasks: int, total: Optional[int] = None
+    ) -> None:
+        """Run a stage until all its tasks are complete.
+
+        :raises UserError: with the reason if one fails.
+        """
+        state = str(self.state)
+        executor = make_executor(
+            self.options.executor.value, pipeline, tasks, state=state, stage=stage, workers=self.workers,
+            slurm=self.options.slurm or {},
+        )  # fmt: skip
+        if not executor.get_incomplete_ranks():
+            return
+        with Watch(title, self.state, stage, total, tasks, self.console):
+            run_stage(executor)
+            while left := executor.get_incomplete_ranks():  # Slurm's executor returns when it has submitted
+                raise_errors(state)
+                if self.options.executor != ExecutorKind.slurm:
+                    logs = self.state / "stages" / stage / "logs"
+                    raise UserError(
+                        "executor", f"all tasks of {stage} to succeed", f"{len(left)} did not", f"see {logs}"
+                    )
+                time.sleep(_POLL_SECONDS)
+
+
+def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: List[Task], dtype: str) -> None:
+    """Everything up to the parts."""
+    options, state = stages.options, str(stages.state)
+    total = sum(t.size for t in tasks) or None
+    found: List[dedup.Stage] = []
+    make_filter: Optional[Callable[[], PipelineStep]] = None
+    if options.dedup == Dedup.exact:
+        found, make_filter = dedup.exact(state, len(tasks))
+    elif options.dedup == Dedup.minhash:
+        m = options.minhash
+        settings = dict(n_grams=m.n_grams, buckets=m.buckets, hashes_per_bucket=m.hashes_per_bucket)
+        found, make_filter = dedup.minhash(state, len(tasks), **settings)
+    for name, pipeline, count in found:
+        stages.run(f"duplicates: {name}", name, pipeline, count, total if name == "hash" else None)
+    parts = stages.state / "parts"
+
+    def whole(rank: int) -> bool:
+        names = (f"{rank:05d}.{split}.{kind}" for split in SPLITS for kind in ("tokens", "ends"))
+        return (parts / f"{rank:05d}.json").is_file() and all((parts / n).is_file() for n in names)
+
+    _forget_unfinished(stages.state, "tokenize", whole, len(tasks))
+    path = str(tokenizer.path.resolve()) if tokenizer.path is not None else str(tokenizer.config.identifier)
+    step = PartTokenizer(
+        state, path, vocab_size=tokenizer.config.vocab_size, eos_token_id=tokenizer.config.eos_token_id, dtype=dtype,
+        validation_fraction=options.validation_fraction,
+    )  # fmt: skip
+    pipeline = [TaskReader(state, "tokenize"), *([make_filter()] if make_filter else []), step]
+    stages.run("tokenizing", "tokenize", pipeline, len(tasks), total)
+
+
+def _pack(stages: _Stages, tasks: List[Task], dtype: str) -> List[Dict[str, Any]]:
+    """Shards of all sources, written and hashed; what each holds, in order."""
+    state = stages.state
+    plans: List[Dict[str, Any]] = []
+    for name in stages.options.sources:
+        ranks = [r for r, t in enumerate(tasks) if t.source == name]
+        for split in SPLITS:
+            for i, shard in enumerate(plan_shards(state / "parts", ranks, split, stages.options.shard_tokens)):
+                plans.append({"file": f"{split}/{name}-{i:05d}.npy", "source": name, "split": split, **shard})
+    if not any(p["split"] == "train" for p in plans):
+        raise UserError("sources", "at least one document that is not empty")
+    for rank, shard in enumerate(plans):
+        write_json(state / "pack" / f"{rank:05d}.json", shard)
+    root = state.parent
+
+    def whole(rank: int) -> bool:
+        note, file = state / "packed" / f"{rank:05d}.json", root / plans[rank]["file"]
+        return note.is_file() and file.is_file() and file.stat().st_size == read_json(note)["bytes"]
+
+    _forget_unfinished(state, "pack", whole, len(plans))
+    stages.run("writing shards", "pack", [ShardWriter(str(root), str(state), dtype)], len(plans))
+    return [read_json(state / "packed" / f"{rank:05d}.json") for rank in range(len(plans))]
+
+
+def _source_summary(state: Path, tasks: List[Task], name: str, shards: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Documents, tokens, bytes and hash of one source, and what was left out of it."""
+    counts: Counter = Counter()
+    splits: Dict[str, Counter] = {split: Counter() for split in SPLITS}
+    for rank, task in enumerate(tasks):
+        if task.source == name:
+            counts.update(read_json(state / "reads" / f"{rank:05d}.json"))
+            part = read_json(state / "parts" / f"{rank:05d}.json")
+            for split in SPLITS:
+                splits[split].update(part[split])
+    keys = ("documents", "tokens", "bytes")
+    total = {k: sum(splits[s][k] for s in SPLITS) for k in keys}
+    read = counts.pop("documents", 0)
+    digest = hashlib.sha256("".join(s["sha256"] for s in shards if s["source"] == name).encode()).hexdigest()
+    return {
+        **total,
+        **{split: {k: splits[split][k] for k in keys} for split in SPLITS},
+        "duplicates": read - total["documents"],
+        "skipped": dict(sorted(counts.items())),
+        "sha256": digest,
+    }
+
+
+def _finish(partial: Path, out: Path) -> None:
+    """Turn the folder of an unfinished preparation into the output; one that is being replaced goes last."""
+    old: Optional[Path] = None
+    if out.exists():
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        out.rename(old)
+    partial.rename(out)
+    for path in (old, out / STATE):
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
+    (out / ".lock").unlink(missing_ok=True)
+
+
+def prepare(
+    options: PrepareOptions, *, restart: bool = False, overwrite: bool = False, console: Optional[Console] = None
+) -> Preparation:
+    """Tokenize text into shards with a manifest.
+
+    The output depends on the inputs and on the options that the manifest holds, and on nothing else. An interrupted
+    preparation goes on where it was when it is called again.
+
+    :param restart: throw away an unfinished preparation of the same output.
+    :param overwrite: replace a finished output, when the new one is complete.
+
+    :raises UserError: naming what is wrong; a finished output is untouched.
+    """
+    console = console or Console()
+    started = time.monotonic()
+    assert not isinstance(options.tokenizer, str)
+    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer.load()  # now, rather than in every worker
+    dtype = "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32"
+    out = options.root
+    tasks, inputs = make_tasks(options)
+    plan = _plan(options, tokenizer, tasks, inputs)
+    if out.exists() and not (out / MANIFEST).is_file():  # never to be replaced, whatever was asked
+        raise UserError("output", "a folder that does not exist, or one that was prepared here", str(out))
+    if out.exists() and not overwrite:
+        return _already_there(out, plan)
+    partial = out.with_name(out.name + ".partial")
+    with _locked(partial):
+        if out.exists() and not overwrite:  # another process finished it in between
+            shutil.rmtree(partial)
+            return _already_there(out, plan)
+        if restart:
+            for path in partial.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        state = partial / STATE
+        _open_plan(state, plan, tasks)
+        stages = _Stages(options, state, console)
+        _tokenize(stages, tokenizer, tasks, dtype)
+        shards = _pack(stages, tasks, dtype)
+        manifest: Dict[str, Any] = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.describe(),
+            "dtype": dtype,
+            "options": plan["options"],
+            "inputs": inputs,
+            "sources": {name: _source_summary(state, tasks, name, shards) for name in options.sources},
+            "shards": {s.pop("file"): s for s in (dict(s) for s in shards)},
+        }
+        write_json(partial / MANIFEST, manifest, indent=1)
+        _finish(partial, out)
+    return Preparation(out, manifest, time.monotonic() - started)
+
+
+def _already_there(out: Path, plan: Dict[str, Any]) -> Preparation:
+    """A finished output, if it is what is asked for and whole.
+
+    :raises UserError: otherwise.
+    """
+    manifest = read_manifest(out / MANIFEST)
+    for name in ("options", "tokenizer", "inputs"):
+        if manifest.get(name) != plan[name]:
+            hint = "choose another output, or pass --overwrite to replace it once the new one is complete"
+            raise UserError("output", f"a folder prepared with the same {name}", str(out), hint)
+    for name, entry in manifest["shards"].items():
+        path = out / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            raise UserError(
+                "output", f"{path} with {entry['bytes']} bytes", size or "no file", "--overwrite makes it again"
+            )
+    shutil.rmtree(out / STATE, ignore_errors=True)  # left by a kill between the last two steps
+    return Preparation(out, manifest, 0.0)
