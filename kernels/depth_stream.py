@@ -45,7 +45,7 @@ ATTENTION = 0
 FFN = 1
 
 #: How many layers' depth gradients are kept before they are flushed, unless a stream is told otherwise. Chosen by measurement:
-#: 4 and 12 are slower on a 36-layer model. They take ``DEFER * B * T * Hq * 2 * (S + D)`` elements, S rounded up to 16.
+#: 4 and 12 are slower on a 36-layer model. They take ``DEFER * B * T * Hq * 2 * (S + D)`` elements.
 DEFER = 8
 #: Slots that are flushed together when one of them is taken.
 WINDOW = 4
@@ -139,7 +139,7 @@ class DepthStream:
     :param layout: which slots are written and read.
     :param backend: the operator's backend, as in :func:`kernels.moda_attention`.
     :param defer: how many layers' depth gradients are kept before a flush; 1 adds each layer's at once, which is also what
-        backends other than ``split`` do. Memory: ``defer * B * T * Hq * 2 * (S rounded up to 16 + D)`` elements.
+        backends other than ``split`` do. Memory: ``defer * B * T * Hq * 2 * (S + D)`` elements.
     """
 
     def __init__(self, layout: DepthLayout, backend: str = "auto", defer: int = DEFER) -> None:

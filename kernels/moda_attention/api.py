@@ -157,6 +157,29 @@ def _(q, k, v, depth_k, depth_v, q_depth, cu_seqlens, causal, scale, depth_chunk
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, Hq, T, dtype=dtype)
 
 
+def _solve_backward(
+    p: Problem,
+    solver: Backend,
+    grad_out: torch.Tensor,
+    grad_lse: Optional[torch.Tensor],
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    depth_k: Optional[torch.Tensor],
+    depth_v: Optional[torch.Tensor],
+    q_depth: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> List[torch.Tensor]:
+    """The gradients of q, k, v, depth_k, depth_v, q_depth, in this order, of those that are given."""
+    grad_dk = None if depth_k is None else torch.empty(depth_k.shape, dtype=q.dtype, device=q.device)
+    grad_dv = None if depth_v is None else torch.empty(depth_v.shape, dtype=q.dtype, device=q.device)
+    dq, dk, dv, dqd = solver.backward(
+        p, grad_out, grad_lse, q, k, v, depth_k, depth_v, q_depth, out, lse, grad_dk, grad_dv, (0, p.n_slots)
+    )
+    return [g for g in (dq, dk, dv, grad_dk, grad_dv, dqd) if g is not None]
+
+
 def _attention_backward_implementation(
     grad_out: torch.Tensor,
     grad_lse: Optional[torch.Tensor],
@@ -178,12 +201,8 @@ def _attention_backward_implementation(
         q, k, v, depth_k, depth_v, q_depth=q_depth, causal=causal, scale=scale, depth_chunk=depth_chunk,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    grad_dk = None if depth_k is None else torch.empty(depth_k.shape, dtype=q.dtype, device=q.device)
-    grad_dv = None if depth_v is None else torch.empty(depth_v.shape, dtype=q.dtype, device=q.device)
-    dq, dk, dv, dqd = get_backend(backend, p).backward(
-        p, grad_out, grad_lse, q, k, v, depth_k, depth_v, q_depth, out, lse, grad_dk, grad_dv, (0, p.n_slots)
-    )
-    return [g for g in (dq, dk, dv, grad_dk, grad_dv, dqd) if g is not None]
+    solver = get_backend(backend, p)
+    return _solve_backward(p, solver, grad_out, grad_lse, q, k, v, depth_k, depth_v, q_depth, out, lse)
 
 
 _attention_backward = torch.library.custom_op(
@@ -224,18 +243,30 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 class _Eager(torch.autograd.Function):
     """The same two steps for eager callers: a custom op's dispatch costs a quarter of a millisecond a call, which is a quarter
-    of the whole operator at 4,096 tokens."""
+    of the whole operator at 4,096 tokens. What was checked in the forward pass is not checked again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        output = _attention_implementation(*arguments)
-        _setup_context(ctx, arguments, output)
-        return output
+        q, k, v, depth_k, depth_v, q_depth, cu_seqlens, causal, scale, depth_chunk, backend = arguments
+        p = make_problem(
+            q, k, v, depth_k, depth_v, q_depth=q_depth, causal=causal, scale=scale, depth_chunk=depth_chunk,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        solver = get_backend(backend, p)
+        out, lse = solver.forward(p, q, k, v, depth_k, depth_v, q_depth)
+        ctx.save_for_backward(q, k, v, depth_k, depth_v, q_depth, out, lse)
+        ctx.p, ctx.solver = p, solver
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Optional[torch.Tensor], grad_lse: Optional[torch.Tensor]) -> Tuple[Any, ...]:
-        return _differentiate(ctx, grad_out, grad_lse, _attention_backward_implementation)
+        *inputs, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = iter(_solve_backward(ctx.p, ctx.solver, grad_out, grad_lse, *inputs, out, lse))
+        return (*(None if x is None else next(grads) for x in inputs), None, None, None, None, None)
 
 
 #: Tensors that the eager path takes; subclasses (fake tensors, DTensor) go through the custom op.

@@ -26,8 +26,6 @@ from .depth_forward import LOG2_E, Tile, depth_logits, packed_heads, rows_of_pro
 
 __all__ = ["Pending", "backward_tile", "depth_backward", "flush"]
 
-#: Slots of a pending row are padded to a multiple of this, so that rows of p and ds start on 32-byte sectors.
-SLOT_PADDING = 16
 #: A flush of at most this many slots takes the kernel without matrix products.
 FEW_SLOTS = 4
 
@@ -45,7 +43,7 @@ def _depth_backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr,
     p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr,
     T, n_slots, fresh_lo, fresh_hi, scale,
-    k_slot_stride, v_slot_stride, dk_slot_stride, dv_slot_stride, pending_row, pending_first,
+    k_slot_stride, v_slot_stride, dk_slot_stride, dv_slot_stride, pending_slots, pending_first,
     q_stride_b, q_stride_t, q_stride_h,
     out_stride_b, out_stride_t, out_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
@@ -93,7 +91,9 @@ def _depth_backward_kernel(
     v_offset = in_slot + slot * v_slot_stride
     dk_offset = in_slot + slot * dk_slot_stride
     dv_offset = in_slot + slot * dv_slot_stride
-    pending_offset = (row * G + m)[:, None] * pending_row + pending_first + step[None, :]
+    # p and ds of a token are [slot, query head]: what a program keeps of a slot is contiguous
+    token = row // N_KV_HEADS
+    pending_offset = (token * pending_slots + pending_first + step[None, :]) * (N_KV_HEADS * G) + heads[:, None]
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
@@ -116,10 +116,9 @@ def _depth_backward_kernel(
             if HEADS > 1:  # a query row has numbers in the columns of its own head only: adding up the others is exact
                 p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
                 ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
-            # A flush looks at real slots only, so that whole steps may be written, up to the end of the row.
-            keep_mask = m_mask[:, None] & (pending_first + start + step < pending_row)[None, :]
-            tl.store(p_ptr + pending_offset + start, p_low, mask=keep_mask)
-            tl.store(ds_ptr + pending_offset + start, ds_low, mask=keep_mask)
+            keep_mask = m_mask[:, None] & (start + step < n_slots)[None, :]
+            tl.store(p_ptr + pending_offset + start * (N_KV_HEADS * G), p_low, mask=keep_mask)
+            tl.store(ds_ptr + pending_offset + start * (N_KV_HEADS * G), ds_low, mask=keep_mask)
         else:
             fresh = ((slots >= fresh_lo) & (slots < fresh_hi))[:, None]
             # Padded query rows are zero, so what p and ds hold there does not matter.
@@ -137,8 +136,8 @@ def _depth_backward_kernel(
 @triton.jit
 def _flush_kernel(
     p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
-    first, end, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_row, pending_layer, keep_layer, n_pending,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    first, end, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_slots, pending_layer, keep_layer, n_pending,
+    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ALL_FRESH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -152,23 +151,24 @@ def _flush_kernel(
     keep = layer[:, None] * keep_layer + head * D + d[None, :]
     q = tl.load(q_ptr + keep, mask=md_mask, other=0.0)
     do = tl.load(do_ptr + keep, mask=md_mask, other=0.0)
-    pending = layer[:, None] * pending_layer + head * pending_row + s[None, :]
+    in_token = (row % N_KV_HEADS * G + mg % G)[:, None]
+    token = row // N_KV_HEADS * pending_slots
+    pending = layer[:, None] * pending_layer + (token + s[None, :]) * (N_KV_HEADS * G) + in_token
     s64 = s.to(tl.int64)[:, None]
     dk_offset = row * D + s64 * dk_slot_stride + d[None, :]
     dv_offset = row * D + s64 * dv_slot_stride + d[None, :]
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
     dv_slot = tl.cast(dv_slot_stride, tl.int64)
-    # Tiles start on multiples of BLOCK_S, so that rows of p and ds are loaded in 16-byte pieces.
-    for start in tl.range(first // BLOCK_S * BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+    for start in tl.range(first, end, BLOCK_S, num_stages=STAGES):
         slots = start + s
-        valid = ((slots >= first) & (slots < end))[:, None]
+        valid = (slots < end)[:, None]
         if BLOCK_D != D:
             valid = valid & (d < D)[None, :]
         fresh = ((slots >= fresh_lo) & (slots < fresh_hi))[:, None]
-        # Columns outside [first, end) may hold anything: they only reach gradient rows that are not stored.
-        at = pending + tl.multiple_of(start, BLOCK_S)
-        ds = tl.load(ds_ptr + at, mask=m_mask[:, None], other=0.0)
-        p = tl.load(p_ptr + at, mask=m_mask[:, None], other=0.0)
+        at = pending + start * (N_KV_HEADS * G)
+        kept = m_mask[:, None] & (slots < end)[None, :]
+        ds = tl.load(ds_ptr + at, mask=kept, other=0.0)
+        p = tl.load(p_ptr + at, mask=kept, other=0.0)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
         _store_or_add(dk_ptr + start * dk_slot + dk_offset, dk, valid, fresh, ALL_FRESH)
         dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
@@ -178,17 +178,19 @@ def _flush_kernel(
 @triton.jit
 def _flush_few_kernel(
     p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
-    n_rows, first, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_row, pending_layer, keep_layer,
-    N_PENDING: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N_SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    n_rows, first, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_slots, pending_layer, keep_layer,
+    N_PENDING: tl.constexpr, N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N_SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
 ):  # fmt: skip
     """The flush for one to four slots, where a tile of the matrix unit would be mostly empty: sums on the vector units.
 
     The first half of the grid does dK, the second dV, so that a thread's sums leave room for many loads in flight.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    r_mask = rows < n_rows
+    r_mask = row < n_rows
+    first_weight = ((row // N_KV_HEADS).to(tl.int64) * pending_slots + first) * (N_KV_HEADS * G) + row % N_KV_HEADS * G
     mask = r_mask[:, None] & (d < D)[None, :]
     if tl.program_id(1) == 0:
         weight_ptr, x_ptr, grad_ptr, slot_stride = ds_ptr, q_ptr, dk_ptr, dk_slot_stride
@@ -199,14 +201,14 @@ def _flush_few_kernel(
     for i in tl.static_range(N_PENDING * G):
         at = (i // G) * keep_layer + (rows[:, None] * G + i % G) * D + d[None, :]
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        weight = weight_ptr + (i // G) * pending_layer + (rows * G + i % G) * pending_row + first
+        weight = weight_ptr + (i // G) * pending_layer + first_weight + i % G
         a0 += tl.load(weight, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 1:
-            a1 += tl.load(weight + 1, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
+            a1 += tl.load(weight + 1 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 2:
-            a2 += tl.load(weight + 2, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
+            a2 += tl.load(weight + 2 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
         if N_SLOTS > 3:
-            a3 += tl.load(weight + 3, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
+            a3 += tl.load(weight + 3 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
     offset = rows[:, None] * D + d[None, :]
     for j in tl.static_range(N_SLOTS):
         at_slot = tl.full([1, 1], j, dtype=tl.int32) + first
@@ -218,17 +220,17 @@ def _flush_few_kernel(
 class Pending:
     """What up to ``layers`` layers owe the depth gradients: their p, ds, q and do.
 
-    Memory: ``layers * B * T * Hq * 2 * (slots rounded up to 16, plus D)`` elements of q's dtype.
+    Memory: ``layers * B * T * Hq * 2 * (slots + D)`` elements of q's dtype.
 
     :param layers: b, how many layers are kept before their contributions must be flushed.
-    :param slots: the width of a row of p and ds: one more than the highest slot that will be kept.
+    :param slots: how many slots p and ds have room for: one more than the highest slot that will be kept.
     """
 
     def __init__(self, layers: int, slots: int, q: torch.Tensor) -> None:
         B, T, Hq, D = q.shape
         self.layers = layers
-        self.row = -(-slots // SLOT_PADDING) * SLOT_PADDING
-        self.p, self.ds = torch.empty((2, layers, B, T, Hq, self.row), dtype=q.dtype, device=q.device).unbind(0)
+        self.slots = slots
+        self.p, self.ds = torch.empty((2, layers, B, T, slots, Hq), dtype=q.dtype, device=q.device).unbind(0)
         self.q, self.do = torch.empty((2, layers, B, T, Hq, D), dtype=q.dtype, device=q.device).unbind(0)
 
     @property
@@ -278,7 +280,7 @@ def depth_backward(
     :param fresh: slots ``lo <= s < hi`` are stored, the others added to.
     :param grad_lse: ``[B, Hq, T]`` gradient of the LSE, or None.
     :param add_to: ``[B, T, Hq, D]`` to which the query gradient is added in place; a new tensor is returned if None.
-    :param pending: defer the depth gradients of this call into ``pending`` at ``index``; slot 0 of this call is column
+    :param pending: defer the depth gradients of this call into ``pending`` at ``index``; slot 0 of this call is slot
         ``first_slot`` there.
 
     :returns: the query gradient ``[B, T, Hq, D]`` (``add_to`` itself if given).
@@ -293,10 +295,10 @@ def depth_backward(
     tile = tile or backward_tile(q.dtype, block_d, pending is not None)
     if pending is not None:
         keep = (pending.p[index], pending.ds[index], pending.q[index], pending.do[index])
-        dk, dv, pending_row = depth_k, depth_v, pending.row
+        dk, dv, pending_slots = depth_k, depth_v, pending.slots
     else:
         assert grad_depth_k is not None and grad_depth_v is not None
-        dk, dv, pending_row = grad_depth_k, grad_depth_v, 0
+        dk, dv, pending_slots = grad_depth_k, grad_depth_v, 0
         keep = (q, q, q, q)
     dl = lse if grad_lse is None else grad_lse
     G = Hq // Hk
@@ -304,7 +306,7 @@ def depth_backward(
     _depth_backward_kernel[(B * T * Hk // heads,)](
         q, depth_k, depth_v, out, grad_out, lse, dl, dq, dk, dv, *keep,
         T, S, fresh[0], fresh[1], scale,
-        k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_row, first_slot,
+        k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_slots, first_slot,
         q.stride(0), q.stride(1), q.stride(2),
         out.stride(0), out.stride(1), out.stride(2),
         grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
@@ -331,7 +333,7 @@ def flush(
     """Add what pending layers owe to a range of slots: one read-modify-write (or store) of each slot.
 
     :param layers: indices ``lo <= i < hi`` in ``pending``; every one of them must have kept all of ``slots``.
-    :param slots: ``lo <= s < hi``, columns of ``pending`` and indices of the buffers.
+    :param slots: ``lo <= s < hi``, of ``pending`` and of the buffers.
     :param grad_depth_k: ``[S, B, T, Hk, D]``, slots contiguous; so is ``grad_depth_v``.
     :param fresh: slots ``lo <= s < hi`` are stored, the others added to.
     """
@@ -346,8 +348,8 @@ def flush(
         _flush_few_kernel[(triton.cdiv(n_rows, block_r), 2)](
             pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
             n_rows, slots[0], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
-            pending.row, pending.p.stride(0), pending.q.stride(0),
-            N_PENDING=count, G=Hq // Hk, D=D, N_SLOTS=slots[1] - slots[0], BLOCK_R=block_r, BLOCK_D=block_d,
+            pending.slots, pending.p.stride(0), pending.q.stride(0),
+            N_PENDING=count, N_KV_HEADS=Hk, G=Hq // Hk, D=D, N_SLOTS=slots[1] - slots[0], BLOCK_R=block_r, BLOCK_D=block_d,
             ALL_FRESH=all_fresh, num_warps=4,
         )  # fmt: skip
         return
@@ -355,8 +357,8 @@ def flush(
     _flush_kernel[(B * T * Hk,)](
         pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
         slots[0], slots[1], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
-        pending.row, pending.p.stride(0), pending.q.stride(0), count,
-        G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
+        pending.slots, pending.p.stride(0), pending.q.stride(0), count,
+        N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
         BLOCK_S=tile.keys, ALL_FRESH=all_fresh, PRECISION="ieee", STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

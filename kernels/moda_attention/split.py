@@ -28,7 +28,7 @@ class Deferred(NamedTuple):
 
     pending: Pending
     at: int
-    first_slot: int  # the column of the call's slot 0
+    first_slot: int  # what the call's slot 0 is there
 
 
 def unsupported(p: Problem) -> Optional[str]:

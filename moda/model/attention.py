@@ -29,7 +29,7 @@ from olmo_core.nn.transformer.init import InitMethod, init_linear
 
 from kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
 
-from .depth_kv import DepthAttention, DepthKeyNorm, DepthKVConfig, DepthProjection, DepthRoPE
+from .depth_kv import DepthAttention, DepthKeyNorm, DepthKVConfig, DepthProjection, DepthRoPE, joint_linear
 
 __all__ = ["MoDAAttention", "MoDAAttentionConfig"]
 
@@ -190,7 +190,7 @@ class MoDAAttention(Attention):
         del max_doc_len
         B, T, _ = x.shape
         rope: Dict[str, Any] = {} if cu_doc_lens is None else {"cu_doc_lens": cu_doc_lens}
-        raw_q, raw_k, raw_v = self.w_q(x), self.w_k(x), self.w_v(x)
+        raw_q, raw_k, raw_v = joint_linear(x, self.w_q, self.w_k, self.w_v)
         q = self._normalise(raw_q, self.q_norm)
         k = self._normalise(raw_k, self.k_norm)
         v = raw_v.unflatten(-1, (-1, self.head_dim))

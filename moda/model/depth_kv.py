@@ -11,7 +11,7 @@ from olmo_core.config import Config, StrEnum
 
 from kernels import DepthLayout
 
-__all__ = ["DepthAttention", "DepthKVConfig", "DepthKeyNorm", "DepthProjection", "DepthRoPE"]
+__all__ = ["DepthAttention", "DepthKVConfig", "DepthKeyNorm", "DepthProjection", "DepthRoPE", "joint_linear"]
 
 
 class DepthAttention(StrEnum):
@@ -65,6 +65,14 @@ class DepthKVConfig(Config):
         return DepthLayout(n_layers=n_layers, ffn=self.ffn, window=self.slots)
 
 
+def joint_linear(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """What each of ``linears`` makes of ``x``, by one matrix product: narrow ones leave a GPU idle, and in the backward pass each
+    would write a gradient of ``x`` of its own."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return nn.functional.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
+
+
 class DepthProjection(nn.Module):
     """One depth K/V pair from a tensor of the block: two matrices ``d_model x (Hk * D)``.
 
@@ -81,9 +89,8 @@ class DepthProjection(nn.Module):
         self.w_v = nn.Linear(d_model, width, bias=bias, dtype=dtype, device=init_device)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``, from one matrix product instead of two narrow ones."""
-        bias = None if self.w_k.bias is None else torch.cat([self.w_k.bias, self.w_v.bias])
-        k, v = nn.functional.linear(x, torch.cat([self.w_k.weight, self.w_v.weight]), bias).chunk(2, dim=-1)
+        """K and V ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``."""
+        k, v = joint_linear(x, self.w_k, self.w_v)
         return k, v
 
     @staticmethod
