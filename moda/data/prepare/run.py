@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
+import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
@@ -121,7 +122,7 @@ def _open_plan(state: Path, plan: Dict[str, Any], tasks: List[Task]) -> None:
     else:
         for rank, task in enumerate(tasks):
             write_task(state, rank, task)
-        write_json(file, plan)
+        write_json(file, plan, durable=True)
     shutil.rmtree(state / "errors", ignore_errors=True)
     for scratch in state.parent.rglob(".*.partial"):
         scratch.unlink(missing_ok=True)
@@ -189,8 +190,14 @@ def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: List[Task], dtype: s
     parts = stages.state / "parts"
 
     def whole(rank: int) -> bool:
-        names = (f"{rank:05d}.{split}.{kind}" for split in SPLITS for kind in ("tokens", "ends"))
-        return (parts / f"{rank:05d}.json").is_file() and all((parts / n).is_file() for n in names)
+        """Whether a part's files are there with the sizes that it noted."""
+        try:
+            held, name = read_json(parts / f"{rank:05d}.json"), f"{rank:05d}"
+            sizes = {s: [(parts / f"{name}.{s}.{kind}").stat().st_size for kind in ("tokens", "ends")] for s in SPLITS}
+        except (OSError, ValueError):
+            return False
+        width = np.dtype(dtype).itemsize
+        return all(sizes[s] == [held[s]["tokens"] * width, held[s]["documents"] * 8] for s in SPLITS)
 
     _forget_unfinished(stages.state, "tokenize", whole, len(tasks))
     path = str(tokenizer.path.resolve()) if tokenizer.path is not None else str(tokenizer.config.identifier)
@@ -311,7 +318,7 @@ def prepare(
             "sources": {name: _source_summary(state, tasks, name, shards) for name in options.sources},
             "shards": {s.pop("file"): s for s in (dict(s) for s in shards)},
         }
-        write_json(partial / MANIFEST, manifest, indent=1)
+        write_json(partial / MANIFEST, manifest, indent=1, durable=True)
         _finish(partial, out)
     return Preparation(out, manifest, time.monotonic() - started)
 

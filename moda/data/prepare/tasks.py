@@ -68,8 +68,10 @@ class Task:
         return sum(p.size for p in self.pieces)
 
 
-def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
+def write_json(path: Path, data: Any, *, indent: int | None = None, durable: bool = False) -> None:
     """Write a JSON file that appears whole or not at all.
+
+    :param durable: whether it survives a power failure (slower).
 
     :raises OSError: if it cannot be written.
     """
@@ -78,8 +80,9 @@ def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
     try:
         with scratch.open("w", encoding="utf-8") as f:
             json.dump(data, f, indent=indent, ensure_ascii=False)
-            f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -100,9 +100,7 @@ class _Part:
         """Put the files in place; what they hold."""
         self._flush()
         for file, scratch, kind in zip((self._tokens, self._ends), self._scratch, ("tokens", "ends")):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            file.close()  # not synced: the sizes are checked when the part is used
             scratch.replace(self.name.with_name(f"{self.name.name}.{kind}"))
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
 
