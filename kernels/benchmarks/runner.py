@@ -148,6 +148,8 @@ def _run_case(
                 status, reason = "parity failed", report([v for v in judged if not v.passed]).replace("\n", "; ")
         except NotRun as error:
             status, reason = "not run", str(error)
+        except ValueError as error:
+            status, reason = "refused", str(error)
         except Exception as error:  # recorded as a failure, and the other variants go on
             status, reason = "failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         torch.cuda.empty_cache()

@@ -40,7 +40,7 @@ VARIANTS: Dict[str, Variant] = {
         Variant("flash", "aten._flash_attention_forward (FlashAttention 2)", False, sequence_kernel="flash"),
         Variant("triton", "this project's fused kernels without depth slots", False, backend="fused"),
         Variant(
-            "reference", "backend reference: vectorised PyTorch, fp32 inside", True, backend="reference", longest=8192
+            "reference", "backend reference: vectorised PyTorch, fp32 inside", True, backend="reference", longest=4096
         ),
         Variant("fused", "backend fused", True, backend="fused"),
         Variant("split", "backend split", True, backend="split"),

@@ -33,12 +33,12 @@ from .tiles import (
     tma_rows,
 )
 
-__all__ = ["keys", "keys_kernel", "queries", "queries_kernel"]
+__all__ = ["keys", "keys_kernel", "queries", "queries_kernel", "split_stats"]
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse, delta, k, v, batch, head, token, start, end, lo, hi,
+    dq, q, do, lse, rest, delta, k, v, batch, head, token, start, end, lo, hi,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, dim, scale, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
@@ -49,7 +49,7 @@ def _walk_keys(
         kt = load_tile(k, batch, head, n, stride_kb, stride_kh, stride_kt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         vt = load_tile(v, batch, head, n, stride_vb, stride_vh, stride_vt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
-        p = probabilities(s, lse[:, None], scale, scale_log2, SINGLE)
+        p = probabilities(s, lse[:, None], rest[:, None], scale, scale_log2, SINGLE)
         if MASKED:
             p = tl.where(sees(token, n + tl.arange(0, BLOCK_N), start, end, length, CAUSAL, DOCUMENTS), p, 0.0)
         dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
@@ -60,7 +60,7 @@ def _walk_keys(
 
 @triton.jit
 def queries_kernel(
-    q, q_depth, k, v, depth_k, depth_v, grad_out, lse_rows, delta, grad_q_start, grad_q, grad_q_depth,
+    q, q_depth, k, v, depth_k, depth_v, grad_out, lse_rows, lse_rest, delta, grad_q_start, grad_q, grad_q_depth,
     seq_start, seq_end, chunk_start,
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -97,6 +97,9 @@ def queries_kernel(
     do = tl.load(grad_out + g_at, mask=inside, other=0.0)
     saved = (b64 * n_heads + q_head) * row_stride + token
     lse = tl.load(lse_rows + saved, mask=real, other=0.0)
+    rest = lse
+    if SINGLE:
+        rest = tl.load(lse_rest + saved, mask=real, other=0.0)
     dl = tl.load(delta + saved, mask=real, other=0.0)
     at = ((b64 * length + t64[:, None]) * n_heads + q_head[:, None]) * DIM + d[None, :]
     if START:
@@ -114,17 +117,17 @@ def queries_kernel(
             start = tl.load(seq_start + token, mask=token < length, other=0)
             end = tl.load(seq_end + token, mask=token < length, other=0)
             dq = _walk_keys(
-                dq, qt, do, lse, dl, k, v, batch, head, token, start, end, lo, inner,
+                dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, lo, inner,
                 stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
                 True, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
             )  # fmt: skip
         dq = _walk_keys(
-            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, inner, plain,
+            dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, inner, plain,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
             False, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
         )  # fmt: skip
         dq = _walk_keys(
-            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, plain, hi,
+            dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, plain, hi,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
             True, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
         )  # fmt: skip
@@ -154,7 +157,7 @@ def queries_kernel(
             kt = tl.load(key_base + k_at, mask=there, other=0.0)
             vt = tl.load(value_base + v_at, mask=there, other=0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            p = tl.where(visible, probabilities(s, lse[:, None], scale, scale_log2, SINGLE), 0.0)
+            p = tl.where(visible, probabilities(s, lse[:, None], rest[:, None], scale, scale_log2, SINGLE), 0.0)
             dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
             ds = score_gradients(p, dp, dl[:, None])
             dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
@@ -168,7 +171,7 @@ def queries_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, hi,
+    dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, lo, hi,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
     length, row_stride, n_heads, dim, scale, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SINGLE: tl.constexpr,
@@ -181,8 +184,11 @@ def _walk_queries(
         rows = m + tl.arange(0, BLOCK_M)
         qt = load_tile(q, batch, q_head, m, stride_qb, stride_qh, stride_qt, length, dim, BLOCK_M, BLOCK_DIM, TMA)
         lse = load_row_values(lse_rows, saved, m, row_stride, length, BLOCK_M, TMA)
+        rest = lse
+        if SINGLE:
+            rest = load_row_values(lse_rest, saved, m, row_stride, length, BLOCK_M, TMA)
         s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
-        p = probabilities(s, lse[None, :], scale, scale_log2, SINGLE)
+        p = probabilities(s, lse[None, :], rest[None, :], scale, scale_log2, SINGLE)
         if MASKED:
             visible = (key < length)[:, None]
             if CAUSAL:
@@ -205,7 +211,7 @@ def _walk_queries(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, grad_k, grad_v, lse_rows, delta, row_start, row_end,
+    q, k, v, grad_out, grad_k, grad_v, lse_rows, lse_rest, delta, row_start, row_end,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
     stride_ks, stride_kb, stride_kt, stride_kh, stride_vs, stride_vb, stride_vt, stride_vh,
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
@@ -272,19 +278,19 @@ def keys_kernel(
     for member in range(0, GROUP):
         q_head = head * GROUP + member
         dk, dv = _walk_queries(
-            dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, a,
+            dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, lo, a,
             stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
             scale, scale_log2, True, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
         )  # fmt: skip
         if not SLOTS:
             dk, dv = _walk_queries(
-                dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, a, b,
+                dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, a, b,
                 stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
                 scale, scale_log2, False, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
             )  # fmt: skip
             if BOUNDED:
                 dk, dv = _walk_queries(
-                    dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, b, hi,
+                    dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, b, hi,
                     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
                     scale, scale_log2, True, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
                 )  # fmt: skip
@@ -325,6 +331,11 @@ _keys_chooser = TileChooser("fused backward, keys")
 _queries_chooser = TileChooser("fused backward, queries")
 
 
+def split_stats(stats: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+    """LSE, its rest (None but for fp32 inputs) and delta of ``[2 or 3, B * Hq, L]``, which ``rows_kernel`` writes."""
+    return stats[1], stats[2] if stats.shape[0] == 3 else None, stats[0]
+
+
 def tiles_for(p: Problem, kernel: str) -> Tuple[Tile, ...]:
     """The short list of ``kernel`` ("keys" or "queries") for a problem."""
     if p.device.type != "cuda":
@@ -350,7 +361,7 @@ def keys(
 ) -> None:
     """Launch :func:`keys_kernel` over ``[S, B, T, Hk, D]`` keys: chunk-visible depth slots, or the sequence as one slot.
 
-    :param stats: ``[2, B * Hq, L]`` LSE and delta of every row, written by ``rows_kernel``.
+    :param stats: delta, LSE and (fp32 inputs) its rest for every row, see :func:`split_stats`.
     """
     block_dim = max(16, next_power_of_two(p.head_dim))
     start, end = row_bounds(p, depth=slots)
@@ -358,13 +369,13 @@ def keys(
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
 
     def launch(tile: Tile) -> None:
-        queries_, grads, lse, delta = q, grad_out, stats[0], stats[1]  # type: Any, Any, Any, Any
+        queries_, grads, lse, rest, delta = q, grad_out, *split_stats(stats)  # type: Any, Any, Any, Any, Any
         if tma:
             queries_, grads = (tma_descriptor(x, tile.block_m, block_dim) for x in (q, grad_out))
-            lse, delta = (tma_rows(x, p.length, tile.block_m) for x in (lse, delta))
+            lse, rest, delta = (x if x is None else tma_rows(x, p.length, tile.block_m) for x in (lse, rest, delta))
         with device_of(q):
             keys_kernel[(triton.cdiv(p.length, tile.block_n) * k.shape[0], p.n_kv_heads, p.batch)](
-                queries_, k, v, grads, grad_k, grad_v, lse, delta, start, end,
+                queries_, k, v, grads, grad_k, grad_v, lse, rest, delta, start, end,
                 *strides(q, tbh), *strides(grad_out, tbh), *strides(k, sbth), *strides(v, sbth),
                 *strides(grad_k, sbth), *strides(grad_v, sbth),
                 p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
@@ -410,8 +421,8 @@ def queries(
             keys_, values = (tma_descriptor(x, tile.block_n, block_dim) for x in (k, v))
         with device_of(q):
             queries_kernel[(triton.cdiv(p.length, tile.block_m // padded), p.n_kv_heads, p.batch)](
-                q, q_depth, keys_, values, depth_k, depth_v, grad_out, stats[0], stats[1], grad_q_start, grad_q,
-                grad_q_depth, seq_start, seq_end, chunk_start,
+                q, q_depth, keys_, values, depth_k, depth_v, grad_out, *split_stats(stats), grad_q_start,
+                grad_q, grad_q_depth, seq_start, seq_end, chunk_start,
                 *strides(q, tbh), *strides(q_depth, tbh), *strides(grad_out, tbh), *strides(k, tbh), *strides(v, tbh),
                 *strides(depth_k, sbth), *strides(depth_v, sbth),
                 p.length, stats.shape[-1], p.n_slots, p.n_heads, p.scale, p.scale * LOG2_E,

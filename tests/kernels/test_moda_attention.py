@@ -166,6 +166,21 @@ def test_small(backend: str, case: Case, poisoned: None) -> None:
     judge(backend, case, "cuda" if GPU else "cpu")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_output_gradient(backend: str) -> None:
+    """``out.sum().backward()`` hands back a gradient whose strides are all zero."""
+    device = "cuda" if GPU else "cpu"
+    x = draw(Case(S=2), device)
+    skip_unless_supported(backend, Case(S=2), x, device)
+    leaves = [x[n].clone().requires_grad_() for n in NAMES[:-1]]
+    out = moda_attention(*leaves, backend=backend)
+    expanded = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    rows = torch.ones(x["q"].shape[-1], dtype=out.dtype, device=device).expand_as(out)
+    for gradient in (torch.ones_like(out), rows):
+        for a, b in zip(expanded, torch.autograd.grad(out, leaves, gradient, retain_graph=True)):
+            assert relative_error(a, b) < 1e-3
+
+
 # --- the full grid -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,101 @@
+"""The benchmark's registry, floors and plots; its times need a GPU."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.benchmarks.cases import TABLES
+from kernels.benchmarks.floors import Ceilings, floor_ms, pairs
+from kernels.benchmarks.plots import draw_sweeps
+from kernels.benchmarks.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = Ceilings(bandwidth=4.24e12, matrix_rate=750e12)
+
+
+def case(table: str, **fields: object):
+    return next(c for c in TABLES[table] if all(getattr(c, n) == v for n, v in fields.items()))
+
+
+def test_tables_hold_the_papers_rows() -> None:
+    assert [c.T for c in TABLES["2"] if c.sweep == "T"] == [4096, 8192, 16384, 32768, 65536]
+    assert [c.G for c in TABLES["2"] if c.sweep == "G"] == [2, 4, 16, 32]
+    assert all(c.paper_ms is not None and c.D == 64 and c.Hk == 8 for c in TABLES["2"])
+    assert TABLES["7"][0].T == 1024
+    assert set(VARIANTS) == {"cudnn", "flash", "triton", "reference", "fused", "split"}
+
+
+def test_floors_of_the_papers_shape() -> None:
+    """Depth attention alone at T = 16384, G = 8, 64 slots, 4.24 TB/s: about 0.60 ms forward, 1.17 storing, 1.68 adding."""
+    depth = case("siblings", T=16384, sequence=False)
+    assert floor_ms(depth, "forward", H200) == pytest.approx(0.571, abs=0.01)
+    assert floor_ms(depth, "backward", H200) == pytest.approx(1.14, abs=0.03)
+    assert floor_ms(depth, "backward-add", H200) == pytest.approx(1.65, abs=0.03)
+    row = case("2", T=16384, G=8, S=64)
+    assert pairs(row) == 16384**2 / 2 + 16384 * 64
+    assert floor_ms(row, "both", H200) == pytest.approx(3.5 * 4 * pairs(row) * 64 * 64 / 750e12 * 1e3)
+
+
+def test_plots_come_from_the_csv_alone(tmp_path: Path) -> None:
+    path = tmp_path / "table_2.csv"
+    names = [
+        "sweep",
+        "T",
+        "G",
+        "S",
+        "D",
+        "Hk",
+        "variant",
+        "pass",
+        "status",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "over_cudnn",
+    ]
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, [*names, "floor_ms", "gpu", "commit"])
+        writer.writeheader()
+        for T in (8192, 16384):
+            for variant in ("cudnn", "fused"):
+                writer.writerow(
+                    dict(
+                        sweep="T", T=T, G=8, S=64, D=64, Hk=8, variant=variant, status="ok", median_ms=T / 1000,
+                        p20_ms=T / 1001, p80_ms=T / 999, over_cudnn=1.1, floor_ms=1.0, gpu="none", commit="0",
+                    ) | {"pass": "both"}
+                )  # fmt: skip
+    assert [p.name for p in draw_sweeps(path)] == ["table_2_T.png"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_without_a_gpu_the_script_says_so() -> None:
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench.py"), "kernels", "--table", "2"], capture_output=True, text=True
+    )
+    assert found.returncode == 2 and "CUDA device is needed" in found.stdout
+
+
+@pytest.mark.gpu
+def test_a_variant_that_misses_parity_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.benchmarks import runner
+    from kernels.moda_attention import fused
+
+    right = fused.forward
+
+    def wrong(*arguments):
+        out, lse = right(*arguments)
+        return out * 1.05, lse
+
+    monkeypatch.setattr(fused, "forward", wrong)
+    path = runner.run_table("7", tmp_path, ("cudnn", "fused"), only="T1024")
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {r["status"] for r in rows if r["variant"] == "fused"} == {"parity failed"}
+    assert {r["status"] for r in rows if r["variant"] == "cudnn"} == {"ok"}
+    assert all(r["median_ms"] == "" for r in rows if r["variant"] == "fused")
