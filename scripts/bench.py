@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import csv
 import sys
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def main() -> int:
     kernels.add_argument("--plot-only", action="store_true", help="draw the plots of an existing CSV")
     arguments = parser.parse_args()
     if arguments.table == "training":
-        return int(importlib.import_module("moda.benchmark").main(arguments.out))
+        return _training(arguments.out)
     return _kernels(arguments)
 
 
@@ -48,6 +48,42 @@ def _kernels(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     for path in draw_sweeps(arguments.out / f"table_{arguments.table}.csv"):
         console.print(f"plot: {path}")
+    return 0
+
+
+def _training(out: Path) -> int:
+    """A training step of whole models; the first is the baseline that the others are divided by."""
+    from rich.console import Console
+
+    from kernels.benchmarks.runner import environment
+    from moda.benchmark import training_table
+
+    console = Console(soft_wrap=True, highlight=False)
+    steps = training_table()
+    where = environment()
+    rows = [
+        {
+            "model": s.name,
+            "params": s.params,
+            "median_ms": round(s.quantile(0.5), 3),
+            "p20_ms": round(s.quantile(0.2), 3),
+            "p80_ms": round(s.quantile(0.8), 3),
+            "tokens_per_second": round(s.tokens_per_second),
+            "over_baseline": round(s.tokens_per_second / steps[0].tokens_per_second, 4),
+            "peak_gib": round(s.peak_bytes / 2**30, 2),
+            **where,
+        }
+        for s in steps
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "table_training.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        console.print(
+            "{model:28s} {median_ms:9.2f} ms {tokens_per_second:8d} tokens/s {over_baseline:.3f}".format(**row)
+        )
     return 0
 
 
