@@ -80,10 +80,10 @@ def _training(out: Path) -> int:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    for row in rows:
-        console.print(
-            "{model:28s} {median_ms:9.2f} ms {tokens_per_second:8d} tokens/s {over_baseline:.3f}".format(**row)
-        )
+    for step in steps:
+        speed = step.tokens_per_second
+        ratio = speed / steps[0].tokens_per_second
+        console.print(f"{step.name:28s} {step.quantile(0.5):9.2f} ms {speed:8.0f} tokens/s {ratio:.3f}")
     return 0
 
 
