@@ -76,7 +76,9 @@ def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many kinds on damaged bytes
         reason = str(e).split("\n")[0] or type(e).__name__
-        raise UserError("checkpoint", f"a whole checkpoint in {folder.parent}", f"{name} cannot be read", reason) from None
+        raise UserError(
+            "checkpoint", f"a whole checkpoint in {folder.parent}", f"{name} cannot be read", reason
+        ) from None
     if not isinstance(tensor, torch.Tensor):
         raise UserError("checkpoint", f"a tensor for {name} in {path}", type(tensor).__name__)
     return tensor
@@ -200,7 +202,11 @@ def _find_tokenizer(node: Any) -> Optional[TokenizerSection]:
     if isinstance(node, dict):
         if {"identifier", "vocab_size", "eos_token_id"} <= set(node) and node["identifier"]:
             return TokenizerSection(
-                node["identifier"], node["vocab_size"], node["eos_token_id"], node.get("pad_token_id"), node["identifier"]
+                node["identifier"],
+                node["vocab_size"],
+                node["eos_token_id"],
+                node.get("pad_token_id"),
+                node["identifier"],
             )
         children = list(node.values())
     else:

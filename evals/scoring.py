@@ -1,0 +1,158 @@
+"""Scoring many short sequences at the speed of few long ones: the same for perplexity and for downstream tasks.
+
+Sequences are sorted by length and cut into batches of a bounded number of tokens, so that hardly anything is padding. Equal
+sequences run once: the choices of a question that differ in their last token only (yes/no, A/B/C/D) share one row. Batches
+depend on the sequences and the batch size alone, never on the number of ranks, which take them in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .model import ScoredModel
+
+__all__ = ["Scores", "Span", "continuation", "plan_batches", "score", "world"]
+
+#: Called with tokens done and tokens in all.
+Progress = Callable[[int, int], None]
+
+_LOGITS = 1 << 29  # at most so many logits at once (2 GiB in fp32)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to score in one sequence: ``targets[i]`` is what should follow ``ids[: start + i + 1]``."""
+
+    ids: Tuple[int, ...]
+    start: int
+    targets: Tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start and 0 < len(self.targets) <= len(self.ids) - self.start):
+            raise ValueError(f"Span: {len(self.targets)} targets do not fit {len(self.ids)} ids from {self.start}")
+
+
+def continuation(context: Sequence[int], tokens: Sequence[int]) -> Span:
+    """The span of ``tokens`` after a context that is not empty."""
+    if not context or not tokens:
+        raise ValueError("continuation: context and tokens must not be empty")
+    return Span((*context, *tokens[:-1]), len(context) - 1, tuple(tokens))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities, one fp32 array a span, and what they cost.
+
+    :param tokens: tokens that went through the model, ``padded`` of them padding; ``seconds`` on the slowest rank.
+    """
+
+    log_probs: List[np.ndarray]
+    tokens: int
+    padded: int
+    seconds: float
+
+
+def world() -> Tuple[int, int]:
+    """Rank and number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, positions: Optional[Sequence[int]] = None, max_positions: int = 1 << 62
+) -> List[List[int]]:
+    """Indices of sequences, longest first, in batches of at most ``batch_tokens`` tokens with padding (one sequence at least).
+
+    :param positions: scored positions of each sequence; a batch has at most ``max_positions`` of them.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: List[List[int]] = []
+    held = 0
+    for i in order:
+        scored = 0 if positions is None else positions[i]
+        if batches:
+            longest, size = lengths[batches[-1][0]], len(batches[-1])
+            full = (size + 1) * longest > batch_tokens
+            # A batch of some size ends where the rest would be padded by more than a third.
+            full = full or (size * longest * 8 > batch_tokens and lengths[i] * 3 < longest * 2)
+        if not batches or full or held + scored > max_positions:
+            batches.append([])
+            held = 0
+        batches[-1].append(i)
+        held += scored
+    return batches
+
+
+def _merge(spans: Sequence[Span]) -> Tuple[List[Tuple[int, ...]], List[List[int]]]:
+    """Distinct sequences in a fixed order, and the spans that each of them answers."""
+    answers: Dict[Tuple[int, ...], List[int]] = {}
+    for i, span in enumerate(spans):
+        answers.setdefault(span.ids, []).append(i)
+    rows = sorted(answers, key=lambda ids: (-len(ids), ids))
+    return rows, [answers[ids] for ids in rows]
+
+
+def _run(
+    model: ScoredModel, rows: List[Tuple[int, ...]], spans: List[List[Span]]
+) -> Tuple[List[List[np.ndarray]], int]:
+    """One batch: log-probabilities for the spans of every row, and the tokens it took."""
+    multiple = 32 if model.device.type == "cuda" else 1
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    where: List[Tuple[int, int, int]] = []
+    for r, row in enumerate(rows):
+        ids[r, : len(row)] = torch.tensor(row)
+        where += [(r, s.start + i, t) for s in spans[r] for i, t in enumerate(s.targets)]
+    index = torch.tensor(where)
+    flat = model.token_log_probs(ids, index[:, 0], index[:, 1], index[:, 2]).numpy()
+    found: List[List[np.ndarray]] = []
+    at = 0
+    for row_spans in spans:
+        found.append([])
+        for s in row_spans:
+            found[-1].append(flat[at : at + len(s.targets)])
+            at += len(s.targets)
+    return found, ids.numel()
+
+
+def score(
+    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int = 16384, progress: Optional[Progress] = None
+) -> Scores:
+    """Score spans, shared among all ranks; every rank gets all results.
+
+    :param batch_tokens: tokens in a batch, padding included.
+    """
+    started = time.monotonic()
+    rows, answers = _merge(spans)
+    positions = [sum(len(spans[i].targets) for i in a) for a in answers]
+    limit = max(1, _LOGITS // max(1, model.vocab_size))
+    batches = plan_batches([len(r) for r in rows], batch_tokens, positions, limit)
+    rank, ranks = world()
+    total = sum(len(r) for r in rows)
+    results: Dict[int, np.ndarray] = {}
+    done, used = 0, 0
+    for number in range(rank, len(batches), ranks):
+        batch = batches[number]
+        found, taken = _run(model, [rows[i] for i in batch], [[spans[j] for j in answers[i]] for i in batch])
+        for i, arrays in zip(batch, found):
+            for j, array in zip(answers[i], arrays):
+                results[j] = array
+        used += taken
+        done += sum(len(rows[i]) for i in batch)
+        if progress is not None:
+            progress(min(total, done * ranks), total)
+    if ranks > 1:
+        gathered: List[Optional[Tuple[Dict[int, np.ndarray], int]]] = [None] * ranks
+        dist.all_gather_object(gathered, (results, used))
+        results = {k: v for part in gathered if part is not None for k, v in part[0].items()}
+        used = sum(part[1] for part in gathered if part is not None)
+    if progress is not None:
+        progress(total, total)
+    return Scores([results[i] for i in range(len(spans))], used, used - total, time.monotonic() - started)

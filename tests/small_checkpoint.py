@@ -1,0 +1,50 @@
+"""Small checkpoints made without training: random weights large enough that answers differ, saved as the trainer saves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from olmo_core.distributed.checkpoint import save_state_dict
+
+from moda.config.schema import RunConfig
+from moda.config.typed import from_dict, to_dict
+from moda.data import load_tokenizer
+
+HUB = "allenai/gpt-neox-olmo-dolma-v1_5"
+MODEL: Dict[str, Any] = dict(
+    d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=8, ffn_hidden_size=24, norm_placement="post",
+    pad_vocab_to=64, depth_kv=dict(attention="reuse", ffn=True),
+)  # fmt: skip
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.4 + (1.0 if p.ndim == 1 else 0.0))
+    return model
+
+
+def run_config(tokenizer: Path, model: Optional[Dict[str, Any]] = None, sequence_length: int = 8192) -> RunConfig:
+    return from_dict(
+        RunConfig,
+        {
+            "name": "tiny",
+            "model": MODEL if model is None else model,
+            "data": {"paths": ["none"], "tokenizer": {"identifier": str(tokenizer), "hub": HUB}},
+            "train": {"sequence_length": sequence_length, "max_steps": 10},
+        },
+    )
+
+
+def save_checkpoint(folder: Path, config: RunConfig, seed: int = 0) -> torch.nn.Module:
+    """Write ``folder`` as the trainer does, and return the model in it."""
+    vocab = load_tokenizer(config.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
+    model = randomise(config.model.transformer(vocab).build(init_device="cpu"), seed)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    save_state_dict(str(folder / "model_and_optim"), state)
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    return model.eval()
