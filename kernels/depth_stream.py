@@ -44,9 +44,10 @@ __all__ = ["ATTENTION", "FFN", "DepthLayout", "DepthStream", "depth_attention", 
 ATTENTION = 0
 FFN = 1
 
-#: How many layers' depth gradients are kept before they are flushed, unless a stream is told otherwise. Chosen by measurement:
-#: 4 and 12 are slower on a 36-layer model. They take ``DEFER * B * T * Hq * 2 * (S + D)`` elements.
-DEFER = 8
+#: How many layers' depth gradients are kept before they are flushed, unless a stream is told otherwise. They take
+#: ``DEFER * B * T * Hq * 2 * (S + D)`` elements. By measurement: a training step of 36 layers with 71 slots and 32,768 tokens on
+#: an H200 took 457 ms with 1, 445 with 4, 441 with 8 and 438 with 12 (3.4 GB).
+DEFER = 12
 #: Slots that are flushed together when one of them is taken.
 WINDOW = 4
 
@@ -235,7 +236,7 @@ class DepthStream:
         if len(self._owed) == self.defer:
             self.flush(0)
         if self._pending is None:
-            self._pending = Pending(self.defer, self.layout.n_slots, q)
+            self._pending = Pending(min(self.defer, self.layout.n_layers), self.layout.n_slots, q)
         self._owed.append((lo, hi))
         return Deferred(self._pending, len(self._owed) - 1, lo)
 

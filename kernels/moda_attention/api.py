@@ -262,9 +262,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Optional[torch.Tensor], grad_lse: Optional[torch.Tensor]) -> Tuple[Any, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+        q, k, v, depth_k, depth_v, q_depth, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        inputs = (q, k, v, depth_k, depth_v, q_depth)
         grads = iter(_solve_backward(ctx.p, ctx.solver, grad_out, grad_lse, *inputs, out, lse))
         return (*(None if x is None else next(grads) for x in inputs), None, None, None, None, None)
 

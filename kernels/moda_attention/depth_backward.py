@@ -137,7 +137,8 @@ def _depth_backward_kernel(
 def _flush_kernel(
     p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
     first, end, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_slots, pending_layer, keep_layer, n_pending,
-    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ALL_FRESH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -179,8 +180,9 @@ def _flush_kernel(
 def _flush_few_kernel(
     p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
     n_rows, first, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_slots, pending_layer, keep_layer,
-    N_PENDING: tl.constexpr, N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N_SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
+    N_PENDING: tl.constexpr, N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    N_SLOTS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
 ):  # fmt: skip
     """The flush for one to four slots, where a tile of the matrix unit would be mostly empty: sums on the vector units.
 
@@ -191,24 +193,29 @@ def _flush_few_kernel(
     d = tl.arange(0, BLOCK_D)
     r_mask = row < n_rows
     first_weight = ((row // N_KV_HEADS).to(tl.int64) * pending_slots + first) * (N_KV_HEADS * G) + row % N_KV_HEADS * G
-    mask = r_mask[:, None] & (d < D)[None, :]
+    d_mask = (d < D)[None, :]
+    mask = r_mask[:, None] & d_mask
     if tl.program_id(1) == 0:
         weight_ptr, x_ptr, grad_ptr, slot_stride = ds_ptr, q_ptr, dk_ptr, dk_slot_stride
     else:
         weight_ptr, x_ptr, grad_ptr, slot_stride = p_ptr, do_ptr, dv_ptr, dv_slot_stride
     a0 = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     a1, a2, a3 = a0, a0, a0
-    for i in tl.static_range(N_PENDING * G):
-        at = (i // G) * keep_layer + (rows[:, None] * G + i % G) * D + d[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        weight = weight_ptr + (i // G) * pending_layer + first_weight + i % G
-        a0 += tl.load(weight, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
-        if N_SLOTS > 1:
-            a1 += tl.load(weight + 1 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
-        if N_SLOTS > 2:
-            a2 += tl.load(weight + 2 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
-        if N_SLOTS > 3:
-            a3 += tl.load(weight + 3 * N_KV_HEADS * G, mask=r_mask, other=0.0).to(tl.float32)[:, None] * x
+    for start in tl.range(0, N_PENDING * G, UNROLL):
+        for u in tl.static_range(UNROLL):
+            i = start + u
+            owed = r_mask & (tl.full([1], 0, dtype=tl.int32) + i < N_PENDING * G)
+            layer = tl.cast(i // G, tl.int64)
+            at = layer * keep_layer + (rows[:, None] * G + i % G) * D + d[None, :]
+            x = tl.load(x_ptr + at, mask=owed[:, None] & d_mask, other=0.0).to(tl.float32)
+            weight = weight_ptr + layer * pending_layer + first_weight + i % G
+            a0 += tl.load(weight, mask=owed, other=0.0).to(tl.float32)[:, None] * x
+            if N_SLOTS > 1:
+                a1 += tl.load(weight + N_KV_HEADS * G, mask=owed, other=0.0).to(tl.float32)[:, None] * x
+            if N_SLOTS > 2:
+                a2 += tl.load(weight + 2 * N_KV_HEADS * G, mask=owed, other=0.0).to(tl.float32)[:, None] * x
+            if N_SLOTS > 3:
+                a3 += tl.load(weight + 3 * N_KV_HEADS * G, mask=owed, other=0.0).to(tl.float32)[:, None] * x
     offset = rows[:, None] * D + d[None, :]
     for j in tl.static_range(N_SLOTS):
         at_slot = tl.full([1, 1], j, dtype=tl.int32) + first
@@ -315,7 +322,8 @@ def depth_backward(
         N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
         BLOCK_D=block_d, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=pending is not None,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= S,
-        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee", STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee",
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return dq
 
@@ -344,16 +352,18 @@ def flush(
     all_fresh = fresh[0] <= slots[0] and fresh[1] >= slots[1]
     if tile is None and slots[1] - slots[0] <= FEW_SLOTS:
         n_rows = B * T * Hk
+        products = count * (Hq // Hk)  # all of them in flight where they are few
         block_r = max(1, 1024 // block_d)
         _flush_few_kernel[(triton.cdiv(n_rows, block_r), 2)](
             pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
             n_rows, slots[0], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
             pending.slots, pending.p.stride(0), pending.q.stride(0),
-            N_PENDING=count, N_KV_HEADS=Hk, G=Hq // Hk, D=D, N_SLOTS=slots[1] - slots[0], BLOCK_R=block_r, BLOCK_D=block_d,
+            N_PENDING=count, N_KV_HEADS=Hk, G=Hq // Hk, D=D, N_SLOTS=slots[1] - slots[0],
+            UNROLL=products if products <= 12 else 4, BLOCK_R=block_r, BLOCK_D=block_d,
             ALL_FRESH=all_fresh, num_warps=4,
         )  # fmt: skip
         return
-    tile = tile or flush_tile(pending.q.dtype, block_d, slots[1] - slots[0])
+    tile = tile or flush_tile(pending.q.dtype, block_d)
     _flush_kernel[(B * T * Hk,)](
         pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
         slots[0], slots[1], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
@@ -364,8 +374,6 @@ def flush(
     )  # fmt: skip
 
 
-def flush_tile(dtype: torch.dtype, block_d: int, slots: int) -> Tile:
-    """The flush tile of a dtype, a padded head dim and a number of slots."""
-    if dtype == torch.float32 or block_d > 64 or slots > 16:
-        return Tile(keys=32 if slots > 16 else 16, stages=2, warps=2)
-    return Tile(keys=16, stages=2, warps=1)
+def flush_tile(dtype: torch.dtype, block_d: int) -> Tile:
+    """The flush tile of a dtype and padded head dim."""
+    return Tile(keys=16, stages=2, warps=1 if dtype != torch.float32 and block_d <= 64 else 2)

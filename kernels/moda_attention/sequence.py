@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -67,7 +67,7 @@ class SequenceKernel:
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _no_dropout(device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
     """Random state that the aten backward operators ask for and, without dropout, do not look at."""
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.int64, device=device)
@@ -210,7 +210,7 @@ class FlashAttnPackage(SequenceKernel):
         q, k, v = _packed(p, q, k, v)
         cu, longest = p.cu_seqlens, p.max_seqlen
         if self.major == 3:
-            options = dict(softmax_scale=p.scale, causal=p.causal)
+            options: Dict[str, Any] = dict(softmax_scale=p.scale, causal=p.causal)
             if cu is not None:
                 options.update(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
             out, lse, *_ = fa._flash_attn_forward(q, k, v, **options)
@@ -314,7 +314,7 @@ def names() -> List[str]:
     return list(_KERNELS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _present(device: torch.device) -> Tuple[Tuple[SequenceKernel, ...], Dict[str, str]]:
     """The kernels that a device has, best first, and why it does not have the others."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -130,8 +130,8 @@ def _backward_of_lse(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """What the gradient of the LSE adds to dq and dk, from a kernel that knows gradients of the output only.
 
-    A backward computes ds = p * (do . v - do . out). With v = 0, ``out`` = minus the LSE's gradient (as three parts of half precision
-    that add up to it) and ``do`` = 1 in those three places, ds = p * grad_lse.
+    A backward computes ds = p * (do . v - do . out). With v = 0, ``out`` = minus the LSE's gradient (as three parts of half
+    precision that add up to it) and ``do`` = 1 in those three places, ds = p * grad_lse.
     """
     low = grad_lse.float().transpose(1, 2)
     do = torch.zeros_like(q, memory_format=torch.contiguous_format)

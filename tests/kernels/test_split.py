@@ -1,0 +1,273 @@
+"""The split backend's own parts: the choice of sequence kernel, tiles and packing, deferred flush against immediate gradients.
+
+Output, LSE and every gradient against the yardstick are in ``test_moda_attention.py``, whole streams in ``test_depth_stream.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+import torch
+
+from kernels.moda_attention import make_problem
+from kernels.yardstick import relative_error
+
+pytest.importorskip("triton")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+forward_module = importlib.import_module("kernels.moda_attention.depth_forward")
+backward_module = importlib.import_module("kernels.moda_attention.depth_backward")
+sequence = importlib.import_module("kernels.moda_attention.sequence")
+split = importlib.import_module("kernels.moda_attention.split")
+
+Tile = forward_module.Tile
+#: The interpreter's bf16 products are not trustworthy.
+DTYPE = torch.bfloat16 if GPU else torch.float16
+#: Kernels that do the same sums in another order or grouping differ by roundings of this dtype only.
+SAME = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=g).to(DEVICE, DTYPE)
+
+
+def depth_case(B: int = 1, T: int = 3, Hk: int = 2, G: int = 2, D: int = 32, S: int = 7) -> Dict[str, Any]:
+    q, do = draw(B, T, Hk * G, D), draw(B, T, Hk * G, D, seed=1)
+    k, v = draw(S + 2, B, T, Hk, D, seed=2)[1 : S + 1], draw(S + 1, B, T, Hk, D, seed=3)[:S]  # two slot strides
+    out, lse = forward_module.depth_forward(q, k, v, D**-0.5)
+    return dict(q=q, do=do, k=k, v=v, out=out, lse=lse, scale=D**-0.5)
+
+
+def immediate(
+    c: Dict[str, Any], fresh: Tuple[int, int], start: Optional[torch.Tensor] = None, **options: Any
+) -> List[Any]:
+    """dq and the depth gradients, added to ``start`` outside ``fresh``, where the buffers hold NaN."""
+    grads = [torch.full_like(c["k"], float("nan"), memory_format=torch.contiguous_format) for _ in range(2)]
+    if start is not None:
+        for g in grads:
+            g.copy_(start)
+            g[fresh[0] : fresh[1]] = float("nan")
+    dq = backward_module.depth_backward(
+        c["do"], c["q"], c["k"], c["v"], c["out"], c["lse"], c["scale"],
+        grad_depth_k=grads[0], grad_depth_v=grads[1], fresh=fresh, **options,
+    )  # fmt: skip
+    return [dq, *grads]
+
+
+SIZES = [
+    pytest.param(dict(), id="G2"),
+    pytest.param(dict(Hk=4, G=3, D=40, S=5), id="G3-D40"),
+    pytest.param(dict(Hk=1, G=8, S=17), id="G8"),
+    pytest.param(dict(Hk=1, G=17, T=1, S=3), id="G17"),
+    pytest.param(dict(Hk=8, G=1, T=2, S=1), id="G1-S1"),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_packing_and_tiles_do_not_change_the_result(size: Dict[str, int]) -> None:
+    c = depth_case(**size)
+    S = c["k"].shape[0]
+    truth = immediate(c, (0, S), tile=Tile(keys=16, stages=1, warps=1, heads=1))
+    for tile in (None, Tile(keys=32, stages=2, warps=1)):
+        out, lse = forward_module.depth_forward(c["q"], c["k"], c["v"], c["scale"], tile=tile)
+        assert relative_error(out, c["out"]) < SAME[DTYPE]
+        assert relative_error(lse, c["lse"]) < 1e-6
+        for a, b in zip(immediate(c, (0, S), tile=tile), truth, strict=True):
+            assert relative_error(a, b) < SAME[DTYPE]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flush_equals_immediate(size: Dict[str, int]) -> None:
+    """Three layers kept and flushed in parts, by both kernels, with stored and added slots; outside the flush nothing moves."""
+    cases = [depth_case(**size) for _ in range(3)]
+    for i, c in enumerate(cases):
+        c["q"] = draw(*c["q"].shape, seed=10 + i)
+        c["out"], c["lse"] = forward_module.depth_forward(c["q"], c["k"], c["v"], c["scale"])
+    k = cases[0]["k"]
+    S, first = k.shape[0], 2
+    start = draw(*k.shape, seed=5)
+    pending = backward_module.Pending(4, S + first, cases[0]["q"])
+    for buffer in (pending.p, pending.ds, pending.q, pending.do):
+        buffer.fill_(float("nan"))
+    for i, c in enumerate(cases):
+        dq = backward_module.depth_backward(
+            c["do"],
+            c["q"],
+            c["k"],
+            c["v"],
+            c["out"],
+            c["lse"],
+            c["scale"],
+            pending=pending,
+            index=i + 1,
+            first_slot=first,
+        )
+        assert torch.equal(dq, immediate(c, (0, S))[0])
+    grads = [torch.full((S + first + 1, *k.shape[1:]), float("nan"), dtype=DTYPE, device=DEVICE) for _ in range(2)]
+    cut = max(0, S - 3)
+    for g in grads:
+        g[first + cut : first + S] = start[cut:]
+    for lo, hi in ((0, cut), (cut, S)):
+        if lo < hi:  # slots below `cut` are fresh, the others are added to
+            backward_module.flush(pending, (1, 4), (first + lo, first + hi), *grads, (first, first + cut))
+    wanted = [torch.zeros(k.shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    for c in cases:
+        for total, g in zip(wanted, immediate(c, (0, S))[1:], strict=True):
+            total += g.double()
+    for g, total in zip(grads, wanted, strict=True):
+        total[cut:] += start[cut:].double()
+        assert relative_error(g[first : first + S], total) < SAME[DTYPE]
+        assert g[:first].isnan().all() and g[first + S :].isnan().all()
+
+
+def test_gradients_are_stored_where_fresh_and_added_elsewhere() -> None:
+    c = depth_case(S=9)
+    start = draw(*c["k"].shape, seed=7)
+    alone = immediate(c, (0, 9))
+    for fresh in ((0, 9), (0, 4), (3, 8), (0, 0)):
+        got = immediate(c, fresh, start)
+        for a, b in zip(got[1:], alone[1:], strict=True):
+            wanted = b.double() + start.double()
+            wanted[fresh[0] : fresh[1]] = b[fresh[0] : fresh[1]].double()
+            assert relative_error(a, wanted) < SAME[DTYPE]
+
+
+def test_query_gradient_is_added_in_place() -> None:
+    c = depth_case()
+    alone = immediate(c, (0, 7))[0]
+    to = draw(*alone.shape, seed=8)
+    wanted = alone.double() + to.double()
+    result = immediate(c, (0, 7), add_to=to)[0]
+    assert result is to
+    assert relative_error(to, wanted) < SAME[DTYPE]
+
+
+def problem(**options: Any) -> Any:
+    q = draw(1, options.pop("T", 4), 2, options.pop("D", 32))
+    return make_problem(q.to(options.pop("dtype", DTYPE)), *(2 * (q.to(options.pop("kv", DTYPE)),)), **options)
+
+
+def test_an_unknown_sequence_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sequence.ENVIRONMENT, "flash4")
+    with pytest.raises(ValueError, match="MODA_SEQUENCE_KERNEL must be one of cudnn, .*, got 'flash4'"):
+        split.unsupported(problem())
+
+
+def test_a_forced_sequence_kernel_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sequence.ENVIRONMENT, "flash_attn_3")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    sequence._present.cache_clear()
+    reason = split.unsupported(problem())
+    sequence._present.cache_clear()
+    assert reason is not None and "'flash_attn_3' was asked for" in reason
+    with pytest.raises(ValueError, match="flash_attn_3"):
+        sequence.choose(problem())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(depth_chunk=4), "depth_chunk 4"),
+        (dict(D=36), "head dim 36"),
+        (dict(dtype=torch.float64, kv=torch.float64), "dtype torch.float64"),
+    ],
+    ids=["depth_chunk", "head_dim", "dtype"],
+)
+def test_what_split_cannot_do_it_refuses_by_name(options: Dict[str, Any], words: str) -> None:
+    reason = split.unsupported(problem(**options))
+    assert reason is not None and words in reason
+
+
+@pytest.mark.parametrize("major, module", [(3, "flash_attn_interface"), (2, "flash_attn.flash_attn_interface")])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_flash_attn_packages_are_called_as_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, major: int, module: str, packed: bool
+) -> None:
+    """The packages are not installed here: stand-ins with the signatures of their sources stand for them."""
+    seen: Dict[str, Any] = {}
+
+    def forward3(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None,
+        seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False,
+    ):  # fmt: skip
+        seen.update(cu=cu_seqlens_q, longest=max_seqlen_k, scale=softmax_scale, causal=causal, q=q)
+        return (
+            q + 1,
+            q.new_zeros(q.shape[-2], q.shape[-3]) if q.ndim == 3 else q.new_zeros(1, q.shape[2], q.shape[1]),
+            None,
+        )
+
+    def backward3(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+    ):  # fmt: skip
+        seen.update(cu=cu_seqlens_k, longest=max_seqlen_q, scale=softmax_scale, causal=is_causal)
+        for grad, x in ((dq, q), (dk, k), (dv, v)):
+            grad.copy_(2 * x)
+
+    def forward2(
+        q, k, v, *packing, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        cu, longest = (packing[0], packing[3]) if packing else (None, None)
+        return forward3(q, k, v, cu_seqlens_q=cu, max_seqlen_k=longest, softmax_scale=softmax_scale, causal=causal)
+
+    def backward2(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, *packing, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic,
+    ):  # fmt: skip
+        cu, longest = (packing[1], packing[2]) if packing else (None, None)
+        grads = dict(dq=dq, dk=dk, dv=dv)
+        options = dict(cu_seqlens_k=cu, max_seqlen_q=longest, softmax_scale=softmax_scale, is_causal=causal)
+        backward3(dout, q, k, v, out, softmax_lse, **grads, **options)
+
+    fake = types.ModuleType(module)
+    functions = (forward3, backward3) if major == 3 else (forward2, backward2)
+    for name, function in zip(("_flash_attn_forward", "_flash_attn_backward"), functions, strict=True):
+        setattr(fake, name, function)
+        setattr(fake, name.replace("attn_", "attn_varlen_"), function)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module, fake)
+    kernel = sequence._KERNELS[f"flash_attn_{major}"]
+    cu = torch.tensor([0, 1, 4], dtype=torch.int32, device=DEVICE) if packed else None
+    p = problem(cu_seqlens=cu, scale=0.3)
+    q = draw(1, 4, 2, 32)
+    out, lse = kernel.forward(p, q, q, q)
+    assert torch.equal(out, q + 1) and lse.shape == (1, 2, 4)
+    assert seen["scale"] == 0.3 and seen["causal"] and seen["cu"] is cu and seen["longest"] == (3 if packed else None)
+    dq, dk, dv = kernel.backward(p, q, q, q, q, out, lse)
+    assert torch.equal(dq, 2 * q) and torch.equal(dv, 2 * q) and dk.shape == q.shape
+    assert seen["scale"] == 0.3 and seen["causal"] and seen["cu"] is cu and seen["longest"] == (3 if packed else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_sequence_kernels_agree_on_the_joint_softmax(monkeypatch: pytest.MonkeyPatch, name: str, causal: bool) -> None:
+    """Every kernel present, given the merged pair, against the reference in fp64."""
+    reference = importlib.import_module("kernels.moda_attention.reference")
+    monkeypatch.setenv(sequence.ENVIRONMENT, name)
+    c = depth_case(B=2, T=130, Hk=2, G=4, D=64, S=11)
+    k, v = draw(2, 130, 2, 64, seed=20), draw(2, 130, 2, 64, seed=21)
+    p = make_problem(c["q"], k, v, c["k"], c["v"], causal=causal)
+    out, lse = split.forward(p, c["q"], k, v, c["k"], c["v"], None)
+    grads = [torch.empty(c["k"].shape, dtype=DTYPE, device=DEVICE) for _ in range(2)]
+    dlse = torch.randn_like(lse)
+    got = split.backward(p, c["do"], dlse, c["q"], k, v, c["k"], c["v"], None, out, lse, *grads, (0, 11))
+    wide = [x.double() for x in (c["q"], k, v, c["k"], c["v"])]
+    p64 = make_problem(*wide, causal=causal)
+    out64, lse64 = reference.forward(p64, *wide, None)
+    grads64 = [torch.empty_like(wide[3]) for _ in range(2)]
+    want = reference.backward(p64, c["do"].double(), dlse.double(), *wide, None, out64, lse64, *grads64, (0, 11))
+    for a, b in zip((out, lse, *got[:3], *grads), (out64, lse64, *want[:3], *grads64), strict=True):
+        assert relative_error(a, b) < 6e-3
