@@ -20,7 +20,7 @@ from kernels.yardstick import report
 from . import gate
 from .cases import TABLES, Case, draw
 from .floors import Ceilings, floor_ms, measure_ceilings
-from .timing import Quantiles, measure
+from .timing import Quantiles, measure_launched
 from .variants import VARIANTS, NotRun, Tensors, Variant, bind
 
 __all__ = ["COLUMNS", "environment", "run_table"]
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 COLUMNS = (
     "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "dtype",
-    "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "floor_ms", "over_floor",
+    "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "timing", "floor_ms", "over_floor",
     "over_cudnn", "reason", "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s", "gpu", "capability",
     "torch", "triton", "cuda", "cudnn", "commit", "date",
 )  # fmt: skip
@@ -159,7 +159,11 @@ def _run_case(
                 q = times[what]
                 floor = floor_ms(case, what, ceilings) if variant.depth else None
                 row.update(
-                    median_ms=round(q.median, 5), p20_ms=round(q.p20, 5), p80_ms=round(q.p80, 5), repeats=q.repeats
+                    median_ms=round(q.median, 5),
+                    p20_ms=round(q.p20, 5),
+                    p80_ms=round(q.p80, 5),
+                    repeats=q.repeats,
+                    timing=q.timing,
                 )
                 if floor is not None:
                     row.update(floor_ms=round(floor, 5), over_floor=round(q.median / floor, 4))
@@ -186,7 +190,7 @@ def _times(
     if not case.sequence and bound.backward_add is not None:
         add = bound.backward_add
         passes["backward-add"] = lambda: add(saved)
-    return {name: measure(run, budget_ms) for name, run in passes.items()}
+    return {name: measure_launched(run, budget_ms) for name, run in passes.items()}
 
 
 def _row(
