@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-# Large CPU tensors (the logits) in huge pages: page faults otherwise take longer than the arithmetic. Read when torch loads.
+# Read when torch loads. Large CPU tensors (the logits) go into huge pages: page faults otherwise take longer than the
+# arithmetic. Threads that wait for each other sleep: on a busy machine they would take the cores from those that work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

@@ -46,25 +46,41 @@ def select(metrics: Dict[str, float]) -> Dict[str, float]:
 
 
 class MetricsFile:
-    """One JSON object a step. A resumed run drops the lines after the step it resumes from."""
+    """One JSON object a step. A resumed run drops the lines after the step it resumes from.
+
+    :param folder: the run's folder.
+    """
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / METRICS_FILE
+        self._last: Dict[str, Any] = {}
+        self._start = 0  # where in the file the last line begins
 
     def rewind(self, step: int) -> None:
         """Forget what was written after ``step`` (and a line cut short by a kill)."""
-        if not self.path.is_file():
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if self.path.is_file() else []
+        if not kept and not self.path.is_file():
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         scratch = self.path.with_suffix(".partial")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(self.path)
 
-    def append(self, step: int, figures: Dict[str, float]) -> None:
-        """Add a step's figures; a figure that is not finite is written as null."""
+    def add(self, step: int, figures: Dict[str, float]) -> None:
+        """Write a step's figures; those that come later for the same step (an evaluation, say) join its line.
+
+        A figure that is not finite is written as null.
+        """
         clean: Dict[str, Optional[float]] = {k: (v if math.isfinite(v) else None) for k, v in figures.items()}
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **clean}) + "\n")
+        with self.path.open("ab") as f:
+            end = f.seek(0, os.SEEK_END)
+        if self._last.get("step") == step:
+            self._last.update(clean)
+        else:
+            self._last, self._start = {"step": step, **clean}, end
+        with self.path.open("r+b") as f:
+            f.seek(self._start)
+            f.write((json.dumps(self._last) + "\n").encode())
+            f.truncate()
             f.flush()
             os.fsync(f.fileno())
 

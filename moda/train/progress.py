@@ -60,6 +60,8 @@ class ProgressCallback(ConsoleLoggerCallback):
     total_steps: int = 0
     devices: int = 1
     folder: str = ""
+    _file: Any = None
+    _shown: Dict[str, float] = field(default_factory=dict)
     _bar: Any = None
     _task: Any = None
     _times: Dict[int, float] = field(default_factory=dict)
@@ -68,7 +70,8 @@ class ProgressCallback(ConsoleLoggerCallback):
     def pre_train(self) -> None:
         if get_rank() != 0:
             return
-        MetricsFile(self.folder).rewind(self.step if self.trainer.checkpoint_loaded else -1)
+        self._file = MetricsFile(self.folder)
+        self._file.rewind(self.step if self.trainer.checkpoint_loaded else -1)
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -117,13 +120,16 @@ class ProgressCallback(ConsoleLoggerCallback):
             figures["eta_seconds"] = eta
         if not figures:
             return
-        MetricsFile(self.folder).append(step, figures)
+        self._file.add(step, figures)
+        for name in ("tokens_per_second", "mfu_percent", "memory_gib"):  # at a checkpoint these come after the loss
+            if name in figures:
+                self._shown[name] = figures[name]
         evaluations = {k: v for k, v in figures.items() if k.startswith("eval/") and k.endswith("/loss")}
         for name, loss in sorted(evaluations.items()):
             perplexity = figures.get(name.replace("/loss", "/perplexity"), float("nan"))
             log.info("step %d | %s %.4f | perplexity %.2f", step, name, loss, perplexity)
         if "loss" in figures and self._should_log_metrics(step):
-            line = step_line(step, self.total_steps, figures)
+            line = step_line(step, self.total_steps, {**self._shown, **figures})
             log.info(line)
             if self._bar is not None:
                 self._bar.update(self._task, figures=line.split(" | ", 1)[-1])

@@ -1,0 +1,170 @@
+"""Every mistake gets one error that names the key, what is allowed and what was given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+
+from moda.config import load_config
+from moda.data import build_training_data, load_tokenizer
+from moda.errors import UserError
+from moda.train.plan import make_plan
+from tests.tiny import ROOT, make_text, make_tokenizer, run, write_config
+
+CASES: List[tuple] = [
+    ("modle.d_model=64", ["modle", "did you mean 'model'?"]),
+    ("model.n_layer=3", ["model.n_layer", "did you mean 'n_layers'?"]),
+    ("model.depth_kv.key_nrom=writer", ["model.depth_kv.key_nrom", "did you mean 'key_norm'?"]),
+    ("model.d_model=wide", ["model.d_model", "an integer", "wide"]),
+    ("model.n_layers=2.5", ["model.n_layers", "an integer", "2.5"]),
+    ("model.n_layers=0", ["model.n_layers", ">= 1", "0"]),
+    ("model.tie_embeddings=maybe", ["model.tie_embeddings", "true or false", "maybe"]),
+    ("model.norm_placement=sandwich", ["model.norm_placement", "pre, post, reordered, peri", "sandwich"]),
+    ("model.depth_kv.attention=null", ["model.depth_kv.attention", "reuse, project"]),
+    ("model.depth_kv.slots=0", ["model.depth_kv.slots", ">= 1"]),
+    ("model.n_heads=5", ["model.n_heads", "a divisor of model.d_model (32)", "5"]),
+    ("model.n_kv_heads=3", ["model.n_kv_heads", "a divisor of model.n_heads (4)", "3"]),
+    ("model.head_dim=7", ["model.head_dim", "an even number", "7"]),
+    ("model.qk_norm=none", ["model.depth_kv.key_norm", "none where model.qk_norm is none", "writer"]),
+    ("model.attention_backend=flash", ["model.attention_backend", "auto, reference, fused, split", "flash"]),
+    ("model.vocab_size=100", ["model.vocab_size", "at least the tokenizer's 320", "100"]),
+    ("optim.lr=-1", ["optim.lr", "> 0", "-1"]),
+    ("optim.betas=[0.9]", ["optim.betas", "a list of 2 values"]),
+    ("optim.betas=[0.9,1.0]", ["optim.betas", "from 0 to below 1"]),
+    ("optim.warmup_steps=12", ["optim.warmup_steps", "less than the run's 12 steps", "12"]),
+    ("train.microbatch_size=3", ["train.microbatch_size", "a divisor of train.global_batch_size (4)", "3"]),
+    ("train.max_tokens=1000", ["train.max_tokens", "exactly one of train.max_tokens and train.max_steps", "both"]),
+    ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
+    ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
+    ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
+    ("parallel.tensor=2", ["parallel.tensor", "1 with model.depth_kv", "2"]),
+    ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
+    ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
+    ("data.mix=OLMoE-mix-0824", ["data", "exactly one of data.mix, data.paths, data.mixture and data.text", "mix, text"]),
+    ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
+    ("data.tokenizer=nowhere/tokenizer.json", ["data.tokenizer", "an existing tokenizer.json", "nowhere"]),
+    ("data.tokenizer=some/name", ["data.tokenizer", "dolma2", "vocab_size and eos_token_id", "some/name"]),
+    ("=3", ["override", "key=value", "=3"]),
+    ("lonely", ["override", "key=value", "lonely"]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def message(folder: Path, *overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        make_plan(load_config(write_config(folder), overrides), world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("override, words", CASES, ids=[c[0] for c in CASES])
+def test_one_error_names_key_allowed_and_given(folder: Path, override: str, words: List[str]) -> None:
+    text = message(folder, override)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+
+
+def test_batch_not_divisible_by_ranks(folder: Path) -> None:
+    text = message(folder, world_size=4)
+    assert "train.global_batch_size: expected a multiple of train.microbatch_size x processes (2 x 4), got 4" == text
+
+
+def test_a_good_configuration_passes(folder: Path) -> None:
+    assert make_plan(load_config(write_config(folder)), 2).steps == 12
+
+
+def data_error(folder: Path, *overrides: str) -> str:
+    config = load_config(write_config(folder), overrides)
+    with pytest.raises(UserError) as caught:
+        build_training_data(config.data, load_tokenizer(config.data.tokenizer), config.train.sequence_length)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_missing_and_unreadable_text(folder: Path) -> None:
+    assert "data.text" in data_error(folder, "data.text=[nowhere]") and "nowhere" in data_error(folder, "data.text=[nowhere]")
+    (folder / "latin").mkdir(exist_ok=True)
+    (folder / "latin" / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert "UTF-8 text in" in data_error(folder, f"data.text=[{folder}/latin]")
+    (folder / "rows.jsonl").write_text('{"text": "fine"}\n{"body": "no text"}\n')
+    assert "line 2" in data_error(folder, f"data.text=[{folder}/rows.jsonl]")
+
+
+def token_files(folder: Path, ids: List[int], manifest: Dict[str, Any]) -> Path:
+    folder.mkdir()
+    np.array(ids, dtype=np.uint16).tofile(folder / "part.npy")
+    if manifest:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "part.npy"
+
+
+def test_token_files_must_match_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    other = load_tokenizer(
+        load_config(write_config(folder), [f"data.tokenizer={make_tokenizer(tmp_path / 'o.json', 400)}"]).data.tokenizer  # type: ignore[arg-type]
+    )
+    wrong_maker = token_files(tmp_path / "a", [1, 2, 3], {"tokenizer": other.describe()})
+    text = data_error(folder, "data.text=null", f"data.paths=[{wrong_maker}]")
+    assert "o.json" in text and "tokenizer.json" in text and "the tokenizer that made" in text
+    too_large = token_files(tmp_path / "b", [1, 999], {})
+    text = data_error(folder, "data.text=null", f"data.paths=[{too_large}]")
+    assert "up to 999" in text and "320 tokens" in text
+    odd = token_files(tmp_path / "c", [1, 2], {})
+    odd.write_bytes(odd.read_bytes() + b"x")
+    assert "whole uint16 token ids" in data_error(folder, "data.text=null", f"data.paths=[{odd}]")
+    assert "token files that exist" in data_error(folder, "data.text=null", f"data.paths=[{tmp_path}/none*.npy]")
+
+
+def test_mixes(folder: Path) -> None:
+    wrong = data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0842", "data.tokenizer=dolma2", "data.base_dir=/nowhere")
+    assert "did you mean 'OLMoE-mix-0824'?" in wrong
+    absent = data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0824", "data.tokenizer=dolma2", "data.base_dir=/nowhere")
+    assert "data.base_dir" in absent and "/nowhere" in absent
+    assert "data.base_dir" in data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0824", "data.tokenizer=dolma2")
+
+
+def test_broken_yaml_and_circles(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [unclosed")
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, word in (("broken", "readable YAML"), ("a", "circle"), ("list", "sections"), ("absent", "existing YAML file")):
+        with pytest.raises(UserError, match=word):
+            load_config(tmp_path / f"{name}.yaml")
+
+
+def test_a_typo_in_the_file_name_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean .*moda_700m.yaml"):
+        load_config(ROOT / "configs" / "moda_700.yaml")
+
+
+def test_null_removes_a_section_of_the_base(tmp_path: Path) -> None:
+    plain = load_config(ROOT / "configs" / "olmo2_demo.yaml")
+    assert plain.model.depth_kv is None and plain.model.d_model == 128
+
+
+def test_user_errors_reach_the_shell_without_a_traceback(folder: Path) -> None:
+    failed = run(write_config(folder), "model.n_layer=3")
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: model.n_layer: expected a known key (did you mean 'n_layers'?")
+    assert "Traceback" not in failed.stderr and not (folder / "run").exists()
+
+
+def test_text_is_tokenized_once_and_split_stably(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    tokenizer = load_tokenizer(config.data.tokenizer)  # type: ignore[arg-type]
+    first = build_training_data(config.data, tokenizer, 32)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.npy")}
+    build_training_data(config.data, tokenizer, 32)
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.npy")} and len(times) == 2
+    make_text(tmp_path / "text", 13)  # one more document leaves the others where they are
+    second = build_training_data(config.data, tokenizer, 32)
+    assert second.tokens is not None and first.tokens is not None and second.tokens >= first.tokens
+    eos = tokenizer.config.eos_token_id
+    assert all(np.fromfile(p, dtype=np.uint16)[-1] == eos for p in (tmp_path / "work").rglob("*.npy"))

@@ -1,0 +1,125 @@
+"""The plain model is OLMo-core's, padding stays out of the softmax, packed documents stay apart, compilation is shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from olmo_core.config import Config
+from olmo_core.nn.transformer import Transformer, TransformerBlockType, TransformerConfig
+
+from moda.config.schema import DepthKVSection, ModelConfig
+from moda.config.typed import from_dict, to_dict
+from moda.model import MoDATransformer, MoDATransformerConfig
+
+SMALL: dict = dict(d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=96, vocab_size=211)
+
+
+def build(seed: int = 0, **settings: Any) -> Transformer:
+    model = ModelConfig(**{**SMALL, **settings}).transformer().build()
+    model.init_seed = seed
+    model.init_weights(max_seq_len=64, device=torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("qk_norm", ["full", "head"])
+def test_without_depth_kv_it_is_olmo_cores_olmo2_bit_for_bit(qk_norm: str, tied: bool) -> None:
+    ours = build(qk_norm=qk_norm, tie_embeddings=tied)
+    theirs = TransformerConfig.llama_like(
+        d_model=64,
+        vocab_size=211,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        hidden_size_multiple_of=96,
+        hidden_size_multiplier=0.5,
+        block_name=TransformerBlockType.reordered_norm,
+        qk_norm=True,
+        use_head_qk_norm=qk_norm == "head",
+        layer_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+    ).build()
+    assert type(ours) is Transformer and ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 211, (2, 33))
+    a, b = ours(ids, labels=ids), theirs(ids, labels=ids)
+    assert torch.equal(a.logits, b.logits)
+    a.loss.backward()
+    b.loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+
+
+def test_initialisation_is_truncated_normal_and_seeded() -> None:
+    a, b, c = build(0, depth_kv=DepthKVSection()), build(0, depth_kv=DepthKVSection()), build(1, depth_kv=DepthKVSection())
+    differ = False
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters()):
+        assert torch.equal(p, q), name
+        if p.ndim == 2:
+            assert p.abs().max() <= 0.06 and abs(p.std().item() / 0.02 - 1) < 0.05, name
+            differ |= not torch.equal(p, r)
+    assert differ
+
+
+def test_vocabulary_padding_stays_out_of_the_softmax() -> None:
+    padded, plain = build(pad_vocab_to=128), build()
+    assert padded.embeddings.weight.shape[0] == 256
+    state = plain.state_dict()
+    noise = torch.full((45, 64), 7.0)
+    for name in ("embeddings.weight", "lm_head.w_out.weight"):
+        state[name] = torch.cat([state[name], noise])
+    padded.load_state_dict(state)
+    ids = torch.randint(0, 211, (2, 9))
+    a, b = padded(ids, labels=ids), plain(ids, labels=ids)
+    assert a.logits.shape[-1] == 211
+    torch.testing.assert_close(a.logits, b.logits)
+    torch.testing.assert_close(a.loss, b.loss)
+    a.loss.backward()
+    assert not padded.embeddings.weight.grad[211:].any()
+
+
+@pytest.mark.parametrize("key_norm", ["writer", "reader"])
+def test_packed_documents_do_not_see_each_other(key_norm: str) -> None:
+    model = build(depth_kv=DepthKVSection(key_norm=key_norm))  # type: ignore[arg-type]
+    first, second = torch.randint(0, 211, (1, 5)), torch.randint(0, 211, (1, 7))
+    apart = torch.cat([model(first), model(second)], dim=1)
+    lengths = torch.tensor([[5, 7]], dtype=torch.int32)
+    together = model(torch.cat([first, second], dim=1), doc_lens=lengths, max_doc_lens=[7])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    row_pair = torch.cat([first, second], dim=1).view(2, 6)  # boundaries need not fall on row ends
+    over_rows = model(row_pair, doc_lens=torch.tensor([[5, 1], [6, 0]], dtype=torch.int32), max_doc_lens=[6])
+    torch.testing.assert_close(over_rows.view(1, 12, -1)[:, :5], apart[:, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_accumulation_equals_one_batch() -> None:
+    model = build(depth_kv=DepthKVSection()).double()
+    ids = torch.randint(0, 211, (4, 16))
+
+    def grads(chunks: int) -> list:
+        model.zero_grad()
+        for part in ids.chunk(chunks):
+            out = model(part, labels=part, loss_reduction="sum", loss_div_factor=64.0)
+            out.loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(grads(1), grads(4)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # the rotation and norms compute in fp32
+
+
+def test_configuration_round_trips() -> None:
+    model = ModelConfig(**SMALL, depth_kv=DepthKVSection(), pad_vocab_to=128)
+    assert from_dict(ModelConfig, to_dict(model)) == model
+    config = model.transformer()
+    again = Config.from_dict(config.as_config_dict())
+    assert isinstance(again, MoDATransformerConfig) and again.num_params == config.num_params
+    assert isinstance(again.build(init_device="meta"), MoDATransformer)
+
+
+def test_parallelism_that_would_split_the_stream_is_refused() -> None:
+    model = build(depth_kv=DepthKVSection())
+    with pytest.raises(Exception, match="pipeline parallelism"):
+        model.apply_pp(None)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="wrapping strategies full and blocks"):
+        model.apply_fsdp(wrapping_strategy="fine_grained")

@@ -1,0 +1,161 @@
+"""Runs from the command line: resuming bit for bit, signals, damaged checkpoints, two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+import torch
+
+from moda.train.checkpoints import damage, find_resumable
+from moda.train.metrics import read_metrics
+from tests.tiny import STEPS, command, environment, run, weights, write_config
+
+
+def losses(folder: Path) -> Dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in line}
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(write_config(folder, eval=dict(on_start=True, on_finish=True)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+def start_and_signal(config: Path, run_folder: Path, after_step: int, number: signal.Signals) -> int:
+    """Start training, send a signal once ``after_step`` has been reported, and return the exit code."""
+    process = subprocess.Popen(command(config), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            metrics = run_folder / "metrics.jsonl"
+            if metrics.is_file() and any(line["step"] >= after_step for line in read_metrics(metrics)):
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(timeout=100)
+    finally:
+        process.kill()
+
+
+def test_a_whole_run_leaves_what_it_says(whole: Path) -> None:
+    folder = whole / "run"
+    assert sorted(p.name for p in folder.glob("step*")) == ["step12", "step4", "step8"]
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
+    start, *lines = read_metrics(folder / "metrics.jsonl")
+    assert start.keys() == {"step", "eval/text/loss", "eval/text/perplexity"} and start["step"] == 0
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines[1:]:
+        assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory_gib", "eta_seconds"} <= line.keys()
+    assert lines[-1]["eval/text/perplexity"] < start["eval/text/perplexity"]
+    assert (folder / "config.yaml").is_file() and (folder / "train.log").stat().st_size > 0
+    printed = (whole / "printed").read_text()
+    assert "perplexity before" in printed and str(folder) in printed
+    assert all(damage(p) is None for p in folder.glob("step*"))
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, eval=dict(on_start=True, on_finish=True))
+    assert start_and_signal(config, tmp_path / "run", 6, signal.SIGKILL) == -signal.SIGKILL
+    resumed = run(config)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert_same_weights(tmp_path / "run" / f"step{STEPS}", whole / "run" / f"step{STEPS}")
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert start_and_signal(config, tmp_path / "run", 5, signal.SIGTERM) == 128 + signal.SIGTERM
+    newest = find_resumable(str(tmp_path / "run"))
+    assert newest is not None and newest.name not in ("step4", "step8", f"step{STEPS}"), "the step it stopped at is saved"
+    victim = max((newest / "model_and_optim").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    resumed = run(config)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"{newest} cannot be used" in resumed.stdout and "have changed since it was saved" in resumed.stdout
+    assert_same_weights(tmp_path / "run" / f"step{STEPS}", whole / "run" / f"step{STEPS}")
+
+
+def test_a_half_written_checkpoint_is_passed_over(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in ("step4", "step8", "step12"):
+        shutil.copytree(whole / "run" / step, tmp_path / step)
+    (tmp_path / "step12" / "checksums.json").unlink()
+    (tmp_path / "step8" / ".metadata.json").unlink()
+    assert find_resumable(str(tmp_path)) == tmp_path / "step4"
+    assert "step12" in caplog.text and "step8" in caplog.text
+    file = next((tmp_path / "step4" / "model_and_optim").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_resumable(str(tmp_path)) is None
+
+
+def close(a: Dict[int, float], b: Dict[int, float]) -> None:
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step] == pytest.approx(b[step], rel=2e-5), step
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(whole: Path, tmp_path: Path) -> None:
+    two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))
+    done = run(write_config(two), processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    close(losses(two), losses(whole))
+    for target, source, processes in ((one_from_two, two, None), (two_from_one, whole, 2)):
+        config = write_config(target)
+        shutil.copytree(source / "run" / "step8", target / "run" / "step8")
+        resumed = run(config, processes=processes)
+        assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.stdout + resumed.stderr
+        late = {step: loss for step, loss in losses(whole).items() if step > 8}
+        close(losses(target), late)
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    shutil.copytree(whole / "run" / "step4", tmp_path / "run" / "step4")
+    refused = run(config, "model.n_layers=2")
+    assert refused.returncode == 2 and "model.n_layers: expected 3" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_other_parallelism_from_the_command_line(tmp_path: Path) -> None:
+    done = run(write_config(tmp_path), "parallel.data=ddp", "train.max_steps=3", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hybrid: List[str] = ["parallel.data=hsdp", "parallel.shard_degree=1", "train.max_steps=3"]
+    again = run(write_config(tmp_path), *hybrid, f"train.save_folder={tmp_path / 'hsdp'}", processes=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    first, second = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("run", "hsdp"))
+    for a, b in zip(first, second):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+
+
+def test_dry_run_prints_sizes_and_trains_nothing(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    shown = run(config, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("norm_placement: post", "parameters", "training FLOPs a token", "memory a process", "steps"):
+        assert text in shown.stdout
+    assert not (tmp_path / "run").exists() and not (tmp_path / "work").exists()
+
+
+def test_config_is_saved_beside_the_checkpoints(whole: Path) -> None:
+    saved = json.loads((whole / "run" / "step4" / "config.json").read_text())
+    assert saved["model"]["norm_placement"] == "post" and saved["train"]["max_steps"] == STEPS
