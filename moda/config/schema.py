@@ -238,12 +238,65 @@ class TokenizerSection:
     hub: Optional[str] = None
 
 
+class Verify(str, Enum):
+    size = "size"
+    hash = "hash"
+
+
+@dataclass
+class MixtureSource:
+    """``data.mixture.sources.NAME``.
+
+    :param paths: its token files (globs allowed).
+    :param ratio: its weight; shares are weights over their sum.
+    :param tokens: or its token budget. All sources have the one or the other.
+    :param max_repetition: how many times through the source the run may go.
+    """
+
+    paths: List[str]
+    ratio: Optional[float] = None
+    tokens: Optional[int] = None
+    max_repetition: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise UserError("data.mixture.sources.paths", "at least one token file", self.paths)
+        if (self.ratio is None) == (self.tokens is None):
+            both = "neither" if self.ratio is None else "both"
+            raise UserError("data.mixture.sources", "a ratio or a number of tokens for each source", both)
+        _above("data.mixture.sources.ratio", self.ratio, 0)
+        _at_least("data.mixture.sources.tokens", self.tokens, 1)
+        _at_least("data.mixture.sources.max_repetition", self.max_repetition, 1)
+
+
+@dataclass
+class MixtureSection:
+    """``data.mixture``: several prepared sources in given shares.
+
+    :param sources: by name.
+    :param seed: chooses which sequences of a file are taken where not all are.
+    """
+
+    sources: Dict[str, MixtureSource]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("data.mixture.sources", "at least one source")
+        if len({source.ratio is None for source in self.sources.values()}) > 1:
+            raise UserError("data.mixture.sources", "ratios for all sources or tokens for all sources", "some of each")
+        _at_least("data.mixture.seed", self.seed, 0)
+
+
 @dataclass
 class DataConfig:
-    """``data``: exactly one of ``mix``, ``paths`` and ``text``.
+    """``data``: exactly one of ``mix``, ``paths``, ``mixture`` and ``text``.
 
     :param mix: a data mix of OLMo-core by name, found under ``base_dir``.
     :param base_dir: folder, http(s), s3, gs or r2 URL of the mix.
+    :param mix_tokens: use only a subset of the mix's files that holds this many tokens, the same one for everyone
+        (``scripts/prepare_data.py mirror --tokens`` downloads it).
+    :param mixture: prepared sources with ratios or token budgets.
     :param paths: token files (flat uint16/uint32, globs allowed), as OLMo-core reads them.
     :param text: text to tokenize at the first start: ``python-stdlib``, or files, folders and globs (UTF-8 text, or .jsonl
         with a ``text`` field).
@@ -251,25 +304,35 @@ class DataConfig:
     :param validation: ``{name: [token files]}``, or the name of a validation mix; for ``text`` a share of the documents
         is held out by a stable hash of their relative path.
     :param validation_fraction: that share.
+    :param verify: what is compared with the manifest beside token files: their ``size``, or their ``hash`` (reads them all).
     :param work_dir: where tokenized text and indices are kept between runs.
     :param num_workers: data loading processes.
     """
 
     mix: Optional[str] = None
     base_dir: Optional[str] = None
+    mix_tokens: Optional[int] = None
+    mixture: Optional[MixtureSection] = None
     paths: Optional[List[str]] = None
     text: Optional[Union[str, List[str]]] = None
     tokenizer: Union[TokenizerSection, str] = "dolma2"
     validation: Optional[Union[str, Dict[str, List[str]]]] = None
     validation_fraction: float = 0.05
     document_masking: bool = False
+    verify: Verify = Verify.size
     work_dir: str = "data/work"
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("mix", "paths", "text") if getattr(self, name) is not None]
+        given = [name for name in ("mix", "paths", "mixture", "text") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UserError("data", "exactly one of data.mix, data.paths and data.text", ", ".join(given) or "none")
+            raise UserError(
+                "data", "exactly one of data.mix, data.paths, data.mixture and data.text", ", ".join(given) or "none"
+            )
+        _at_least("data.mix_tokens", self.mix_tokens, 1)
+        if self.mix_tokens is not None and self.mix is None:
+            raise UserError("data.mix_tokens", "null without data.mix", self.mix_tokens)
+        self.verify = Verify(self.verify)
         if self.paths is not None and not self.paths:
             raise UserError("data.paths", "at least one token file", self.paths)
         if isinstance(self.tokenizer, str):

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from olmo_core.data import (
-    DataMix,
-    NumpyDatasetDType,
     NumpyFSLDatasetConfig,
     NumpyPaddedFSLDatasetConfig,
 )
 from olmo_core.io import is_url
 
 from moda.config.schema import DataConfig
-from moda.errors import UserError, nearest
+from moda.errors import UserError
 
+from .checks import check_token_files, missing_shards, token_dtype
+from .mixes import mix_files
+from .mixture import Drawn, MixtureDatasetConfig, draw, label_of, stem
 from .text import prepare_text
 from .tokenizer import Tokenizer
 
-__all__ = ["TrainingData", "build_training_data", "check_token_files", "token_dtype"]
+__all__ = ["TrainingData", "build_training_data", "check_token_files", "preview", "token_dtype"]
 
 log = logging.getLogger(__name__)
-
-_CHECKED_TOKENS = 1 << 20  # token ids read from either end of a file when it is checked
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,15 @@ class TrainingData:
     :param train: OLMo-core's dataset of fixed-length sequences.
     :param validation: OLMo-core's padded dataset, one label a set, or None.
     :param tokens: training tokens in one epoch, or None where the files are remote and were not asked.
+    :param drawn: what comes from where.
+    :param labels: the source of every path of ``train``.
     """
 
     train: NumpyFSLDatasetConfig
     validation: Optional[NumpyPaddedFSLDatasetConfig]
     tokens: Optional[int]
-
-
-def token_dtype(vocab_size: int) -> NumpyDatasetDType:
-    """The integer type of token files: uint16 where every id fits, uint32 otherwise."""
-    return NumpyDatasetDType.uint16 if vocab_size <= 2**16 else NumpyDatasetDType.uint32
+    drawn: List[Drawn] = field(default_factory=list)
+    labels: List[str] = field(default_factory=list)
 
 
 def _expand(key: str, patterns: List[str]) -> List[str]:
@@ -59,98 +56,72 @@ def _expand(key: str, patterns: List[str]) -> List[str]:
         matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
         if not matches:
             raise UserError(key, "token files that exist", pattern, "scripts/prepare_data.py makes them from text")
+        missing = missing_shards(pattern)
+        if missing:
+            raise UserError(key, f"all shards that the manifest lists under {pattern}", f"no {missing[0]}")
         paths.extend(matches)
     return paths
 
 
-def _manifest_of(path: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
-    """The manifest that describes a token file: in its folder or the one above."""
-    for folder in (path.parent, path.parent.parent):
-        file = folder / "manifest.json"
-        if file.is_file():
-            try:
-                return file, json.loads(file.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as e:
-                raise UserError(str(file), "a readable manifest", hint=str(e)) from None
-    return None
+def _by_label(paths: List[str], labels: List[str], width: int) -> List[Drawn]:
+    """Files and tokens of each label, all of which is drawn; tokens are None where a file is remote."""
+    found: Dict[str, Tuple[int, Optional[int]]] = {}
+    for path, label in zip(paths, labels):
+        files, tokens = found.get(label, (0, 0))
+        here = None if is_url(path) else Path(path).stat().st_size // width
+        found[label] = (files + 1, None if tokens is None or here is None else tokens + here)
+    return [Drawn(label, files, tokens, tokens) for label, (files, tokens) in found.items()]
 
 
-def check_token_files(key: str, paths: List[str], tokenizer: Tokenizer) -> int:
-    """Check local token files against the tokenizer and return how many tokens they hold.
+def _mixture(
+    data: DataConfig, tokenizer: Tokenizer, sequence_length: int, total_tokens: Optional[int], tokens_per_step: Optional[int]
+) -> Tuple[Any, List[Drawn]]:
+    assert data.mixture is not None
+    if total_tokens is None or tokens_per_step is None:
+        raise ValueError("a mixture needs the run's total tokens and tokens per step")
+    files: Dict[str, List[str]] = {}
+    for name, source in data.mixture.sources.items():
+        key = f"data.mixture.sources.{name}.paths"
+        files[name] = _expand(key, source.paths)
+        check_token_files(key, files[name], tokenizer, verify=data.verify, cache=data.work_dir)
+    return draw(
+        data.mixture, files, total_tokens=total_tokens, tokens_per_step=tokens_per_step,
+        sequence_length=sequence_length, dtype=token_dtype(tokenizer.config.vocab_size).as_np_dtype(),
+    )  # fmt: skip
 
-    A manifest beside them must name the same tokenizer. Ids at both ends of each file must be within its vocabulary.
 
-    :raises UserError: naming the file and what is wrong with it.
+def preview(
+    data: DataConfig, tokenizer: Tokenizer, sequence_length: int, total_tokens: int, tokens_per_step: int
+) -> List[Drawn]:
+    """What a run would draw from where, without writing anything but caches; empty for text that is not tokenized yet.
+
+    :raises UserError: for data that is missing, damaged or too little.
     """
-    dtype = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype())
-    total = 0
-    for name in paths:
-        if is_url(name):
-            continue
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(key, "token files that exist", name)
-        found = _manifest_of(path)
-        if found is not None:
-            file, manifest = found
-            made_with = manifest.get("tokenizer", {})
-            theirs = made_with.get("fingerprint")
-            if theirs is not None and theirs != tokenizer.fingerprint:
-                raise UserError(
-                    "data.tokenizer",
-                    f"the tokenizer that made {name}: {made_with.get('name')} ({theirs[:20]}, {file})",
-                    f"{tokenizer.name} ({tokenizer.fingerprint[:20]})",
-                )
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(
-                key, f"{name} to hold whole {dtype} token ids", f"{size} bytes", "truncated, or another type?"
-            )
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        for part in (tokens[:_CHECKED_TOKENS], tokens[-_CHECKED_TOKENS:]):
-            largest = int(part.max())
-            if largest >= tokenizer.config.vocab_size:
-                raise UserError(
-                    "data.tokenizer",
-                    f"a tokenizer whose vocabulary has the token ids of {name} (up to {largest})",
-                    f"{tokenizer.name} with {tokenizer.config.vocab_size} tokens",
-                )
-        total += len(tokens)
-    return total
+    if data.text is not None:
+        return []
+    if data.mixture is not None:
+        return _mixture(data, tokenizer, sequence_length, total_tokens, tokens_per_step)[1]
+    width = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype()).itemsize
+    if data.paths is not None:
+        paths = _expand("data.paths", data.paths)
+        check_token_files("data.paths", paths, tokenizer, verify=data.verify, cache=data.work_dir)
+        return _by_label(paths, [stem(p) for p in paths], width)
+    assert data.mix is not None
+    return _by_label(*mix_files("data.mix", data.mix, data, tokenizer, width), width)
 
 
-def _mix(key: str, name: str) -> DataMix:
-    try:
-        return DataMix(name)
-    except ValueError:
-        raise UserError(key, "a data mix of OLMo-core", name, nearest(name, [m.value for m in DataMix])) from None
-
-
-def _mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer) -> Tuple[List[str], List[str]]:
-    """Paths and labels of a mix under ``data.base_dir``; a local one must be complete."""
-    if data.base_dir is None:
-        raise UserError("data.base_dir", f"the folder or URL under which {name} lies", hint=f"needed by {key}")
-    if tokenizer.hub is None:
-        raise UserError(
-            "data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, "set data.tokenizer.hub"
-        )
-    try:
-        paths, labels = _mix(key, name).build(data.base_dir, tokenizer.hub)
-    except (ValueError, FileNotFoundError) as e:
-        raise UserError(key, f"a mix that exists for tokenizer {tokenizer.hub}", name, str(e)) from None
-    if not is_url(data.base_dir):
-        missing = [p for p in paths if not Path(p).is_file()]
-        if missing:
-            raise UserError(
-                "data.base_dir",
-                f"the {len(paths)} files of {name}",
-                f"{len(missing)} of them missing, the first {missing[0]}",
-            )
-    return [str(p) for p in paths], list(labels)
-
-
-def build_training_data(data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> TrainingData:
+def build_training_data(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    total_tokens: Optional[int] = None,
+    tokens_per_step: Optional[int] = None,
+) -> TrainingData:
     """Datasets for training and validation.
+
+    :param total_tokens: what the run trains on; needed by mixtures.
+    :param tokens_per_step: tokens of a batch; needed by mixtures.
 
     :raises UserError: for data that is missing, damaged or made with another tokenizer.
     """
@@ -161,39 +132,55 @@ def build_training_data(data: DataConfig, tokenizer: Tokenizer, sequence_length:
         work_dir=data.work_dir,
         dtype=token_dtype(config.vocab_size),
     )
+    width = np.dtype(common["dtype"].as_np_dtype()).itemsize
     validation: Dict[str, List[str]] = {}
     tokens: Optional[int] = None
+    if data.mixture is not None:
+        mixed, drawn = _mixture(data, tokenizer, sequence_length, total_tokens, tokens_per_step)
+        labels = label_of(mixed)
+        train: NumpyFSLDatasetConfig = MixtureDatasetConfig(
+            drawn=mixed,
+            seed=data.mixture.seed,
+            metadata=[{"label": label} for label in labels],
+            generate_doc_lengths=data.document_masking,
+            **common,
+        )
+        tokens = sum(d.tokens or 0 for d in drawn)
+        return TrainingData(train, _validation(data, tokenizer, {}, common, width), tokens, drawn, labels)
     if data.text is not None:
         assert data.validation is None or isinstance(data.validation, dict)
-        text = prepare_text(data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir)
+        text = prepare_text(
+            data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir
+        )
         paths = [str(p) for p in text.train.values()]
         labels = list(text.train)
         validation = {label: [str(path)] for label, path in text.validation.items()}
         tokens = check_token_files("data.text", paths, tokenizer)
     elif data.paths is not None:
         paths = _expand("data.paths", data.paths)
-        labels = [Path(p).stem for p in paths]
-        tokens = check_token_files("data.paths", paths, tokenizer)
+        labels = [stem(p) for p in paths]
+        tokens = check_token_files("data.paths", paths, tokenizer, verify=data.verify, cache=data.work_dir)
     else:
         assert data.mix is not None
-        paths, labels = _mix_files("data.mix", data.mix, data, tokenizer)
+        paths, labels = mix_files("data.mix", data.mix, data, tokenizer, width)
         if data.base_dir is not None and not is_url(data.base_dir):
-            tokens = sum(Path(p).stat().st_size for p in paths) // np.dtype(common["dtype"].as_np_dtype()).itemsize
+            tokens = check_token_files("data.mix", paths, tokenizer, verify=data.verify, cache=data.work_dir)
     train = NumpyFSLDatasetConfig(
         paths=paths,
         metadata=[{"label": label} for label in labels],
         generate_doc_lengths=data.document_masking,
         **common,
     )
-    return TrainingData(train, _validation(data, tokenizer, validation, common), tokens)
+    found = _validation(data, tokenizer, validation, common, width)
+    return TrainingData(train, found, tokens, _by_label(paths, labels, width), labels)
 
 
 def _validation(
-    data: DataConfig, tokenizer: Tokenizer, sets: Dict[str, List[str]], common: Dict[str, Any]
+    data: DataConfig, tokenizer: Tokenizer, sets: Dict[str, List[str]], common: Dict[str, Any], width: int
 ) -> Optional[NumpyPaddedFSLDatasetConfig]:
     files: List[Tuple[str, str]] = []
     if isinstance(data.validation, str):
-        paths, labels = _mix_files("data.validation", data.validation, data, tokenizer)
+        paths, labels = mix_files("data.validation", data.validation, data, tokenizer, width)
         files = list(zip(labels, paths))
     elif data.validation is not None:
         sets = {name: _expand(f"data.validation.{name}", patterns) for name, patterns in data.validation.items()}

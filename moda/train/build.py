@@ -42,6 +42,7 @@ from moda.data import TrainingData
 from moda.errors import UserError
 
 from .checkpoints import ChecksumCallback
+from .composition import CompositionCallback
 from .plan import Plan
 from .progress import ProgressCallback
 
@@ -186,6 +187,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         ),
         "config_saver": ConfigSaverCallback(save_data_paths=True),
         "checksums": ChecksumCallback(),
+        "composition": CompositionCallback(folder=c.save_folder, drawn=data.drawn, labels=data.labels),
         "speed": SpeedMonitorCallback(device_peak_flops_per_second=_peak_flops(module.device)),
     }
     if module.device.type == "cuda":

@@ -23,6 +23,7 @@ from rich.table import Table
 from moda.config.schema import RunConfig
 from moda.config.typed import to_dict
 from moda.data import TrainingData, build_training_data
+from moda.data.sources import preview
 from moda.errors import UserError
 
 from .build import build_data_loader, build_train_module, build_trainer
@@ -66,22 +67,62 @@ def print_plan(p: Plan) -> None:
         table.add_row(name, value)
     console.print()
     console.print(table)
+    _print_data(p)
+
+
+def _print_data(p: Plan) -> None:
+    """What the run would draw from where. Data that is not here is said, not refused: a dry run may be elsewhere."""
+    train = p.config.train
+    total = p.steps * train.tokens_per_step
+    try:
+        drawn = preview(p.config.data, p.tokenizer, train.sequence_length, total, train.tokens_per_step)
+    except UserError as e:
+        if p.config.data.mixture is not None:
+            raise
+        console.print(f"data: not looked at ({e})", highlight=False, markup=False, soft_wrap=True)
+        return
+    if not drawn:
+        console.print("data: text, tokenized at the first start")
+        return
+    whole = sum(d.tokens or 0 for d in drawn)
+    table = Table(title="data", title_justify="left")
+    for heading in ("source", "files", "tokens there", "tokens in the dataset", "share", "times through"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for d in drawn:
+        if d.tokens is None or not d.available:
+            row = ("not asked (remote)", "", "", "")
+        else:
+            row = (f"{d.available:,}", f"{d.tokens:,}", f"{d.tokens / whole:.2%}", f"{d.tokens / d.available:.2f}")
+        table.add_row(d.name, f"{d.files:,}", *row)
+    console.print(table)
+    if whole:
+        console.print(f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset", highlight=False)
 
 
 def _prepare_data(p: Plan) -> TrainingData:
     """Check and, for text, tokenize the data: rank 0 first, the others once it is there. An error reaches every rank."""
-    c = p.config
     error: Optional[UserError] = None
     data: Optional[TrainingData] = None
     if get_rank() == 0:
         try:
-            data = build_training_data(c.data, p.tokenizer, c.train.sequence_length)
+            data = _build(p)
         except UserError as e:
             error = e
     error = broadcast_object(error)
     if error is not None:
         raise error
-    return build_training_data(c.data, p.tokenizer, c.train.sequence_length) if data is None else data
+    return _build(p) if data is None else data
+
+
+def _build(p: Plan) -> TrainingData:
+    train = p.config.train
+    return build_training_data(
+        p.config.data,
+        p.tokenizer,
+        train.sequence_length,
+        total_tokens=p.steps * train.tokens_per_step,
+        tokens_per_step=train.tokens_per_step,
+    )
 
 
 def _save_config(config: RunConfig) -> None:

@@ -1,0 +1,146 @@
+"""OLMo-core's data mixes by name: their files under a base directory, and a subset of them for a token budget.
+
+The subset of B tokens is the same for everyone: within each source (label) of the mix, files are ordered by the SHA-256 of
+``seed:path`` and taken until the source has its share of B, its share being that of its tokens in the whole mix. The last
+file of each source is taken whole, so the subset holds a little more than B. It depends on the file names and sizes, B and
+the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple, Union
+
+from olmo_core.data import DataMix
+from olmo_core.io import get_file_size, is_url
+
+from moda.config.schema import DataConfig
+from moda.errors import UserError, nearest
+
+from .manifest import read_manifest
+from .prepare.tasks import write_json
+from .tokenizer import Tokenizer
+
+__all__ = ["choose_subset", "load_sizes", "mix_files", "mix_paths", "subset_file"]
+
+log = logging.getLogger(__name__)
+
+_THREADS = 32
+
+
+def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> List[Tuple[str, str]]:
+    """(label, path relative to the base directory) of every file of a mix.
+
+    :raises UserError: for a mix that is not known, or not for this tokenizer.
+    """
+    try:
+        mix = DataMix(name)
+    except ValueError:
+        raise UserError(key, "a data mix of OLMo-core", name, nearest(name, [m.value for m in DataMix])) from None
+    if tokenizer.hub is None:
+        raise UserError(
+            "data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, "set data.tokenizer.hub"
+        )
+    try:
+        paths, labels = mix.build("", tokenizer.hub)
+    except (ValueError, FileNotFoundError) as e:
+        raise UserError(key, f"a mix that exists for tokenizer {tokenizer.hub}", name, str(e)) from None
+    return [(label, str(path).lstrip("/")) for path, label in zip(paths, labels)]
+
+
+def choose_subset(
+    files: List[Tuple[str, str]], sizes: Dict[str, int], tokens: int, width: int, seed: int = 0
+) -> List[Tuple[str, str]]:
+    """The files of a mix that hold a token budget, in the mix's order.
+
+    :param files: (label, path) of the mix.
+    :param sizes: bytes of every path.
+    :param width: bytes of a token.
+
+    :raises UserError: if the whole mix holds less.
+    """
+    total = sum(sizes[path] for _, path in files) // width
+    if tokens > total:
+        raise UserError("data.mix_tokens", f"at most the mix's {total:,} tokens", f"{tokens:,}")
+    chosen = set()
+    for label in dict.fromkeys(label for label, _ in files):
+        paths = [path for one, path in files if one == label]
+        held = sum(sizes[p] for p in paths) // width
+        quota = -(-held * tokens // total)
+        taken = 0
+        for path in sorted(paths, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest()):
+            if taken >= quota:
+                break
+            chosen.add(path)
+            taken += sizes[path] // width
+    return [(label, path) for label, path in files if path in chosen]
+
+
+def subset_file(folder: Path, mix: str, tokens: Optional[int], seed: int = 0) -> Path:
+    """Where a local mirror says which files of a mix it holds."""
+    what = "all" if tokens is None else f"{tokens}-{seed}"
+    return folder / "mirror" / f"{mix}-{what}.json"
+
+
+def load_sizes(
+    base: str, paths: List[str], cache: Path, size_of: Callable[[str], int] = get_file_size
+) -> Dict[str, int]:
+    """The size of every file of a mix, asked once and remembered.
+
+    :param base: folder or URL.
+    :param cache: the file to remember them in.
+
+    :raises UserError: naming the first file that cannot be reached.
+    """
+    known: Dict[str, int] = json.loads(cache.read_text()) if cache.is_file() else {}
+    missing = [p for p in paths if p not in known]
+    if missing:
+        log.info("asking %s for the sizes of %d files ...", base, len(missing))
+
+        def ask(path: str) -> Union[int, Exception]:
+            try:
+                return size_of(f"{base.rstrip('/')}/{path}")
+            except Exception as e:  # each kind of storage has its own
+                return e
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for path, found in zip(missing, pool.map(ask, missing)):
+                if isinstance(found, Exception):
+                    raise UserError("data.base_dir", f"a place that has {path}", base, str(found).split("\n")[0])
+                known[path] = found
+        write_json(cache, known)
+    return {p: known[p] for p in paths}
+
+
+def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width: int) -> Tuple[List[str], List[str]]:
+    """Paths and labels of a mix under ``data.base_dir``, or of its subset; a local one must be complete.
+
+    :param width: bytes of a token.
+    """
+    if data.base_dir is None:
+        raise UserError("data.base_dir", f"the folder or URL under which {name} lies", hint=f"needed by {key}")
+    files = mix_paths(key, name, tokenizer)
+    base = data.base_dir.rstrip("/")
+    tokens = data.mix_tokens if key == "data.mix" else None
+    if tokens is not None:
+        listed = None if is_url(base) else subset_file(Path(base), name, tokens)
+        if listed is not None and listed.is_file():
+            files = [(label, path) for label, path, _ in read_manifest(listed)["files"]]
+        else:
+            where = hashlib.sha256(base.encode()).hexdigest()[:16]
+            sizes = load_sizes(base, [p for _, p in files], Path(data.work_dir) / f"sizes-{name}-{where}.json")
+            files = choose_subset(files, sizes, tokens, width)
+    if not is_url(base):
+        missing = [path for _, path in files if not Path(base, path).is_file()]
+        if missing:
+            raise UserError(
+                "data.base_dir",
+                f"the {len(files)} files of {name}",
+                f"{len(missing)} of them missing, the first {Path(base, missing[0])}",
+                f"scripts/prepare_data.py mirror {name} {base} downloads them",
+            )
+    return [f"{base}/{path}" for _, path in files], [label for label, _ in files]

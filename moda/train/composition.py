@@ -1,0 +1,81 @@
+"""What a run was trained on: ``data.json`` in the run folder, planned at the start and counted at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+from olmo_core.distributed.utils import get_rank
+from olmo_core.io import is_url
+from olmo_core.train.callbacks import Callback
+
+from moda.data.mixture import Drawn
+
+__all__ = ["COMPOSITION_FILE", "CompositionCallback", "count_drawn"]
+
+log = logging.getLogger(__name__)
+
+COMPOSITION_FILE = "data.json"
+
+
+def count_drawn(loader: Any, labels: List[str], steps: int) -> Dict[str, int]:
+    """Tokens of each source in the first ``steps`` batches, counted from the loader's own order.
+
+    :param loader: OLMo-core's loader of fixed-length sequences.
+    :param labels: the source of every path of its dataset.
+    """
+    dataset = loader.dataset
+    per_batch = loader.global_batch_size // dataset.sequence_length
+    ends = np.array([end for _, end in dataset.offsets], dtype=np.int64)
+    names = list(dict.fromkeys(labels))
+    of_path = np.array([names.index(label) for label in labels], dtype=np.int64)
+    counts = np.zeros(len(names), dtype=np.int64)
+    before = loader._epoch
+    try:
+        for epoch in range(1, -(-steps // loader.total_batches) + 1):
+            batches = min(steps - (epoch - 1) * loader.total_batches, loader.total_batches)
+            loader._epoch = epoch
+            order = loader._build_global_indices()[: batches * per_batch]
+            paths = np.searchsorted(ends, order, side="right")
+            counts += np.bincount(of_path[paths], minlength=len(names))
+    finally:
+        loader._epoch = before
+    return {name: int(n) * dataset.sequence_length for name, n in zip(names, counts)}
+
+
+@dataclass
+class CompositionCallback(Callback):
+    """Writes ``data.json``: the sources, what the run was to draw from each, and what it has drawn when it ends.
+
+    :param folder: the run folder.
+    :param drawn: the plan.
+    :param labels: the source of every path of the dataset.
+    """
+
+    folder: str = ""
+    drawn: List[Drawn] = field(default_factory=list)
+    labels: List[str] = field(default_factory=list)
+
+    def _write(self, trained: Dict[str, int]) -> None:
+        path = Path(self.folder) / COMPOSITION_FILE
+        total = sum(d.tokens or 0 for d in self.drawn)
+        content: Dict[str, Any] = {"dataset": [d.describe(total) for d in self.drawn]}
+        if trained:
+            tokens = sum(trained.values())
+            shares = {name: {"tokens": n, "share": n / tokens} for name, n in trained.items()}
+            content["trained_on"] = {"steps": self.step, "tokens": tokens, "sources": shares}
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(json.dumps(content, indent=1))
+        scratch.replace(path)
+
+    def pre_train(self) -> None:
+        if get_rank() == 0 and not is_url(self.folder):
+            self._write({})
+
+    def post_train(self) -> None:
+        if get_rank() == 0 and not is_url(self.folder) and self.step > 0:
+            self._write(count_drawn(self.trainer.data_loader, self.labels, self.step))
