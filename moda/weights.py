@@ -251,5 +251,5 @@ def load_model(
         model.lm_head.w_out.weight = model.embeddings.weight  # type: ignore[union-attr]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights["embeddings.weight" if name == "lm_head.w_out.weight" else name])
+            parameter.copy_(weights[name])
     return model.to(device=device or torch.device("cpu"), dtype=dtype).eval()

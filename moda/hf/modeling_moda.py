@@ -1,0 +1,122 @@
+"""An exported MoDA model for ``AutoModelForCausalLM`` (remote code: imports torch and transformers only)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_moda import MoDAConfig
+from .decoder_moda import Cache, DecoderParts, MoDARMSNorm
+
+
+class MoDAPreTrainedModel(PreTrainedModel):
+    """Weights, saving and loading."""
+
+    config_class = MoDAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MoDALayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, MoDARMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class MoDAModel(DecoderParts, MoDAPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MoDAConfig) -> None:
+        super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.Tensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        use_cache: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of ids ``[B, T]``; with a cache these are the new tokens only."""
+        del kwargs
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("MoDAModel: give exactly one of input_ids and inputs_embeds")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.run(embedded, attention_mask, position_ids, past_key_values if use_cache else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,  # type: ignore[arg-type]
+            past_key_values=past_key_values if use_cache else None,  # type: ignore[arg-type]
+        )
+
+
+class MoDAForCausalLM(MoDAPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoDAConfig) -> None:
+        super().__init__(config)
+        self.model = MoDAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.Tensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        labels: Optional[torch.Tensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: Union[int, torch.Tensor] = 0,
+        return_dict: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Union[CausalLMOutputWithPast, Tuple[Any, ...]]:
+        """Logits ``[B, T, vocab]``; ``labels`` (shifted inside, -100 left out) add the mean loss."""
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].float().flatten(0, 1)
+            loss = nn.functional.cross_entropy(flat, labels[:, 1:].flatten().to(flat.device))
+        out = CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+        )
+        return out.to_tuple() if return_dict is False else out

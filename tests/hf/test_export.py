@@ -1,0 +1,244 @@
+"""Exported models against the models they come from: logits, cache, generation, and the way back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict
+
+import pytest
+import tokenizers
+import torch
+
+from moda.errors import UserError
+from moda.hf import fields_of, to_hf, write_checkpoint, write_export
+from moda.hf.decoder_moda import KVCache, MoDADecoder
+from moda.weights import load_model, open_checkpoint, read_weights
+from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+
+TOLERANCE = 1e-9  # fp64, where a difference of the formulas cannot hide behind rounding
+
+
+def config_of(**changes: Any) -> Dict[str, Any]:
+    return {**MODEL, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 61, "n_layers": 4, **changes}
+
+
+def pair(model: Dict[str, Any]) -> tuple:
+    """A native model with random weights and the exported decoder with the same ones, in fp64."""
+    config = run_config(Path("unused"), model).model.transformer(61)
+    native = randomise(config.build(init_device="cpu"), 3).eval().double()
+    for module in native.modules():  # norms and rotations compute in fp32 unless told otherwise
+        if hasattr(module, "full_precision"):
+            module.full_precision = False
+    weights = {n: p.detach() for n, p in native.named_parameters(remove_duplicate=False)}
+    fields = fields_of(config, 64)
+    exported = MoDADecoder(SimpleNamespace(**vars(fields))).eval().double()
+    renamed = {n.removeprefix("model."): w for n, w in to_hf(weights, 61).items()}
+    exported.load_state_dict(renamed)
+    return native, exported
+
+
+def check(model: Dict[str, Any]) -> None:
+    native, exported = pair(model)
+    with torch.no_grad():
+        truth, found = native(IDS), exported(IDS)
+        assert found.shape == (2, 9, 61)
+        assert (truth - found).abs().max() < TOLERANCE
+        cache, steps = KVCache(), []
+        for a, b in ((0, 4), (4, 5), (5, 9)):
+            steps.append(exported(IDS[:, a:b], cache))
+        assert (torch.cat(steps, dim=1) - found).abs().max() < TOLERANCE
+
+
+VARIANTS = [
+    dict(attention=a, ffn=f, key_norm=n, rope=r)
+    for a, f, n, r in itertools.product(
+        ("reuse", "project"), (True, False), ("writer", "reader", "none"), ("same_position", "none")
+    )
+]
+
+
+@pytest.mark.parametrize("depth", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_every_depth_variant(depth: Dict[str, Any]) -> None:
+    for qk_norm in ("full", "head"):
+        check(config_of(depth_kv=depth, qk_norm=qk_norm))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+@pytest.mark.parametrize("attention", ["reuse", "project"])
+def test_windows_of_slots(slots: int, attention: str) -> None:
+    check(config_of(depth_kv=dict(attention=attention, slots=slots)))
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+@pytest.mark.parametrize("depth", [None, dict()], ids=["plain", "depth"])
+def test_norm_placements(placement: str, depth: Any) -> None:
+    check(config_of(norm_placement=placement, depth_kv=depth))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(bias=True),
+        dict(tie_embeddings=False),
+        dict(n_kv_heads=4),
+        dict(pad_vocab_to=1),
+        dict(qk_norm="none", depth_kv=dict(key_norm="none")),
+        dict(n_layers=1),
+    ],
+    ids=str,
+)
+def test_other_settings(changes: Dict[str, Any]) -> None:
+    check(config_of(**changes))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """A checkpoint and its export."""
+    folder = tmp_path_factory.mktemp("export")
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(list(pydoc_data.topics.topics.values())[:5], trainer)
+    tok.save(str(folder / "tokenizer.json"))
+    save_checkpoint(folder / "step10", run_config(folder / "tokenizer.json", sequence_length=64), seed=2)
+    write_export(open_checkpoint(folder / "step10"), folder / "hf")
+    return folder / "step10", folder / "hf"
+
+
+# Runs where this project cannot be imported, as on a stranger's machine.
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("moda", "olmo_core"):  # transformers itself looks for a package called kernels
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+texts = ["The quick brown fox", "import os, sys, and much more than that"]
+batch = tokenizer(texts[1], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits
+    ids, steps = batch["input_ids"], []
+    for _ in range(12):  # greedy without a cache
+        following = model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], dim=1)
+    greedy = model.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    tokenizer.padding_side = "left"
+    padded = tokenizer(texts, return_tensors="pt", padding=True)
+    together = model.generate(**padded, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+model.save_pretrained(out + "/again")
+again = AutoModelForCausalLM.from_pretrained(out + "/again", trust_remote_code=True)
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+torch.save(dict(ids=batch["input_ids"], logits=logits, plain=ids, greedy=greedy, together=together, loss=loss), out + "/o.pt")
+"""
+
+
+def test_remote_code_where_the_project_is_absent(exported: tuple, tmp_path: Path) -> None:
+    checkpoint, folder = exported
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    line = [sys.executable, "-c", STRANGER, str(folder), str(tmp_path)]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "o.pt")
+    native = load_model(open_checkpoint(checkpoint))
+    with torch.no_grad():
+        truth = native(found["ids"])
+    assert (found["logits"] - truth).abs().max() < 1e-4
+    # min_new_tokens forbids the end token; the plain loop has to agree as far as it does not choose it.
+    assert torch.equal(found["greedy"], found["plain"]) or 0 in found["plain"][0, found["ids"].shape[1] :]
+    n = found["ids"].shape[1]
+    assert torch.equal(found["together"][1, -12 - n :], found["greedy"][0])  # a row of a left-padded batch
+    expected = torch.nn.functional.cross_entropy(truth[0, :-1], found["ids"][0, 1:])
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_code_of_an_export_is_self_contained(exported: tuple) -> None:
+    for name in ("configuration_moda.py", "decoder_moda.py", "modeling_moda.py"):
+        text = (exported[1] / name).read_text()
+        assert not any(f"{word} {p}" in text for word in ("import", "from") for p in ("moda", "kernels", "olmo_core"))
+
+
+def test_import_back(exported: tuple, tmp_path: Path) -> None:
+    checkpoint, folder = exported
+    write_checkpoint(folder, tmp_path / "step0")
+    before, after = read_weights(checkpoint), read_weights(tmp_path / "step0")
+    assert before.keys() == after.keys()
+    for name, w in before.items():
+        real = 300 if name == "embeddings.weight" else len(w)
+        assert torch.equal(w[:real], after[name][:real])
+    (folder / "moda_run.json").rename(tmp_path / "moda_run.json")  # as if it came from elsewhere
+    try:
+        write_checkpoint(folder, tmp_path / "step1")
+    finally:
+        (tmp_path / "moda_run.json").rename(folder / "moda_run.json")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        models = [load_model(open_checkpoint(p)) for p in (checkpoint, tmp_path / "step1")]
+        assert torch.allclose(models[0](ids), models[1](ids), atol=1e-6)
+
+
+def test_evaluation_of_an_export_agrees(exported: tuple) -> None:
+    from evals.downstream import evaluate_task
+    from evals.model import load
+    from evals.tasks import TASKS
+
+    native, theirs = (load(str(p), context_length=512) for p in exported)
+    assert theirs.kind == "huggingface" and theirs.tokenizer.prefix == ()
+    a, b = (evaluate_task(m, TASKS["copa"], limit=20, per_example=True) for m in (native, theirs))
+    assert a["correct"] == b["correct"]
+    for x, y in zip(a["examples"], b["examples"]):
+        assert x["log_likelihoods"] == pytest.approx(y["log_likelihoods"], abs=1e-3)
+
+
+def test_another_model_of_transformers(exported: tuple, tmp_path: Path) -> None:
+    """Any causal language model in safetensors; pickled weights are refused."""
+    import transformers
+
+    from evals.downstream import evaluate_task
+    from evals.model import load
+    from evals.tasks import TASKS
+
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "llama" / name).write_bytes((exported[1] / name).read_bytes())
+    model = load(str(tmp_path / "llama"))
+    assert evaluate_task(model, TASKS["copa"], limit=10)["n"] == 10
+    file = tmp_path / "llama" / "model.safetensors"
+    file.rename(tmp_path / "llama" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load(str(tmp_path / "llama"))
+
+
+def test_bad_exports(exported: tuple, tmp_path: Path) -> None:
+    checkpoint, folder = exported
+    with pytest.raises(UserError, match="new or empty folder"):
+        write_export(open_checkpoint(checkpoint), folder)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="an export of this project"):
+        write_checkpoint(tmp_path, tmp_path / "out")
