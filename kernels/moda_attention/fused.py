@@ -24,10 +24,14 @@ MAX_GROUP = 32
 def unsupported(p: Problem) -> Optional[str]:
     """Why the fused kernels cannot solve ``p``, naming the argument, or None if they can."""
     if p.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q: dtype must be bfloat16, float16 or float32, got {p.dtype}"
+        return f"q: dtype must be bfloat16 or float16, got {p.dtype}"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if p.device.type != "cuda" and not interpreted:
         return f"q: a CUDA device is needed (or TRITON_INTERPRET=1 for small tests on a CPU), got {p.device}"
+    if p.device.type == "cuda" and p.dtype == torch.float32:
+        return (
+            "q: dtype must be bfloat16 or float16, got torch.float32 (matrix units multiply it as tf32 only, 10 bits)"
+        )
     if p.device.type != "cuda" and p.dtype == torch.bfloat16:
         return "q: dtype bfloat16 needs a GPU, Triton's interpreter rounds its products wrongly"
     if p.device.type == "cuda" and p.dtype == torch.bfloat16 and torch.cuda.get_device_capability(p.device)[0] < 8:
@@ -58,8 +62,7 @@ def forward(
         depth_k = depth_v = q_depth = None
     q_, k, v, depth_k, depth_v, q_depth = _rows(q, k, v, depth_k, depth_v, q_depth)
     assert q_ is not None
-    out, lse, _ = fused_forward.forward(p, q_, k, v, depth_k, depth_v, q_depth)
-    return out, lse
+    return fused_forward.forward(p, q_, k, v, depth_k, depth_v, q_depth)
 
 
 def backward(

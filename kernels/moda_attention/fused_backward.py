@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import fused_forward, fused_gradients
+from . import fused_gradients
 from .fused_forward import device_of, strides
 from .problem import Problem
 from .tiles import LOG2_E, next_power_of_two, probabilities, score_gradients
@@ -31,7 +31,7 @@ __all__ = ["backward", "rows_kernel"]
 
 @triton.jit
 def rows_kernel(
-    q, depth_k, depth_v, out, grad_out, lse, lse_rest, grad_lse, lse_rows, rest_rows, delta, grad_q_start, grad_q, grad_depth_k,
+    q, depth_k, depth_v, out, grad_out, lse, grad_lse, lse_rows, delta, grad_q_start, grad_q, grad_depth_k,
     grad_depth_v,
     stride_qb, stride_qt, stride_qh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
@@ -40,7 +40,6 @@ def rows_kernel(
     length, row_stride, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     DEPTH: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr,
-    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """One program: one token and key/value head. Grid (T * Hk, B), heads fastest: neighbours read neighbouring rows.
 
@@ -68,17 +67,11 @@ def rows_kernel(
     if LSE_GRADIENT:
         dl -= tl.load(grad_lse + row, mask=real, other=0.0)
     row_lse = tl.load(lse + row, mask=real, other=float("inf"))
-    rest = row_lse
-    if SINGLE:
-        rest = tl.load(lse_rest + row, mask=real, other=0.0)
-    else:
-        row_lse = row_lse * 1.4426950408889634
+    lse_log2 = row_lse * 1.4426950408889634
     if STATS:
         saved = (b64 * n_heads + q_head) * row_stride + token
         tl.store(delta + saved, dl, mask=real)
-        tl.store(lse_rows + saved, row_lse, mask=real)
-        if SINGLE:
-            tl.store(rest_rows + saved, rest, mask=real)
+        tl.store(lse_rows + saved, lse_log2, mask=real)
 
     dq = tl.zeros([BLOCK_G, BLOCK_DIM], dtype=tl.float32)
     if DEPTH:
@@ -101,7 +94,7 @@ def rows_kernel(
                 old_k = tl.load(gk_at, mask=stored, other=0.0).to(tl.float32)
                 old_v = tl.load(gv_at, mask=stored, other=0.0).to(tl.float32)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            p = probabilities(s, row_lse[:, None], rest[:, None], scale, scale_log2, SINGLE)
+            p = probabilities(s, lse_log2[:, None], scale_log2)
             dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
             ds = score_gradients(p, dp, dl[:, None])
             dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
@@ -146,17 +139,12 @@ def backward(
     only_depth_query = q_depth is not None and not p.has_sequence
     dq = (torch.zeros if only_depth_query else torch.empty)(like_q, dtype=p.dtype, device=p.device)
     start = torch.empty(like_q, dtype=torch.float32, device=p.device) if own and not direct else None
-    rest = None
-    if p.dtype == torch.float32:  # the forward once more, for the bits that the saved LSE has lost
-        _, lse, rest = fused_forward.forward(p, q, k, v, depth_k, depth_v, q_depth, with_rest=True)
     stats = None
     if p.has_sequence or shared:  # rows padded to the 16 bytes that the tensor copy engine asks for
         columns = triton.cdiv(p.length, 4) * 4
-        stats = torch.empty(
-            2 if rest is None else 3, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device
-        )
+        stats = torch.empty(2, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device)
     _rows(
-        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, rest, stats, start,
+        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, stats, start,
         dq if dqd is None else dqd, grad_depth_k, grad_depth_v, fresh, own, direct,
     )  # fmt: skip
     if stats is None:
@@ -186,7 +174,6 @@ def _rows(
     depth_v: Optional[torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
-    rest: Optional[torch.Tensor],
     stats: Optional[torch.Tensor],
     grad_q_start: Optional[torch.Tensor],
     grad_q: torch.Tensor,
@@ -200,17 +187,17 @@ def _rows(
     block_dim = max(16, next_power_of_two(p.head_dim))
     adds = fresh[0] > 0 or fresh[1] < p.n_slots
     wide = block_dim > 64
-    saved_lse, saved_rest, delta = (None, None, None) if stats is None else fused_gradients.split_stats(stats)
+    saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
     with device_of(q):
         rows_kernel[(p.length * p.n_kv_heads, p.batch)](
-            q, depth_k, depth_v, out, grad_out, lse, rest, grad_lse, saved_lse, saved_rest, delta,
+            q, depth_k, depth_v, out, grad_out, lse, grad_lse, saved_lse, delta,
             grad_q_start, grad_q, grad_depth_k, grad_depth_v, *strides(q, tbh), *strides(depth_k, sbth), *strides(depth_v, sbth),
             *strides(grad_depth_k, sbth), *strides(grad_depth_v, sbth), *strides(out, tbh), *strides(grad_out, tbh),
             p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
             p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
             GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
             BLOCK_S=32 if wide and adds else 16, DEPTH=own, LSE_GRADIENT=grad_lse is not None, STATS=stats is not None,
-            DIRECT=direct, ADDS=adds, SINGLE=p.dtype == torch.float32,
+            DIRECT=direct, ADDS=adds,
             num_warps=2 if wide else 1, num_stages=2 if wide else 3,
         )  # fmt: skip

@@ -63,7 +63,7 @@ def _walk_sequence(
 
 @triton.jit
 def forward_kernel(
-    q, q_depth, k, v, depth_k, depth_v, out, lse, lse_rest, seq_start, seq_end, chunk_start,
+    q, q_depth, k, v, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
@@ -72,7 +72,7 @@ def forward_kernel(
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr, REST: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of rows of one key/value head. Grid (tiles, Hk, B); later (longer) tiles start first."""
     TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
@@ -153,10 +153,7 @@ def forward_kernel(
     o_at = b64 * stride_ob + t64[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
     tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=inside)
     l_at = (b64 * n_heads + q_head) * length + token
-    row_lse, rest = natural_lse(m, den)
-    tl.store(lse + l_at, row_lse, mask=real)
-    if REST:
-        tl.store(lse_rest + l_at, rest, mask=real)
+    tl.store(lse + l_at, natural_lse(m, den), mask=real)
 
 
 # Rows x keys, fastest first at the paper's shapes. Fewer rows waste less on depth, more rows re-read K and V less; the caps on
@@ -172,7 +169,6 @@ WIDE_HEAD_TILES = (
     Tile("rows128_keys64", 128, 64, 8, 2, max_registers=128),
     Tile("rows128_keys128", 128, 128, 8, 2),
 )
-SINGLE_TILES = (Tile("rows32_keys32", 32, 32, 4, 1),)
 INTERPRETER_TILES = (Tile("rows32_keys32", 32, 32, 1, 1),)
 
 _chooser = TileChooser("fused forward")
@@ -182,8 +178,6 @@ def tiles_for(p: Problem) -> Tuple[Tile, ...]:
     """The forward's short list for a problem."""
     if p.device.type != "cuda":
         return INTERPRETER_TILES
-    if p.dtype == torch.float32:
-        return SINGLE_TILES
     return HALF_TILES if p.head_dim <= 64 else WIDE_HEAD_TILES
 
 
@@ -218,15 +212,10 @@ def forward(
     depth_k: Optional[torch.Tensor],
     depth_v: Optional[torch.Tensor],
     q_depth: Optional[torch.Tensor],
-    with_rest: bool = False,
-) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """Output ``[B, T, Hq, D]`` and natural-log LSE ``[B, Hq, T]`` (fp32). Every tensor has a contiguous last dimension.
-
-    :param with_rest: also return what rounding the LSE to fp32 left out (the backward of fp32 inputs asks for it), else None.
-    """
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, T, Hq, D]`` and natural-log LSE ``[B, Hq, T]`` (fp32). Every tensor has a contiguous last dimension."""
     out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
     lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
-    rest = torch.empty_like(lse) if with_rest else None
     block_dim = max(16, next_power_of_two(p.head_dim))
     padded = next_power_of_two(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)
@@ -245,7 +234,7 @@ def forward(
         grid = (triton.cdiv(p.length, rows // padded), p.n_kv_heads, p.batch)
         with device_of(q):
             forward_kernel[grid](
-                q, q_depth, keys, values, depth_k, depth_v, out, lse, rest, seq_start, seq_end, chunk_start,
+                q, q_depth, keys, values, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
                 *strides(q, tbh), *strides(q_depth, tbh), *strides(k, tbh), *strides(v, tbh),
                 *strides(depth_k, sbth), *strides(depth_v, sbth), *strides(out, tbh),
                 p.length, p.n_slots, p.n_heads, p.scale * LOG2_E,
@@ -253,12 +242,11 @@ def forward(
                 BLOCK_M=rows, BLOCK_N=tile.block_n,
                 SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
                 DEPTH=p.n_slots > 0, CHUNKED=chunk_start is not None, DEPTH_QUERY=q_depth is not None, TMA=tma,
-                REST=with_rest,
                 **tile.options,
             )  # fmt: skip
 
     launch(_chooser.choose(problem_kind(p, q_depth is not None), tiles_for(p), launch, p.device))
-    return out, lse, rest
+    return out, lse
 
 
 def problem_kind(p: Problem, depth_query: bool) -> Tuple[Any, ...]:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .fused_forward import INTERPRETER_TILES, SINGLE_TILES, device_of, problem_kind, row_bounds, strides
+from .fused_forward import INTERPRETER_TILES, device_of, problem_kind, row_bounds, strides
 from .problem import Problem
 from .tiles import (
     LOG2_E,
@@ -33,14 +33,14 @@ from .tiles import (
     tma_rows,
 )
 
-__all__ = ["keys", "keys_kernel", "queries", "queries_kernel", "split_stats"]
+__all__ = ["keys", "keys_kernel", "queries", "queries_kernel"]
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse, rest, delta, k, v, batch, head, token, start, end, lo, hi,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, dim, scale, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SINGLE: tl.constexpr,
+    dq, q, do, lse, delta, k, v, batch, head, token, start, end, lo, hi,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, dim, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the sequence keys lo..hi to the dq of a tile of rows."""
@@ -49,7 +49,7 @@ def _walk_keys(
         kt = load_tile(k, batch, head, n, stride_kb, stride_kh, stride_kt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         vt = load_tile(v, batch, head, n, stride_vb, stride_vh, stride_vt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
-        p = probabilities(s, lse[:, None], rest[:, None], scale, scale_log2, SINGLE)
+        p = probabilities(s, lse[:, None], scale_log2)
         if MASKED:
             p = tl.where(sees(token, n + tl.arange(0, BLOCK_N), start, end, length, CAUSAL, DOCUMENTS), p, 0.0)
         dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
@@ -60,7 +60,7 @@ def _walk_keys(
 
 @triton.jit
 def queries_kernel(
-    q, q_depth, k, v, depth_k, depth_v, grad_out, lse_rows, lse_rest, delta, grad_q_start, grad_q, grad_q_depth,
+    q, q_depth, k, v, depth_k, depth_v, grad_out, lse_rows, delta, grad_q_start, grad_q, grad_q_depth,
     seq_start, seq_end, chunk_start,
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -69,7 +69,7 @@ def queries_kernel(
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, START: tl.constexpr,
-    CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, SINGLE: tl.constexpr, TMA: tl.constexpr,
+    CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of rows, arranged as in the forward kernel. Grid (tiles, Hk, B); longer tiles start first.
 
@@ -97,9 +97,6 @@ def queries_kernel(
     do = tl.load(grad_out + g_at, mask=inside, other=0.0)
     saved = (b64 * n_heads + q_head) * row_stride + token
     lse = tl.load(lse_rows + saved, mask=real, other=0.0)
-    rest = lse
-    if SINGLE:
-        rest = tl.load(lse_rest + saved, mask=real, other=0.0)
     dl = tl.load(delta + saved, mask=real, other=0.0)
     at = ((b64 * length + t64[:, None]) * n_heads + q_head[:, None]) * DIM + d[None, :]
     if START:
@@ -117,19 +114,19 @@ def queries_kernel(
             start = tl.load(seq_start + token, mask=token < length, other=0)
             end = tl.load(seq_end + token, mask=token < length, other=0)
             dq = _walk_keys(
-                dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, lo, inner,
-                stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
-                True, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
+                dq, qt, do, lse, dl, k, v, batch, head, token, start, end, lo, inner,
+                stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+                True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
             )  # fmt: skip
         dq = _walk_keys(
-            dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, inner, plain,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
-            False, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
+            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, inner, plain,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+            False, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
         )  # fmt: skip
         dq = _walk_keys(
-            dq, qt, do, lse, rest, dl, k, v, batch, head, token, start, end, plain, hi,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale, scale_log2,
-            True, CAUSAL, DOCUMENTS, SINGLE, BLOCK_N, BLOCK_DIM, TMA,
+            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, plain, hi,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+            True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
         )  # fmt: skip
 
     if CHUNKED:
@@ -157,7 +154,7 @@ def queries_kernel(
             kt = tl.load(key_base + k_at, mask=there, other=0.0)
             vt = tl.load(value_base + v_at, mask=there, other=0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            p = tl.where(visible, probabilities(s, lse[:, None], rest[:, None], scale, scale_log2, SINGLE), 0.0)
+            p = tl.where(visible, probabilities(s, lse[:, None], scale_log2), 0.0)
             dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
             ds = score_gradients(p, dp, dl[:, None])
             dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
@@ -171,10 +168,10 @@ def queries_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, lo, hi,
+    dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, hi,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
-    length, row_stride, n_heads, dim, scale, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SINGLE: tl.constexpr,
+    length, row_stride, n_heads, dim, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the queries lo..hi of one head to a tile of keys; scores are kept transposed, ``[keys, queries]``."""
@@ -184,11 +181,8 @@ def _walk_queries(
         rows = m + tl.arange(0, BLOCK_M)
         qt = load_tile(q, batch, q_head, m, stride_qb, stride_qh, stride_qt, length, dim, BLOCK_M, BLOCK_DIM, TMA)
         lse = load_row_values(lse_rows, saved, m, row_stride, length, BLOCK_M, TMA)
-        rest = lse
-        if SINGLE:
-            rest = load_row_values(lse_rest, saved, m, row_stride, length, BLOCK_M, TMA)
         s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
-        p = probabilities(s, lse[None, :], rest[None, :], scale, scale_log2, SINGLE)
+        p = probabilities(s, lse[None, :], scale_log2)
         if MASKED:
             visible = (key < length)[:, None]
             if CAUSAL:
@@ -211,13 +205,13 @@ def _walk_queries(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, grad_k, grad_v, lse_rows, lse_rest, delta, row_start, row_end,
+    q, k, v, grad_out, grad_k, grad_v, lse_rows, delta, row_start, row_end,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
     stride_ks, stride_kb, stride_kt, stride_kh, stride_vs, stride_vb, stride_vt, stride_vh,
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
     length, row_stride, n_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SLOTS: tl.constexpr, SINGLE: tl.constexpr,
+    CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SLOTS: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of keys of one key/value head. Grid (tiles * slots, Hk, B); early keys have the most queries.
@@ -278,21 +272,21 @@ def keys_kernel(
     for member in range(0, GROUP):
         q_head = head * GROUP + member
         dk, dv = _walk_queries(
-            dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, lo, a,
+            dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, a,
             stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-            scale, scale_log2, True, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
+            scale_log2, True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
         )  # fmt: skip
         if not SLOTS:
             dk, dv = _walk_queries(
-                dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, a, b,
+                dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, a, b,
                 stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-                scale, scale_log2, False, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
+                scale_log2, False, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
             )  # fmt: skip
             if BOUNDED:
                 dk, dv = _walk_queries(
-                    dk, dv, kt, vt, q, grad_out, lse_rows, lse_rest, delta, batch, q_head, key, start, end, b, hi,
+                    dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, b, hi,
                     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-                    scale, scale_log2, True, CAUSAL, BOUNDED, SINGLE, BLOCK_M, BLOCK_DIM, TMA,
+                    scale_log2, True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
                 )  # fmt: skip
 
     gk_at = grad_k + s64 * stride_gks + b64 * stride_gkb + h64 * stride_gkh + key64 * stride_gkt + d[None, :]
@@ -331,17 +325,10 @@ _keys_chooser = TileChooser("fused backward, keys")
 _queries_chooser = TileChooser("fused backward, queries")
 
 
-def split_stats(stats: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
-    """LSE, its rest (None but for fp32 inputs) and delta of ``[2 or 3, B * Hq, L]``, which ``rows_kernel`` writes."""
-    return stats[1], stats[2] if stats.shape[0] == 3 else None, stats[0]
-
-
 def tiles_for(p: Problem, kernel: str) -> Tuple[Tile, ...]:
     """The short list of ``kernel`` ("keys" or "queries") for a problem."""
     if p.device.type != "cuda":
         return INTERPRETER_TILES
-    if p.dtype == torch.float32:
-        return SINGLE_TILES
     if kernel == "keys":
         return KEYS_HALF_TILES if p.head_dim <= 64 else KEYS_WIDE_HEAD_TILES
     return QUERIES_HALF_TILES if p.head_dim <= 64 else QUERIES_WIDE_HEAD_TILES
@@ -361,7 +348,7 @@ def keys(
 ) -> None:
     """Launch :func:`keys_kernel` over ``[S, B, T, Hk, D]`` keys: chunk-visible depth slots, or the sequence as one slot.
 
-    :param stats: delta, LSE and (fp32 inputs) its rest for every row, see :func:`split_stats`.
+    :param stats: ``[2, B * Hq, L]`` LSE in exponents of two and delta of every row, written by ``rows_kernel``.
     """
     block_dim = max(16, next_power_of_two(p.head_dim))
     start, end = row_bounds(p, depth=slots)
@@ -369,18 +356,18 @@ def keys(
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
 
     def launch(tile: Tile) -> None:
-        queries_, grads, lse, rest, delta = q, grad_out, *split_stats(stats)  # type: Any, Any, Any, Any, Any
+        queries_, grads, lse, delta = q, grad_out, stats[0], stats[1]  # type: Any, Any, Any, Any
         if tma:
             queries_, grads = (tma_descriptor(x, tile.block_m, block_dim) for x in (q, grad_out))
-            lse, rest, delta = (x if x is None else tma_rows(x, p.length, tile.block_m) for x in (lse, rest, delta))
+            lse, delta = (tma_rows(x, p.length, tile.block_m) for x in (lse, delta))
         with device_of(q):
             keys_kernel[(triton.cdiv(p.length, tile.block_n) * k.shape[0], p.n_kv_heads, p.batch)](
-                queries_, k, v, grads, grad_k, grad_v, lse, rest, delta, start, end,
+                queries_, k, v, grads, grad_k, grad_v, lse, delta, start, end,
                 *strides(q, tbh), *strides(grad_out, tbh), *strides(k, sbth), *strides(v, sbth),
                 *strides(grad_k, sbth), *strides(grad_v, sbth),
                 p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
                 GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots, SINGLE=p.dtype == torch.float32,
+                CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots,
                 TMA=tma, **tile.options,
             )  # fmt: skip
 
@@ -421,7 +408,7 @@ def queries(
             keys_, values = (tma_descriptor(x, tile.block_n, block_dim) for x in (k, v))
         with device_of(q):
             queries_kernel[(triton.cdiv(p.length, tile.block_m // padded), p.n_kv_heads, p.batch)](
-                q, q_depth, keys_, values, depth_k, depth_v, grad_out, *split_stats(stats), grad_q_start,
+                q, q_depth, keys_, values, depth_k, depth_v, grad_out, stats[0], stats[1], grad_q_start,
                 grad_q, grad_q_depth, seq_start, seq_end, chunk_start,
                 *strides(q, tbh), *strides(q_depth, tbh), *strides(grad_out, tbh), *strides(k, tbh), *strides(v, tbh),
                 *strides(depth_k, sbth), *strides(depth_v, sbth),
@@ -430,7 +417,7 @@ def queries(
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
                 START=grad_q_start is not None, CHUNKED=depth_k is not None, DEPTH_QUERY=q_depth is not None,
-                SINGLE=p.dtype == torch.float32, TMA=tma, **tile.options,
+                TMA=tma, **tile.options,
             )  # fmt: skip
 
     kind = (*problem_kind(p, q_depth is not None), tma, grad_q_start is not None)

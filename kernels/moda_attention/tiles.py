@@ -21,7 +21,6 @@ __all__ = [
     "LOG2_E",
     "Tile",
     "TileChooser",
-    "accurate_exp",
     "depth_columns",
     "key_range",
     "load_row_values",
@@ -152,41 +151,15 @@ def softmax_step(s, v, acc, m, den, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def accurate_exp(x):
-    """exp of fp32 to about one unit in the last place (Cody and Waite's reduction, a polynomial of degree 7).
-
-    The hardware's exp2 is off by up to two, and so is its argument after a product with log2(e): fp32 gradients show it.
-    """
-    x = tl.maximum(x, -86.0)  # e**-86: the smallest p that is not subnormal is of no consequence
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = x - n * 0.693145751953125  # the upper bits of ln 2: exact
-    r = r - n * 1.4286068203094172e-06
-    e = 1.0 + r * (1.0 + r * (0.5 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))))))
-    two_to_n = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return e * two_to_n
-
-
-@triton.jit
 def natural_lse(m, den):
-    """Natural-log LSE from a maximum in exponents of two and its denominator, and what rounding it to fp32 left out."""
-    large = m * 0.693145751953125
-    small = m * 1.4286068203094172e-06 + tl.log(den)
-    lse = large + small
-    return lse, small - (lse - large)
+    """Natural-log LSE from a maximum in exponents of two and its denominator; ln 2 in two parts, so that it is rounded once."""
+    return m * 0.693145751953125 + (m * 1.4286068203094172e-06 + tl.log(den))
 
 
 @triton.jit
-def probabilities(s, lse, rest, scale, scale_log2, SINGLE: tl.constexpr):
-    """Normalised softmax of raw scores from the rows' LSE (broadcastable).
-
-    The LSE comes in exponents of two, so that one fused multiply-add is enough. For fp32 inputs (``SINGLE``) it stays natural
-    and ``rest`` is what its rounding left out: an LSE of 5 is only known to 2.4e-7, twice the error of everything else.
-    """
-    if SINGLE:
-        p = accurate_exp((s * scale - lse) - rest)
-    else:
-        p = tl.math.exp2(s * scale_log2 - lse)
-    return p
+def probabilities(s, lse_log2, scale_log2):
+    """Normalised softmax of raw scores; ``lse_log2`` (broadcastable) is the row's LSE in exponents of two."""
+    return tl.math.exp2(s * scale_log2 - lse_log2)
 
 
 @triton.jit
