@@ -9,12 +9,21 @@ from typing import Dict, List
 __all__ = ["draw_sweeps"]
 
 AXES = {"T": "sequence length T", "G": "query heads to a key/value head, G", "S": "depth slots S"}
+COLOURS = {
+    "cudnn": "tab:blue",
+    "flash": "tab:orange",
+    "triton": "tab:green",
+    "reference": "tab:gray",
+    "fused": "tab:red",
+    "split": "tab:purple",
+}
 #: The row of the T sweep that is also a point of the other two.
 SHARED = {"T": "16384", "G": "8", "S": "64"}
 
 
 def draw_sweeps(path: Path) -> List[Path]:
-    """One PNG for each sweep: milliseconds of forward + backward, and their ratio to cuDNN attention without depth."""
+    """One PNG for each sweep: milliseconds of forward + backward (median, bars from the 20th to the 80th percentile), and
+    their ratio to cuDNN attention without depth. Dashed: attention without depth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,10 +48,10 @@ def draw_sweeps(path: Path) -> List[Path]:
                 [float(r["p80_ms"]) - m for m, r in zip(y, points)],
             ]
             style = "--" if name in ("cudnn", "flash", "triton") else "-"
-            drawn = left.errorbar(x, y, yerr=spread, fmt="o" + style, ms=4, capsize=2, label=name)
+            left.errorbar(x, y, yerr=spread, fmt="o" + style, ms=4, capsize=2, label=name, color=COLOURS[name])
             ratios = [(a, float(r["over_cudnn"])) for a, r in zip(x, points) if r["over_cudnn"]]
             if name not in ("cudnn", "reference"):
-                right.plot(*zip(*ratios), "o" + style, ms=4, color=drawn[0].get_color(), label=name)
+                right.plot(*zip(*ratios), "o" + style, ms=4, color=COLOURS[name], label=name)
         floor = [r for r in lines.get("fused", []) if r["floor_ms"]]
         left.plot([int(r[axis]) for r in floor], [float(r["floor_ms"]) for r in floor], ":k", label="floor")
         ticks = sorted({int(r[axis]) for r in chosen})
@@ -53,7 +62,7 @@ def draw_sweeps(path: Path) -> List[Path]:
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
         left.set_yscale("log")
-        left.set_ylabel("forward + backward, ms (median; 20th to 80th percentile)")
+        left.set_ylabel("forward + backward, ms")
         right.set_ylabel("over cuDNN attention without depth")
         first = chosen[0]
         figure.suptitle(
