@@ -230,13 +230,16 @@ class DepthStream:
         :param q: ``[B, T, Hq, D]`` like the layer's queries.
         :returns: ``split.Deferred``.
         """
-        from .moda_attention.depth_backward import Pending
+        from .moda_attention.depth_backward import MAX_PRODUCTS, Pending
         from .moda_attention.split import Deferred
 
-        if len(self._owed) == self.defer:
-            self.flush(0)
         if self._pending is None:
-            self._pending = Pending(min(self.defer, self.layout.n_layers), self.layout.n_slots, q)
+            assert self.k is not None
+            group = q.shape[2] // self.k.shape[3]
+            layers = max(1, min(self.defer, self.layout.n_layers, MAX_PRODUCTS // group))
+            self._pending = Pending(layers, self.layout.n_slots, q)
+        if len(self._owed) == self._pending.layers:
+            self.flush(0)
         self._owed.append((lo, hi))
         return Deferred(self._pending, len(self._owed) - 1, lo)
 

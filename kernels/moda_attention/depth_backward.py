@@ -24,10 +24,12 @@ import triton.language as tl
 
 from .depth_forward import LOG2_E, Tile, depth_logits, packed_heads, rows_of_program, slot_layout
 
-__all__ = ["Pending", "backward_tile", "depth_backward", "flush"]
+__all__ = ["MAX_PRODUCTS", "Pending", "backward_tile", "depth_backward", "flush"]
 
 #: A flush of at most this many slots takes the kernel without matrix products.
 FEW_SLOTS = 4
+#: Layers times query heads of a group that one flush takes: their q and do stay in shared memory.
+MAX_PRODUCTS = 256
 
 
 @triton.jit
@@ -340,7 +342,8 @@ def flush(
 ) -> None:
     """Add what pending layers owe to a range of slots: one read-modify-write (or store) of each slot.
 
-    :param layers: indices ``lo <= i < hi`` in ``pending``; every one of them must have kept all of ``slots``.
+    :param layers: indices ``lo <= i < hi`` in ``pending``; every one of them must have kept all of ``slots``. At most
+        ``MAX_PRODUCTS / G`` of them.
     :param slots: ``lo <= s < hi``, of ``pending`` and of the buffers.
     :param grad_depth_k: ``[S, B, T, Hk, D]``, slots contiguous; so is ``grad_depth_v``.
     :param fresh: slots ``lo <= s < hi`` are stored, the others added to.
@@ -363,17 +366,19 @@ def flush(
             ALL_FRESH=all_fresh, num_warps=4,
         )  # fmt: skip
         return
-    tile = tile or flush_tile(pending.q.dtype, block_d)
+    block_m = max(16, triton.next_power_of_2(count * (Hq // Hk)))
+    tile = tile or flush_tile(pending.q.dtype, block_d, block_m)
     _flush_kernel[(B * T * Hk,)](
         pending.p[first], pending.ds[first], pending.q[first], pending.do[first], grad_depth_k, grad_depth_v,
         slots[0], slots[1], fresh[0], fresh[1], grad_depth_k.stride(0), grad_depth_v.stride(0),
         pending.slots, pending.p.stride(0), pending.q.stride(0), count,
-        N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_M=max(16, triton.next_power_of_2(count * (Hq // Hk))), BLOCK_D=block_d,
+        N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_S=tile.keys, ALL_FRESH=all_fresh, PRECISION="ieee", STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
-def flush_tile(dtype: torch.dtype, block_d: int) -> Tile:
-    """The flush tile of a dtype and padded head dim."""
-    return Tile(keys=16, stages=2, warps=1 if dtype != torch.float32 and block_d <= 64 else 2)
+def flush_tile(dtype: torch.dtype, block_d: int, block_m: int) -> Tile:
+    """The flush tile of a dtype, a padded head dim and a padded inner dimension (layers times heads of a group)."""
+    least = 1 if dtype != torch.float32 and block_d <= 64 else 2
+    return Tile(keys=16, stages=2, warps=max(least, min(4, block_m // 16)))
