@@ -27,16 +27,18 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    from evals.in_loop import check_downstream, downstream_callbacks
     from moda.config import load_config
     from moda.errors import UserError
     from moda.train.run import plan, print_plan, train
 
     try:
         config = load_config(args.config, args.overrides)
+        check_downstream(config)
         if args.dry_run:
             print_plan(plan(config))
             return 0
-        return train(config).exit_code
+        return train(config, downstream_callbacks).exit_code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

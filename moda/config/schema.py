@@ -466,19 +466,41 @@ class ParallelConfig:
 
 
 @dataclass
+class DownstreamSection:
+    """``eval.downstream``: multiple-choice tasks in the training loop.
+
+    :param tasks: names of the tasks, as ``scripts/eval.py --tasks`` takes them.
+    :param interval: every how many steps; null for only at the ends.
+    :param limit: only the first so many questions of each; null for all.
+    """
+
+    tasks: List[str]
+    interval: Optional[int] = 1000
+    limit: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("eval.downstream.tasks", "at least one task", self.tasks)
+        _at_least("eval.downstream.interval", self.interval, 1)
+        _at_least("eval.downstream.limit", self.limit, 1)
+
+
+@dataclass
 class EvalConfig:
-    """``eval``: validation loss in the training loop.
+    """``eval``: validation loss in the training loop, and tasks.
 
     :param interval: every how many steps; null for only at the ends.
     :param on_start: before the first step.
     :param on_finish: after the last step.
     :param max_batches: stop each evaluation after this many batches; null for all of the set.
+    :param downstream: tasks to run as well.
     """
 
     interval: Optional[int] = 1000
     on_start: bool = True
     on_finish: bool = True
     max_batches: Optional[int] = None
+    downstream: Optional[DownstreamSection] = None
 
     def __post_init__(self) -> None:
         _at_least("eval.interval", self.interval, 1)

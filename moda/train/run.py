@@ -9,13 +9,14 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url
-from olmo_core.train import teardown_training_environment
+from olmo_core.train import Trainer, teardown_training_environment
+from olmo_core.train.callbacks import Callback
 from olmo_core.utils import get_default_device
 from omegaconf import OmegaConf
 from rich.table import Table
@@ -135,8 +136,14 @@ def _save_config(config: RunConfig) -> None:
     scratch.replace(path)
 
 
-def train(config: RunConfig) -> Outcome:
+#: Further callbacks for a run, made once its trainer is there (the evaluation package registers its tasks so).
+ExtraCallbacks = Callable[[Plan, Trainer], Dict[str, Callback]]
+
+
+def train(config: RunConfig, extra_callbacks: Optional[ExtraCallbacks] = None) -> Outcome:
     """Run a configuration, resuming from the newest whole checkpoint of its save folder.
+
+    :param extra_callbacks: gives further callbacks, by name, for the trainer.
 
     :raises UserError: for what cannot work, before any training.
     """
@@ -144,14 +151,14 @@ def train(config: RunConfig) -> Outcome:
     prepare_environment(config.train.seed)
     set_up_logging(config.save_folder)
     try:
-        return _train(p)
+        return _train(p, extra_callbacks)
     except OLMoConfigurationError as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
     finally:
         teardown_training_environment()
 
 
-def _train(p: Plan) -> Outcome:
+def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     config = p.config
     started = time.monotonic()
     checkpoint: Optional[str] = None
@@ -179,6 +186,8 @@ def _train(p: Plan) -> Outcome:
     module = build_train_module(p, device)
     loader = build_data_loader(p, data, module)
     trainer = build_trainer(p, data, module, loader)
+    for name, callback in (extra_callbacks(p, trainer) if extra_callbacks is not None else {}).items():
+        trainer.add_callback(name, callback)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
         log.info("resuming from %s", checkpoint)
