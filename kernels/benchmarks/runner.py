@@ -196,7 +196,7 @@ def _times(
 def _row(
     case: Case, variant: Variant, what: str, status: str, reason: str, ceilings: Ceilings, where: Dict[str, str]
 ) -> Dict[str, object]:
-    paper = case.paper_ms if case.paper_ms is not None and what == "both" else ("", "")
+    paper = case.paper_ms if case.paper_ms is not None and what == "both" else (None, None)
     return {
         "table": case.table, "sweep": case.sweep, "case": case.name, "T": case.T, "G": case.G, "Hq": case.G * case.Hk,
         "Hk": case.Hk, "D": case.D, "S": case.S, "B": case.B, "causal": case.causal, "depth_chunk": case.depth_chunk,
