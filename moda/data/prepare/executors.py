@@ -57,7 +57,7 @@ class _Noted:
     pipeline: List[Any]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process a task: no threads inside
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a task: no threads inside
         try:
             with _quiet():
                 return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
