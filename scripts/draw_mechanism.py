@@ -7,8 +7,8 @@ import argparse
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 TOKENS, LAYERS = 7, 4
 QUERY = (4, 3)  # token, layer
@@ -18,7 +18,9 @@ GREY, BLUE, ORANGE, GREEN, INK = "#e9ecef", "#4c78a8", "#f58518", "#54a24b", "#3
 def box(ax: plt.Axes, x: float, y: float, colour: str, text: str = "", height: float = 0.34) -> None:
     """One K/V pair, or the query."""
     style = "round,pad=0.02,rounding_size=0.06"
-    ax.add_patch(FancyBboxPatch((x - 0.36, y - height / 2), 0.72, height, boxstyle=style, fc=colour, ec="white", lw=1.5))
+    ax.add_patch(
+        FancyBboxPatch((x - 0.36, y - height / 2), 0.72, height, boxstyle=style, fc=colour, ec="white", lw=1.5)
+    )
     ax.text(x, y, text, ha="center", va="center", color="white" if colour != GREY else "#adb5bd", fontsize=8.5)
 
 
@@ -52,7 +54,8 @@ def draw(path: str) -> None:
     ax.text(TOKENS - 0.4, layer - 1, "depth K/V of its token:", color=INK, va="center", fontsize=10, weight="bold")
     ax.text(TOKENS - 0.4, layer - 1.35, "written by earlier attentions", color=ORANGE, va="center", fontsize=10)
     ax.text(TOKENS - 0.4, layer - 1.7, "and by earlier FFNs", color=GREEN, va="center", fontsize=10)
-    ax.text(TOKENS - 0.4, y, "query of token 4 in layer 3:\none softmax over both", color=INK, va="center", fontsize=10, weight="bold")
+    words = f"query of token {token} in layer {layer}:\none softmax over both"
+    ax.text(TOKENS - 0.4, y, words, color=INK, va="center", fontsize=10, weight="bold")
     ax.set_xlim(-1.6, TOKENS + 2.7)
     ax.set_ylim(-0.7, LAYERS + 0.6)
     ax.axis("off")

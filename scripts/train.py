@@ -40,7 +40,8 @@ def main() -> int:
             return 0
         return train(config, downstream_callbacks).exit_code
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
         return 2
 
 

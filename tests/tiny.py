@@ -87,7 +87,7 @@ def environment() -> Dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(config: Path, *overrides: str, processes: Optional[int] = None) -> "subprocess.CompletedProcess[str]":
+def run(config: Path, *overrides: str, processes: Optional[int] = None) -> subprocess.CompletedProcess[str]:
     """Run training to its end and return what it printed."""
     line = command(config, *overrides, processes=processes)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
@@ -96,7 +96,6 @@ def run(config: Path, *overrides: str, processes: Optional[int] = None) -> "subp
 def weights(checkpoint: Path) -> Dict[str, torch.Tensor]:
     """The model's tensors in a checkpoint."""
     from olmo_core.distributed.checkpoint import load_keys
-
     from torch.distributed.checkpoint import FileSystemReader
 
     folder = checkpoint / "model_and_optim"

@@ -173,8 +173,7 @@ def backward(
     for lo, hi in _row_blocks(p):
         end = 0 if k is None else (hi if p.causal else p.length)
         logits = _logits(p, lo, hi, end, q, k, depth_k, q_depth)
-        row_lse = lse[:, :, lo:hi].to(dtype).unflatten(1, (p.n_kv_heads, p.group)).unsqueeze(-1)
-        probs = logits.sub_(row_lse).exp_()
+        probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
         do = _grouped(grad_out, p, lo, hi, dtype)
         delta = (do * _grouped(out, p, lo, hi, dtype)).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
         if grad_lse is not None:

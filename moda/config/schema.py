@@ -425,7 +425,6 @@ class ParallelConfig:
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
     :param tensor: tensor-parallel ranks (1; more only without depth KV).
-    :param context: context-parallel ranks (1; more only without depth KV).
     :param activation_checkpointing: what is recomputed in the backward pass.
     :param block_interval: every how many blocks, for ``selected_blocks``.
     :param modules: globs of module names, for ``selected_modules``.
@@ -436,14 +435,13 @@ class ParallelConfig:
     shard_degree: Optional[int] = None
     prefetch: int = 0
     tensor: int = 1
-    context: int = 1
     activation_checkpointing: Checkpointing = Checkpointing.none
     block_interval: Optional[int] = None
     modules: Optional[List[str]] = None
     memory_budget: Optional[float] = None
 
     def __post_init__(self) -> None:
-        for name in ("shard_degree", "tensor", "context", "block_interval"):
+        for name in ("shard_degree", "tensor", "block_interval"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _at_least("parallel.prefetch", self.prefetch, 0)
         mode = self.activation_checkpointing
@@ -582,10 +580,10 @@ class RunConfig:
                 self.train.microbatch_size,
             )
         depth = self.model.depth_kv is not None
-        for name in ("tensor", "context"):
-            degree = getattr(self.parallel, name)
-            if degree > 1 and depth:
-                raise UserError(f"parallel.{name}", "1 with model.depth_kv (the depth stream is not split)", degree)
+        if self.parallel.tensor > 1 and depth:
+            raise UserError(
+                "parallel.tensor", "1 with model.depth_kv (the depth stream is not split)", self.parallel.tensor
+            )
         if self.data.document_masking and not depth:
             raise UserError(
                 "data.document_masking",
@@ -595,5 +593,11 @@ class RunConfig:
 
     @property
     def save_folder(self) -> str:
+        """Where checkpoints go: a folder, or a URL of a bucket."""
         assert self.train.save_folder is not None
         return self.train.save_folder
+
+    @property
+    def log_folder(self) -> str:
+        """Where log, metrics and summary go: the save folder, or ``runs/<name>`` if that is remote."""
+        return f"runs/{self.name}" if "://" in self.save_folder else self.save_folder

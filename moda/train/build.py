@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -31,7 +32,6 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer import (
     TransformerActivationCheckpointingConfig,
     TransformerActivationCheckpointingMode,
-    TransformerContextParallelConfig,
     TransformerDataParallelConfig,
     TransformerTensorParallelConfig,
 )
@@ -121,7 +121,6 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         compile_model=compiled,
         dp_config=_data_parallel(plan, half),
         tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
-        cp_config=TransformerContextParallelConfig.llama3(degree=p.context) if p.context > 1 else None,
         ac_config=checkpointing,
         autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
         z_loss_multiplier=c.optim.z_loss,
@@ -176,7 +175,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
             metrics_log_interval=c.logging.interval,
             total_steps=plan.steps,
             devices=plan.world_size,
-            folder=c.save_folder,
+            folder=c.log_folder,
         ),
         "checkpointer": CheckpointerCallback(
             save_interval=c.checkpoint.interval,
@@ -187,7 +186,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         ),
         "config_saver": ConfigSaverCallback(save_data_paths=True),
         "checksums": ChecksumCallback(),
-        "composition": CompositionCallback(folder=c.save_folder, drawn=data.drawn, labels=data.labels),
+        "composition": CompositionCallback(folder=c.log_folder, drawn=data.drawn, labels=data.labels),
         "speed": SpeedMonitorCallback(device_peak_flops_per_second=_peak_flops(module.device)),
     }
     if module.device.type == "cuda":
@@ -203,7 +202,12 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
     if c.logging.wandb.enabled:
         w = c.logging.wandb
         callbacks["wandb"] = WandBCallback(
-            name=c.name, project=w.project, entity=w.entity, group=w.group, tags=w.tags, cancel_check_interval=10**9
+            name=c.name,
+            project=w.project,
+            entity=w.entity,
+            group=w.group,
+            tags=w.tags,
+            cancel_check_interval=10**9 if os.environ.get("WANDB_MODE") == "offline" else None,
         )
     trainer = TrainerConfig(
         save_folder=c.save_folder,

@@ -57,8 +57,8 @@ class _FirstRank(logging.Filter):
         return record.levelno >= logging.WARNING or get_rank() == 0
 
 
-def set_up_logging(save_folder: Optional[str]) -> None:
-    """Messages on the terminal (or plain lines where there is none), and everything in ``<save_folder>/train.log``."""
+def set_up_logging(folder: str) -> None:
+    """Messages on the terminal (or plain lines where there is none), and everything in ``<folder>/train.log``."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -73,8 +73,7 @@ def set_up_logging(save_folder: Optional[str]) -> None:
     screen.addFilter(_OursOrWarning())
     screen.addFilter(_FirstRank())
     root.addHandler(screen)
-    if save_folder is not None and "://" not in save_folder and get_rank() == 0:
-        Path(save_folder).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(save_folder) / "train.log")
+    if get_rank() == 0:
+        file = logging.FileHandler(Path(folder) / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Dict, List, Tuple
 
@@ -79,10 +80,9 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         raise UserError(
             "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
         )
-    ranks = parallel.tensor * parallel.context
-    if world_size % ranks:
-        raise UserError("parallel.tensor", f"tensor x context to divide the {world_size} processes", ranks)
-    replicas = world_size // ranks
+    if world_size % parallel.tensor:
+        raise UserError("parallel.tensor", f"a divisor of the {world_size} processes", parallel.tensor)
+    replicas = world_size // parallel.tensor
     if train.global_batch_size % (train.microbatch_size * replicas):
         raise UserError(
             "train.global_batch_size",
@@ -94,6 +94,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
             raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
+        raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install 'moda[wandb]'")
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
     return Plan(config, tokenizer, transformer, world_size)

@@ -75,8 +75,7 @@ class ProgressCallback(ConsoleLoggerCallback):
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[figures]}"),
@@ -132,7 +131,8 @@ class ProgressCallback(ConsoleLoggerCallback):
             line = step_line(step, self.total_steps, {**self._shown, **figures})
             log.info(line)
             if self._bar is not None:
-                self._bar.update(self._task, figures=line.split(" | ", 1)[-1])
+                *rest, last = line.split(" | ")[1:]
+                self._bar.update(self._task, figures=" | ".join([last, *rest]))  # a narrow terminal keeps the ETA
 
     def close(self) -> None:
         if self._bar is not None:

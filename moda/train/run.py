@@ -13,9 +13,9 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from olmo_core.distributed.utils import broadcast_object, get_rank
-from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.exceptions import OLMoConfigurationError, OLMoEnvironmentError
 from olmo_core.io import is_url
-from olmo_core.train import Trainer, teardown_training_environment
+from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
 from olmo_core.utils import get_default_device
 from omegaconf import OmegaConf
@@ -127,9 +127,9 @@ def _build(p: Plan) -> TrainingData:
 
 
 def _save_config(config: RunConfig) -> None:
-    if get_rank() != 0 or is_url(config.save_folder):
+    if get_rank() != 0:
         return
-    path = Path(config.save_folder) / "config.yaml"
+    path = Path(config.log_folder) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
@@ -148,11 +148,15 @@ def train(config: RunConfig, extra_callbacks: Optional[ExtraCallbacks] = None) -
     :raises UserError: for what cannot work, before any training.
     """
     p = plan(config)
+    try:
+        Path(config.log_folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError("train.save_folder", "a folder that can be written", config.log_folder, str(e)) from None
     prepare_environment(config.train.seed)
-    set_up_logging(config.save_folder)
+    set_up_logging(config.log_folder)
     try:
         return _train(p, extra_callbacks)
-    except OLMoConfigurationError as e:
+    except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
     finally:
         teardown_training_environment()
@@ -197,7 +201,8 @@ def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     if trainer.global_step >= p.steps:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
-        trainer.load_strategy = type(trainer.load_strategy).never  # what was to be loaded has been
+        if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
+            trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()
     if get_rank() == 0:
         _summarise(config, trainer.global_step, time.monotonic() - started)
@@ -216,7 +221,7 @@ def _first_last(lines: List[Dict[str, Any]], key: str) -> Optional[tuple]:
 
 def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
     """Losses and perplexities before and after, time, and where everything is."""
-    folder = Path(config.save_folder)
+    folder = Path(config.log_folder)
     metrics = folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
     table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
@@ -233,7 +238,8 @@ def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
         row = (f"{before:.3f}", f"{after:.3f}", f"{math.exp(before):,.1f}", f"{math.exp(after):,.1f}", f"{fall:,.1f}x")
         table.add_row(name, *row)
     console.print(table)
-    console.print(f"checkpoints, config.yaml, train.log and {METRICS_FILE}: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
     with (folder / "summary.json").open("w") as f:
         json.dump(
             {"steps": steps, "seconds": seconds, "metrics": {k: _first_last(lines, k) for k in keys}}, f, indent=1

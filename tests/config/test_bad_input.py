@@ -48,6 +48,7 @@ CASES: List[tuple] = [
     ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
     ("data.tokenizer=nowhere/tokenizer.json", ["data.tokenizer", "an existing tokenizer.json", "nowhere"]),
     ("data.tokenizer=some/name", ["data.tokenizer", "dolma2", "vocab_size and eos_token_id", "some/name"]),
+    ("logging.wandb.enabled=true", ["logging.wandb.enabled", "pip install"]),
     ("=3", ["override", "key=value", "=3"]),
     ("lonely", ["override", "key=value", "lonely"]),
 ]  # fmt: skip
@@ -89,7 +90,9 @@ def data_error(folder: Path, *overrides: str) -> str:
 
 
 def test_missing_and_unreadable_text(folder: Path) -> None:
-    assert "data.text" in data_error(folder, "data.text=[nowhere]") and "nowhere" in data_error(folder, "data.text=[nowhere]")
+    assert "data.text" in data_error(folder, "data.text=[nowhere]") and "nowhere" in data_error(
+        folder, "data.text=[nowhere]"
+    )
     (folder / "latin").mkdir(exist_ok=True)
     (folder / "latin" / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
     assert "UTF-8 text in" in data_error(folder, f"data.text=[{folder}/latin]")
@@ -122,9 +125,13 @@ def test_token_files_must_match_the_tokenizer(folder: Path, tmp_path: Path) -> N
 
 
 def test_mixes(folder: Path) -> None:
-    wrong = data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0842", "data.tokenizer=dolma2", "data.base_dir=/nowhere")
+    wrong = data_error(
+        folder, "data.text=null", "data.mix=OLMoE-mix-0842", "data.tokenizer=dolma2", "data.base_dir=/nowhere"
+    )
     assert "did you mean 'OLMoE-mix-0824'?" in wrong
-    absent = data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0824", "data.tokenizer=dolma2", "data.base_dir=/nowhere")
+    absent = data_error(
+        folder, "data.text=null", "data.mix=OLMoE-mix-0824", "data.tokenizer=dolma2", "data.base_dir=/nowhere"
+    )
     assert "data.base_dir" in absent and "/nowhere" in absent
     assert "data.base_dir" in data_error(folder, "data.text=null", "data.mix=OLMoE-mix-0824", "data.tokenizer=dolma2")
 
@@ -134,7 +141,12 @@ def test_broken_yaml_and_circles(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    for name, word in (("broken", "readable YAML"), ("a", "circle"), ("list", "sections"), ("absent", "existing YAML file")):
+    for name, word in (
+        ("broken", "readable YAML"),
+        ("a", "circle"),
+        ("list", "sections"),
+        ("absent", "existing YAML file"),
+    ):
         with pytest.raises(UserError, match=word):
             load_config(tmp_path / f"{name}.yaml")
 
@@ -152,7 +164,11 @@ def test_null_removes_a_section_of_the_base(tmp_path: Path) -> None:
 def test_user_errors_reach_the_shell_without_a_traceback(folder: Path) -> None:
     failed = run(write_config(folder), "model.n_layer=3")
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("error: model.n_layer: expected a known key (did you mean 'n_layers'?")
+    assert (
+        failed.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: model.n_layer: expected a known key (did you mean 'n_layers'?")
+    )
     assert "Traceback" not in failed.stderr and not (folder / "run").exists()
 
 

@@ -68,4 +68,8 @@ def test_backends_train_alike() -> None:
     assert runs["fp32"][-1] < 0.6 * runs["fp32"][0], "the run learns"
     noise = distance(runs["reference"], runs["fp32"])
     for backend in ("fused", "split"):
-        assert distance(runs[backend], runs["fp32"]) <= 2 * noise, (backend, distance(runs[backend], runs["fp32"]), noise)
+        assert distance(runs[backend], runs["fp32"]) <= 2 * noise, (
+            backend,
+            distance(runs[backend], runs["fp32"]),
+            noise,
+        )
