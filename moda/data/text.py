@@ -150,6 +150,7 @@ def _split(documents: List[Document], fraction: float) -> Tuple[List[Document], 
 def _write_tokens(documents: List[Document], folder: Path, tokenizer: Tokenizer) -> Dict[str, Dict[str, Any]]:
     """One file of tokens a label, every document ended by eos; what each holds."""
     encoder = tokenizer.load()
+    encoder.encode_special_tokens = True  # text that looks like a special token is text: only this ends documents
     dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size <= 2**16 else np.uint32)
     folder.mkdir(parents=True)
     found: Dict[str, Dict[str, Any]] = {}

@@ -53,7 +53,11 @@ def test_without_depth_kv_it_is_olmo_cores_olmo2_bit_for_bit(qk_norm: str, tied:
 
 
 def test_initialisation_is_truncated_normal_and_seeded() -> None:
-    a, b, c = build(0, depth_kv=DepthKVSection()), build(0, depth_kv=DepthKVSection()), build(1, depth_kv=DepthKVSection())
+    a, b, c = (
+        build(0, depth_kv=DepthKVSection()),
+        build(0, depth_kv=DepthKVSection()),
+        build(1, depth_kv=DepthKVSection()),
+    )
     differ = False
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters()):
         assert torch.equal(p, q), name
