@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,29 +14,28 @@ from evals.tasks import TASKS
 from moda.config.schema import RunConfig
 from moda.config.typed import from_dict
 from moda.errors import UserError
-from tests.tiny import environment, run, tiny_config, write_config
+from tests.tiny import run, tiny_config, write_config
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-def test_in_loop_figures_are_those_of_eval(processes: int, tmp_path: Path) -> None:
+def test_in_loop_figures_are_those_of_eval(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
-        train=dict(max_steps=4, sequence_length=256),
-        eval=dict(on_finish=True, downstream=dict(tasks=["copa", "arc_easy"], interval=2, limit=16)),
+        train=dict(max_steps=2, sequence_length=256),
+        optim=dict(warmup_steps=1),
+        eval=dict(on_finish=True, downstream=dict(tasks=["copa", "arc_easy"], interval=2, limit=8)),
         checkpoint=dict(interval=2),
     )
-    done = run(config, processes=processes)
+    done = run(config, processes=2)
     assert done.returncode == 0, done.stderr
     assert "downstream copa:" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for step in (2, 4):
-        model = load(str(tmp_path / "run" / f"step{step}"))
-        for name in ("copa", "arc_easy"):
-            alone = evaluate_task(model, TASKS[name], limit=16, truncate=True)
-            figures = {k: v for line in lines if line["step"] == step for k, v in line.items()}
-            assert figures[f"eval/downstream/{name}/accuracy"] == pytest.approx(alone["accuracy"])
-            assert figures[f"eval/downstream/{name}/bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-4)
-            assert figures[f"eval/downstream/{name}/standard_error"] == pytest.approx(alone["standard_error"])
+    figures = {k: v for line in lines if line["step"] == 2 for k, v in line.items()}
+    model = load(str(tmp_path / "run" / "step2"))
+    for name in ("copa", "arc_easy"):
+        alone = evaluate_task(model, TASKS[name], limit=8, truncate=True)
+        assert figures[f"eval/downstream/{name}/accuracy"] == pytest.approx(alone["accuracy"])
+        assert figures[f"eval/downstream/{name}/bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-4)
+        assert figures[f"eval/downstream/{name}/standard_error"] == pytest.approx(alone["standard_error"])
 
 
 def test_unknown_task_is_refused_before_training(tmp_path: Path) -> None:
@@ -47,10 +44,3 @@ def test_unknown_task_is_refused_before_training(tmp_path: Path) -> None:
         check_downstream(config)
     with pytest.raises(UserError, match="eval.downstream.limit"):
         from_dict(RunConfig, tiny_config(tmp_path, eval=dict(downstream=dict(tasks=["piqa"], limit=0))))
-
-
-def test_moda_does_not_import_evals() -> None:
-    code = (
-        "import sys, moda.train.run; assert not [m for m in sys.modules if m.split('.')[0] in ('evals', 'olmo_eval')]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
