@@ -250,3 +250,14 @@ def test_command_line(tmp_path: Path, documents: List[str], capsys: Any) -> None
     assert "nothing to do" in capsys.readouterr().out
     assert run_cli("tokenize", str(file), "shard_token=5") == 2
     assert "shard_tokens" in capsys.readouterr().err
+
+
+def test_throughput_benchmark(tmp_path: Path, documents: List[str]) -> None:
+    from rich.console import Console
+
+    from moda.data.prepare.benchmark import benchmark
+
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    rows = benchmark(str(path), str(tmp_path / "t.csv"), Console(quiet=True), workers=1, repeats=1)
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == len(rows) + 1 == 6
+    assert all(r["seconds_median"] > 0 and r["bytes"] == sum(len(d.encode()) for d in documents) for r in rows)
