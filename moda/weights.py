@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 
-from moda.config.schema import RunConfig, TokenizerSection
+from moda.config.schema import ModelConfig, TokenizerSection
 from moda.config.typed import from_dict
 from moda.errors import UserError
 
@@ -127,7 +127,6 @@ class Checkpoint:
     :param model: the model's config.
     :param tokenizer: the run's tokenizer, or None where the folder does not tell.
     :param sequence_length: what the model was trained on, or None.
-    :param run: the run's whole configuration, for ``moda``.
     :param settings: the plain contents of ``config.json``.
     """
 
@@ -136,7 +135,6 @@ class Checkpoint:
     model: TransformerConfig
     tokenizer: Optional[TokenizerSection]
     sequence_length: Optional[int]
-    run: Optional[RunConfig]
     settings: Dict[str, Any]
 
 
@@ -163,14 +161,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = _find_tokenizer(settings)
         length = _find_value(settings, "sequence_length")
         config = _olmo_core_config(file, model)
-        return Checkpoint(folder, "olmo-core", config, found, length, None, settings)
-    run = from_dict(RunConfig, settings)
-    section = run.data.tokenizer
-    assert not isinstance(section, str)
-    vocab = run.model.vocab_size
+        return Checkpoint(folder, "olmo-core", config, found, length, settings)
+    # Only what describes the model: a key of another section that has since been renamed does not matter here.
+    architecture = from_dict(ModelConfig, model, "model")
+    named = (settings.get("data") or {}).get("tokenizer") or "dolma2"
+    section = (
+        TokenizerSection(named) if isinstance(named, str) else from_dict(TokenizerSection, named, "data.tokenizer")
+    )
+    vocab = architecture.vocab_size
     if vocab is None:
         vocab = load_tokenizer(section).config.vocab_size
-    return Checkpoint(folder, "moda", run.model.transformer(vocab), section, run.train.sequence_length, run, settings)
+    length = (settings.get("train") or {}).get("sequence_length")
+    return Checkpoint(folder, "moda", architecture.transformer(vocab), section, length, settings)
 
 
 def _check_classes(file: Path, node: Any) -> None:

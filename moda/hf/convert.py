@@ -245,8 +245,8 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
         }
         (scratch / "config.json").write_text(json.dumps(config, indent=1))
         (scratch / "generation_config.json").write_text(json.dumps({"bos_token_id": None, **ids}, indent=1))
-        if checkpoint.run is not None:
-            (scratch / RUN).write_text(json.dumps(to_dict(checkpoint.run), indent=1))
+        if checkpoint.kind == "moda":
+            (scratch / RUN).write_text(json.dumps(checkpoint.settings, indent=1))
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), scratch / name)
         if out.is_dir():
@@ -280,13 +280,14 @@ def read_export(folder: Path) -> Tuple[ModelFields, Dict[str, torch.Tensor], Dic
 def _run_settings(folder: Path, out: Path, fields: ModelFields, config: Dict[str, Any]) -> RunConfig:
     """The run's configuration as it was exported, or the least that describes the model."""
     if (folder / RUN).is_file():
-        run = from_dict(RunConfig, json.loads((folder / RUN).read_text()))
-        if (
-            fields_of(run.model.transformer(run.model.vocab_size or fields.vocab_size), fields.max_position_embeddings)
-            == fields
-        ):
-            return run
-        log.warning("%s does not describe the model of config.json: left out", folder / RUN)
+        try:
+            run = from_dict(RunConfig, json.loads((folder / RUN).read_text()))
+            model = run.model.transformer(run.model.vocab_size or fields.vocab_size)
+            if fields_of(model, fields.max_position_embeddings) == fields:
+                return run
+            log.warning("%s does not describe the model of config.json: left out", folder / RUN)
+        except (UserError, json.JSONDecodeError, UnicodeDecodeError) as e:
+            log.warning("%s is left out: %s", folder / RUN, e)
     depth = None
     if fields.depth_attention is not None:
         depth = {
@@ -296,7 +297,7 @@ def _run_settings(folder: Path, out: Path, fields: ModelFields, config: Dict[str
             "rope": fields.depth_rope,
             "slots": fields.depth_slots,
         }
-    model = {
+    section = {
         "d_model": fields.hidden_size,
         "n_layers": fields.num_hidden_layers,
         "n_heads": fields.num_attention_heads,
@@ -321,7 +322,7 @@ def _run_settings(folder: Path, out: Path, fields: ModelFields, config: Dict[str
     }
     data = {"paths": ["none"], "tokenizer": tokenizer}
     train = {"sequence_length": fields.max_position_embeddings, "max_steps": 1, "save_folder": str(out.parent)}
-    return from_dict(RunConfig, {"name": folder.resolve().name, "model": model, "data": data, "train": train})
+    return from_dict(RunConfig, {"name": folder.resolve().name, "model": section, "data": data, "train": train})
 
 
 def write_checkpoint(folder: Path, out: Path) -> RunConfig:
