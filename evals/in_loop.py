@@ -42,6 +42,10 @@ def check_downstream(config: RunConfig) -> None:
     :raises UserError: naming the nearest known task.
     """
     section = config.eval.downstream
+    if section is not None and config.parallel.tensor > 1:
+        raise UserError(
+            "eval.downstream", "parallel.tensor: 1 (its ranks have no whole logits)", config.parallel.tensor
+        )
     for name in section.tasks if section is not None else ():
         if name not in TASKS:
             raise UserError("eval.downstream.tasks", "known tasks", name, nearest(name, TASKS))

@@ -126,7 +126,7 @@ def text_set(name: str, sources: Sequence[str], model: ScoredModel) -> DocumentS
 
 
 def _locate(base_dir: str, relative: str, entry: PaperSet) -> Path:
-    how = f"copy it there, or take it from {'another mirror' if is_url(base_dir) else 'https://olmo-data.org'}"
+    how = f"get it: python scripts/prepare_data.py mirror {VALIDATION_MIX.value} FOLDER, then --base-dir FOLDER"
     if is_url(base_dir):
         try:
             return resource_path(base_dir.rstrip("/"), relative)

@@ -122,7 +122,7 @@ def test_the_paper_sets_and_what_is_missing(model, tmp_path: Path) -> None:
     base = tmp_path / "eval-data" / "perplexity" / "v3_small_gptneox20b"
     for entry in PAPER_SETS[:-1]:
         documents(base / entry.label / "val", [9, 5])
-    with pytest.raises(UserError, match="stack: expected the token file .*dolma_stack.*olmo-data.org"):
+    with pytest.raises(UserError, match="stack: expected the token file .*dolma_stack.*prepare_data.py mirror"):
         paper_sets(str(tmp_path), None, model)
     found, missing = paper_sets(str(tmp_path), None, model, skip_missing=True)
     assert [s.name for s in found] == [s.name for s in PAPER_SETS[:-1]] and list(missing) == ["stack"]
