@@ -20,6 +20,7 @@ __all__ = ["COMPOSITION_FILE", "CompositionCallback", "count_drawn"]
 log = logging.getLogger(__name__)
 
 COMPOSITION_FILE = "data.json"
+_BLOCK = 1 << 22
 
 
 def count_drawn(loader: Any, labels: List[str], steps: int) -> Dict[str, int]:
@@ -40,8 +41,9 @@ def count_drawn(loader: Any, labels: List[str], steps: int) -> Dict[str, int]:
             batches = min(steps - (epoch - 1) * loader.total_batches, loader.total_batches)
             loader._epoch = epoch
             order = loader._build_global_indices()[: batches * per_batch]
-            paths = np.searchsorted(ends, order, side="right")
-            counts += np.bincount(of_path[paths], minlength=len(names))
+            for start in range(0, len(order), _BLOCK):  # a 400B-token run has 98 million sequences
+                paths = np.searchsorted(ends, order[start : start + _BLOCK], side="right")
+                counts += np.bincount(of_path[paths], minlength=len(names))
     finally:
         loader._epoch = before
     return {name: int(n) * dataset.sequence_length for name, n in zip(names, counts)}

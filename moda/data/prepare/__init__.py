@@ -18,7 +18,16 @@ def __getattr__(name: str) -> Any:
     if name in ("PrepareOptions", "load_options"):
         from . import options as module
     elif name in ("Preparation", "prepare"):
-        from . import run as module  # type: ignore[no-redef]
+        try:
+            from . import run as module  # type: ignore[no-redef]
+        except ModuleNotFoundError as e:
+            if (e.name or "").split(".")[0] not in ("datatrove", "loguru", "multiprocess", "orjson", "zstandard"):
+                raise
+            from moda.errors import UserError
+
+            raise UserError(
+                "prepare_data", "the extra 'data' to be installed (pip install 'moda[data]')", str(e)
+            ) from None
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(module, name)

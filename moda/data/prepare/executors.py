@@ -9,6 +9,7 @@ import contextlib
 import copy
 import errno
 import os
+import signal
 import traceback
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -66,6 +67,11 @@ class _Noted:
             raise RuntimeError(str(e)) from None  # one that can be pickled
 
 
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; the first one deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Local(_Noted, LocalPipelineExecutor):
     def run(self) -> None:
         """datatrove's loop without its manager process, which outlives a killed parent."""
@@ -81,7 +87,7 @@ class _Local(_Noted, LocalPipelineExecutor):
                 self.pipeline = pipeline
             return
         context = multiprocess.get_context(self.start_method)
-        with context.Pool(min(self.workers, len(ranks))) as pool:
+        with context.Pool(min(self.workers, len(ranks)), initializer=_leave_interrupts) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, ranks):
                 pass
 

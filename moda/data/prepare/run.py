@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -75,10 +76,16 @@ def _locked(partial: Path) -> Iterator[None]:
             raise UserError(
                 "output", f"no other preparation at work in {partial}", holder, "wait for it to end"
             ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
-        yield
+        try:
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+            yield
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            hint = "free some and run the same command again: it goes on from here"
+            raise UserError("output", f"enough disk space under {partial}", hint=hint) from None
 
 
 def _result_options(options: PrepareOptions) -> Dict[str, Any]:
