@@ -13,7 +13,7 @@ import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple
 
 from olmo_core.distributed.utils import barrier, get_fs_local_rank, get_rank
 from olmo_core.io import is_url
@@ -23,7 +23,15 @@ from olmo_core.train.checkpoint import Checkpointer
 from moda.config.typed import from_dict, to_dict
 from moda.errors import UserError
 
-__all__ = ["ChecksumCallback", "check_same_model", "damage", "find_resumable", "read_model_config", "write_checksums"]
+__all__ = [
+    "ChecksumCallback",
+    "changed_settings",
+    "check_same_model",
+    "damage",
+    "find_resumable",
+    "read_model_config",
+    "write_checksums",
+]
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +124,25 @@ def check_same_model(folder: Path, model: Any) -> None:
     :raises UserError: naming the first setting that differs.
     """
     saved = to_dict(read_model_config(folder).model)
-    ours = to_dict(model)
-    free = {"attention_backend"}  # changes speed, not the model
+    for key, theirs, ours in _differences(saved, to_dict(model), "model"):
+        if key != "model.attention_backend":  # changes speed, not the model
+            raise UserError(key, f"{theirs!r}, as in checkpoint {folder}", ours, "or choose another train.save_folder")
 
-    def compare(a: Any, b: Any, key: str) -> None:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for name in sorted({*a, *b} - free):
-                compare(a.get(name), b.get(name), f"{key}.{name}")
-        elif a != b:
-            raise UserError(key, f"{a!r}, as in checkpoint {folder}", b, "or choose another train.save_folder")
 
-    compare(saved, ours, "model")
+def _differences(a: Any, b: Any, key: str) -> Iterator[Tuple[str, Any, Any]]:
+    """Keys whose values differ in two plain configurations, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key, a, b
+
+
+def changed_settings(folder: Path, config: Any) -> List[str]:
+    """What a run that resumes from ``folder`` has set otherwise than when the checkpoint was saved, as ``key: was -> is``."""
+    saved, ours = to_dict(read_model_config(folder)), to_dict(config)
+    told = _differences(saved, ours, "")
+    return [f"{key}: {was} -> {now}" for key, was, now in told if key not in ("train.save_folder", "description")]
 
 
 class ChecksumCallback(Callback):

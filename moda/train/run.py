@@ -28,7 +28,7 @@ from moda.data.sources import preview
 from moda.errors import UserError
 
 from .build import build_data_loader, build_train_module, build_trainer
-from .checkpoints import check_same_model, find_resumable
+from .checkpoints import changed_settings, check_same_model, find_resumable
 from .environment import console, launched_world_size, prepare_environment, set_up_logging
 from .metrics import METRICS_FILE, read_metrics
 from .plan import Plan, make_plan
@@ -193,8 +193,7 @@ def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     for name, callback in (extra_callbacks(p, trainer) if extra_callbacks is not None else {}).items():
         trainer.add_callback(name, callback)
     if checkpoint is not None:
-        trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
-        log.info("resuming from %s", checkpoint)
+        _resume(trainer, checkpoint, config)
     elif config.train.load_path is not None:
         trainer.load_checkpoint(config.train.load_path, load_trainer_state=False)
         log.info("starting from the weights of %s", config.train.load_path)
@@ -207,6 +206,25 @@ def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     if get_rank() == 0:
         _summarise(config, trainer.global_step, time.monotonic() - started)
     return Outcome(trainer.global_step, _signal_of(trainer))
+
+
+def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
+    """Go on from a checkpoint of this run, saying which settings have changed since.
+
+    :raises UserError: if the run was begun with other data.
+    """
+    try:
+        trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
+    except RuntimeError as e:
+        if "fingerprint" not in str(e):
+            raise
+        raise UserError(
+            "data", f"the data that the run in {config.save_folder} was begun with", "other data",
+            "choose another train.save_folder, and train.load_path to start from its weights",
+        ) from None  # fmt: skip
+    log.info("resuming from %s", checkpoint)
+    for change in changed_settings(Path(checkpoint), config):
+        log.warning("this run was begun with another setting of %s", change)
 
 
 def _signal_of(trainer: Any) -> Optional[signal.Signals]:

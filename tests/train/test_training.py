@@ -15,7 +15,7 @@ import torch
 
 from moda.train.checkpoints import damage, find_resumable
 from moda.train.metrics import read_metrics
-from tests.tiny import STEPS, command, environment, run, weights, write_config
+from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
 
 
 def losses(folder: Path) -> Dict[int, float]:
@@ -115,6 +115,18 @@ def close(a: Dict[int, float], b: Dict[int, float]) -> None:
     assert a.keys() == b.keys()
     for step in a:
         assert a[step] == pytest.approx(b[step], rel=2e-5), step
+
+
+def test_changes_since_the_run_was_begun_are_told_and_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    shutil.copytree(whole / "run" / "step8", tmp_path / "run" / "step8")
+    resumed = run(config, "optim.weight_decay=0.05")
+    assert resumed.returncode == 0 and "optim.weight_decay: 0.1 -> 0.05" in resumed.stdout, resumed.stdout
+    shutil.rmtree(tmp_path / "run" / f"step{STEPS}")
+    make_text(tmp_path / "text", 20)
+    refused = run(config)
+    assert refused.returncode == 2 and "data: expected the data that the run" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow
