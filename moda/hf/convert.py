@@ -326,7 +326,9 @@ def _run_settings(folder: Path, out: Path, fields: ModelFields, config: Dict[str
 
 
 def write_checkpoint(folder: Path, out: Path) -> RunConfig:
-    """Import an exported folder: a checkpoint with the model's weights, as the trainer's ``train.load_path`` takes it.
+    """Import an exported folder: a checkpoint with the model's weights, for evaluation, generation and export.
+
+    It has neither optimizer nor trainer state, so that training cannot resume from it.
 
     :raises UserError: for a folder that is no export of this project, or an ``out`` that is not empty.
     """
