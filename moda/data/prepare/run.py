@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the output; part of the manifest
 _NOT_IN_RESULT = ("output", "executor", "workers", "ray_address", "slurm")
 _POLL_SECONDS = 2.0
+_PACKED_BYTES = 256 << 20  # of shards that one process has written before another has started
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,25 @@ class _Stages:
             start_ray(options.ray_address)
 
     def run(
-        self, title: str, stage: str, pipeline: List[PipelineStep], tasks: int, total: Optional[int] = None
+        self,
+        title: str,
+        stage: str,
+        pipeline: List[PipelineStep],
+        tasks: int,
+        total: Optional[int] = None,
+        workers: Optional[int] = None,
     ) -> None:
         """Run a stage until all its tasks are complete.
+
+        :param total: input bytes, where the stage reads the input.
+        :param workers: fewer workers than configured, for a stage too small to start them.
 
         :raises UserError: with the reason if one fails.
         """
         state = str(self.state)
         executor = make_executor(
-            self.options.executor.value, pipeline, tasks, state=state, stage=stage, workers=self.workers,
+            self.options.executor.value, pipeline, tasks, state=state, stage=stage,
+            workers=min(self.workers, workers or self.workers),
             slurm=self.options.slurm or {},
         )  # fmt: skip
         if not executor.get_incomplete_ranks():
@@ -236,7 +247,9 @@ def _pack(stages: _Stages, tasks: List[Task], dtype: str) -> List[Dict[str, Any]
         return note.is_file() and file.is_file() and file.stat().st_size == read_json(note)["bytes"]
 
     _forget_unfinished(state, "pack", whole, len(plans))
-    stages.run("writing shards", "pack", [ShardWriter(str(root), str(state), dtype)], len(plans))
+    size = sum(p["tokens"] for p in plans) * np.dtype(dtype).itemsize
+    few = 1 + size // _PACKED_BYTES
+    stages.run("writing shards", "pack", [ShardWriter(str(root), str(state), dtype)], len(plans), workers=few)
     return [read_json(state / "packed" / f"{rank:05d}.json") for rank in range(len(plans))]
 
 
