@@ -87,11 +87,15 @@ def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
 def read_weights(folder: Path) -> Dict[str, torch.Tensor]:
     """The model's tensors of a checkpoint, whole, on the CPU, by parameter name.
 
-    :param folder: a checkpoint (``stepN``), saved by any number of processes.
+    :param folder: a checkpoint (``stepN``), saved by any number of processes. Where it has checksums they are checked first.
 
     :raises UserError: for a folder that is no checkpoint, or a damaged one.
     """
+    from moda.train.checkpoints import CHECKSUMS, damage
+
     state = folder / STATE
+    if (folder / CHECKSUMS).is_file() and (reason := damage(folder)) is not None:
+        raise UserError("checkpoint", f"a whole checkpoint in {folder}", reason)
     table = _read_table(state)
     shards: Dict[str, List[Tuple[Any, Any]]] = defaultdict(list)
     for index, entry in table.storage_data.items():

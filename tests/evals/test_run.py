@@ -167,6 +167,19 @@ def test_damaged_and_forged_checkpoints(
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(UserError, match="a whole checkpoint"):
         load(str(tmp_path / "a" / "step10"))
+    from moda.train.checkpoints import write_checksums
+
+    whole = copy("d")
+    (whole / "train").mkdir()
+    (whole / "train" / "rank0.pt").write_bytes(b"never read")
+    (whole / ".metadata.json").write_text("{}")
+    write_checksums(whole)
+    shard = max(whole.rglob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="have changed since it was saved"):
+        load(str(whole))
     table = copy("b") / "model_and_optim" / ".metadata"
     table.write_bytes(pickle.dumps(_Harmful()))
     with pytest.raises(UserError, match="table of contents"):
