@@ -87,7 +87,9 @@ def streamed(
     return x
 
 
-def toy(n_layers: int, T: int = 64 if GPU else 3, hk: int = 1, group: int = 2, d: int = 16) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+def toy(
+    n_layers: int, T: int = 64 if GPU else 3, hk: int = 1, group: int = 2, d: int = 16
+) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     g = torch.Generator().manual_seed(n_layers)
     x = torch.randn(2, T, hk * group * d, generator=g).to(DEVICE, DTYPE)
     weights = [0.5 * torch.randn(5, hk * group * d, generator=g).to(DEVICE, DTYPE) for _ in range(n_layers)]
