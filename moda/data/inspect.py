@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -189,23 +190,23 @@ def inspect(
                 raise UserError("folder", f"the shard {shard}, which the manifest lists")
             scan(shard, dtype, eos, lengths)
     total = sum(lengths.tokens for lengths in found.values())
-    table = Table(title=f"{made_with.name}, {np.dtype(dtype)}, eos {eos}", title_justify="left")
-    for heading in ("source", "files", "size", "documents", "tokens", "share", "mean", "median up to", "longest"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+    table = Table(title=f"{made_with.name}, {np.dtype(dtype)}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("source", "files", "documents", "tokens", "share", "mean", "longest"):
+        table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
     for name, n in found.items():
-        size = sum(shard.stat().st_size for shard in files[name])
         mean = f"{n.tokens / n.documents:,.0f}" if n.documents else "-"
-        table.add_row(
-            name, f"{len(files[name]):,}", format_bytes(size), f"{n.documents:,}", f"{n.tokens:,}",
-            f"{n.tokens / max(total, 1):.2%}", mean, f"{n.quantile(0.5):,}", f"{n.longest:,}",
-        )  # fmt: skip
+        figures = (f"{n.documents:,}", f"{n.tokens:,}", f"{n.tokens / max(total, 1):.2%}", mean, f"{n.longest:,}")
+        table.add_row(name, f"{len(files[name]):,}", *figures)
     console.print(table)
     for name, lengths in found.items():
-        console.print(f"\n{name}: documents by tokens", highlight=False, markup=False)
+        size = format_bytes(sum(shard.stat().st_size for shard in files[name]))
+        half = f"{lengths.quantile(0.5):,}"
+        console.print(f"{name} ({size}): documents by tokens, half have up to {half}", highlight=False, markup=False)
         for line in histogram_lines(lengths):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         if lengths.unfinished:
             console.print(f"{lengths.unfinished:,} tokens after the last document end", highlight=False)
+        console.print()
     if samples:
         _show_samples(files, made_with, dtype, samples, seed, console)
     if plot is not None:

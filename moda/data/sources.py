@@ -74,7 +74,11 @@ def _by_label(paths: List[str], labels: List[str], width: int) -> List[Drawn]:
 
 
 def _mixture(
-    data: DataConfig, tokenizer: Tokenizer, sequence_length: int, total_tokens: Optional[int], tokens_per_step: Optional[int]
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    total_tokens: Optional[int],
+    tokens_per_step: Optional[int],
 ) -> Tuple[Any, List[Drawn]]:
     assert data.mixture is not None
     if total_tokens is None or tokens_per_step is None:
@@ -149,9 +153,7 @@ def build_training_data(
         return TrainingData(train, _validation(data, tokenizer, {}, common, width), tokens, drawn, labels)
     if data.text is not None:
         assert data.validation is None or isinstance(data.validation, dict)
-        text = prepare_text(
-            data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir
-        )
+        text = prepare_text(data.text, tokenizer, validation_fraction=data.validation_fraction, work_dir=data.work_dir)
         paths = [str(p) for p in text.train.values()]
         labels = list(text.train)
         validation = {label: [str(path)] for label, path in text.validation.items()}
