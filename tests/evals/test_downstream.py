@@ -16,8 +16,8 @@ from evals.tasks import TASKS, load_questions
 from moda.errors import UserError
 
 QUESTIONS = 52
-#: The lettered form has prompts of thousands of these tokens: a few, of its first part, must do here.
-LONG = {"mmlu_mc": 3, "mmlu_mc_val": 2}
+#: The lettered form has prompts of thousands of these tokens: a few, of its first part, must do here; and of the second splits.
+LONG = {"mmlu_mc": 3, "mmlu_mc_val": 2, "mmlu_val": 10}
 
 
 @pytest.fixture
