@@ -82,19 +82,27 @@ def histogram_lines(lengths: Lengths) -> Iterator[str]:
 
 
 def plot_histogram(found: Dict[str, Lengths], path: str) -> None:
-    """Draw the histograms of all sources as shares of their documents."""
+    """Draw the histograms of the training sources as shares of their documents."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, lengths in found.items():
-        used = lengths.buckets / max(lengths.documents, 1)
-        axis.step(2.0 ** np.arange(_BUCKETS), used, where="mid", label=f"{name} ({lengths.documents:,} documents)")
-    highest = max(lengths.longest for lengths in found.values())
+    shown = {n: lengths for n, lengths in found.items() if not n.endswith("(validation)")} or found
+    edges = 2.0 ** np.arange(_BUCKETS)
+    first = last = None
+    for name, lengths in shown.items():
+        used = np.flatnonzero(lengths.buckets)
+        if not len(used):
+            continue
+        low, high = max(int(used[0]) - 1, 0), min(int(used[-1]) + 2, _BUCKETS)
+        first, last = min(low, low if first is None else first), max(high, last or 0)
+        share = lengths.buckets / lengths.documents
+        axis.plot(edges[low:high], share[low:high], marker="o", ms=4, label=f"{name} ({lengths.documents:,} documents)")
     axis.set_xscale("log", base=2)
-    axis.set_xlim(1, 2 * max(highest, 2))
+    if first is not None and last is not None:
+        axis.set_xlim(2.0 ** (first - 0.5), 2.0 ** (last - 0.5))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens in a document (up to)")
     axis.set_ylabel("share of the source's documents")
