@@ -20,6 +20,7 @@ from olmo_core.io import is_url
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.checkpoint import Checkpointer
 
+from moda.config.schema import ModelConfig
 from moda.config.typed import from_dict, to_dict
 from moda.errors import UserError
 
@@ -29,7 +30,7 @@ __all__ = [
     "check_same_model",
     "damage",
     "find_resumable",
-    "read_model_config",
+    "read_settings",
     "write_checksums",
 ]
 
@@ -105,25 +106,29 @@ def find_resumable(save_folder: str) -> Optional[Path]:
     return None
 
 
-def read_model_config(folder: Path) -> Any:
-    """The configuration saved with a checkpoint, as a :class:`moda.config.RunConfig`.
+def read_settings(folder: Path) -> Dict[str, Any]:
+    """The resolved configuration saved with a checkpoint, as plain sections.
 
     :raises UserError: where the folder has none.
     """
-    from moda.config.schema import RunConfig
-
     file = folder / CONFIG
     if not file.is_file():
         raise UserError("checkpoint", f"a checkpoint of this project, with {CONFIG}", str(folder))
-    return from_dict(RunConfig, json.loads(file.read_text()))
+    try:
+        settings = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError("checkpoint", f"a readable {file}", hint=str(e)) from None
+    if not isinstance(settings, dict) or "model" not in settings:
+        raise UserError("checkpoint", f"{file} to have a model section", "none")
+    return settings
 
 
-def check_same_model(folder: Path, model: Any) -> None:
+def check_same_model(folder: Path, model: ModelConfig) -> None:
     """Refuse a checkpoint of another model before anything of it is loaded.
 
     :raises UserError: naming the first setting that differs.
     """
-    saved = to_dict(read_model_config(folder).model)
+    saved = to_dict(from_dict(ModelConfig, read_settings(folder)["model"], "model"))
     for key, theirs, ours in _differences(saved, to_dict(model), "model"):
         if key != "model.attention_backend":  # changes speed, not the model
             raise UserError(key, f"{theirs!r}, as in checkpoint {folder}", ours, "or choose another train.save_folder")
@@ -140,8 +145,7 @@ def _differences(a: Any, b: Any, key: str) -> Iterator[Tuple[str, Any, Any]]:
 
 def changed_settings(folder: Path, config: Any) -> List[str]:
     """What a run that resumes from ``folder`` has set otherwise than when the checkpoint was saved, as ``key: was -> is``."""
-    saved, ours = to_dict(read_model_config(folder)), to_dict(config)
-    told = _differences(saved, ours, "")
+    told = _differences(read_settings(folder), to_dict(config), "")
     return [f"{key}: {was} -> {now}" for key, was, now in told if key not in ("train.save_folder", "description")]
 
 

@@ -195,8 +195,7 @@ def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     if checkpoint is not None:
         _resume(trainer, checkpoint, config)
     elif config.train.load_path is not None:
-        trainer.load_checkpoint(config.train.load_path, load_trainer_state=False)
-        log.info("starting from the weights of %s", config.train.load_path)
+        _start_from(trainer, config.train.load_path)
     if trainer.global_step >= p.steps:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
@@ -225,6 +224,19 @@ def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
     log.info("resuming from %s", checkpoint)
     for change in changed_settings(Path(checkpoint), config):
         log.warning("this run was begun with another setting of %s", change)
+
+
+def _start_from(trainer: Trainer, source: str) -> None:
+    """Load a checkpoint's weights, and nothing else of it, into a run that begins.
+
+    :raises UserError: if there is no checkpoint.
+    """
+    inner = Path(source) / "model_and_optim"
+    if not is_url(source) and not (inner / ".metadata").is_file():
+        raise UserError("train.load_path", "the folder of a checkpoint (with model_and_optim/)", source)
+    weights = source if is_url(source) else str(inner)
+    trainer.load_checkpoint(weights, load_trainer_state=False, load_optim_state=False)
+    log.info("starting from the weights of %s", source)
 
 
 def _signal_of(trainer: Any) -> Optional[signal.Signals]:

@@ -129,6 +129,20 @@ def test_changes_since_the_run_was_begun_are_told_and_other_data_is_refused(whol
     assert "Traceback" not in refused.stderr
 
 
+def test_starting_from_the_weights_of_another_run(whole: Path, tmp_path: Path) -> None:
+    first = whole / "run" / "step8"
+    shutil.copytree(first, tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights" / "train")  # weights alone will do
+    options = ["train.max_steps=3", "optim.lr=1e-12", f"train.load_path={tmp_path / 'weights'}"]
+    begun = run(write_config(tmp_path), *options)
+    assert begun.returncode == 0 and "starting from the weights of" in begun.stdout, begun.stdout + begun.stderr
+    assert list(losses(tmp_path)) == [1, 2, 3]
+    ours, theirs = weights(tmp_path / "run" / "step3"), weights(first)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+    refused = run(write_config(tmp_path), f"train.load_path={tmp_path}", f"train.save_folder={tmp_path / 'other'}")
+    assert refused.returncode == 2 and "train.load_path" in refused.stderr, refused.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(whole: Path, tmp_path: Path) -> None:
     two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))
