@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and its sizes, and exit"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     from evals.in_loop import check_downstream, downstream_callbacks
     from moda.config import load_config

@@ -172,6 +172,8 @@ def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
     checkpoint = broadcast_object(checkpoint)
     source = checkpoint or config.train.load_path
     if source is not None and not is_url(source):
+        if not (Path(source) / "model_and_optim" / ".metadata").is_file():
+            raise UserError("train.load_path", "the folder of a checkpoint (with model_and_optim/)", source)
         check_same_model(Path(source), config.model)
     data = _prepare_data(p)
     _save_config(config)
@@ -227,14 +229,8 @@ def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
 
 
 def _start_from(trainer: Trainer, source: str) -> None:
-    """Load a checkpoint's weights, and nothing else of it, into a run that begins.
-
-    :raises UserError: if there is no checkpoint.
-    """
-    inner = Path(source) / "model_and_optim"
-    if not is_url(source) and not (inner / ".metadata").is_file():
-        raise UserError("train.load_path", "the folder of a checkpoint (with model_and_optim/)", source)
-    weights = source if is_url(source) else str(inner)
+    """Load a checkpoint's weights, and nothing else of it, into a run that begins."""
+    weights = source if is_url(source) else str(Path(source) / "model_and_optim")
     trainer.load_checkpoint(weights, load_trainer_state=False, load_optim_state=False)
     log.info("starting from the weights of %s", source)
 

@@ -190,7 +190,7 @@ def test_other_parallelism_from_the_command_line(kind: str, whole: Path, tmp_pat
 
 def test_dry_run_prints_sizes_and_trains_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    shown = run(config, "--dry-run")
+    shown = run(config, "--dry-run", "train.max_steps=9")
     assert shown.returncode == 0, shown.stderr
     for text in ("norm_placement: post", "parameters", "training FLOPs a token", "memory a process", "steps"):
         assert text in shown.stdout
