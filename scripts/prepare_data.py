@@ -32,8 +32,9 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _mirror(args: argparse.Namespace) -> int:
-    from moda.data.mirror import MirrorOptions, mirror
     from rich.console import Console
+
+    from moda.data.mirror import MirrorOptions, mirror
 
     tokens = None if args.tokens is None else int(float(args.tokens))
     options = MirrorOptions(
@@ -51,8 +52,9 @@ def _mirror(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from moda.data.inspect import inspect
     from rich.console import Console
+
+    from moda.data.inspect import inspect
 
     inspect(args.folder, Console(), samples=args.samples, plot=args.plot, tokenizer=args.tokenizer, seed=args.seed)
     return 0
