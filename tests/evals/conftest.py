@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 
 from tests.small_checkpoint import run_config, save_checkpoint
-
-torch.set_num_threads(1)  # tiny tensors: more threads than cores would only spin
 
 
 @pytest.fixture(scope="session")

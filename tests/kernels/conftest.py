@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated, so it must be set before any kernel module is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("MODA_AUTOTUNE", "0")  # the first tile that fits: no result of a test depends on a timing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
