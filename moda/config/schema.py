@@ -30,43 +30,12 @@ from moda.model import (
     PaddedLMHeadConfig,
 )
 
+from .choices import Backend, Checkpointing, DataParallel, Optimizer, QKNorm
+
 __all__ = [
     "CheckpointConfig", "DataConfig", "DepthKVSection", "EvalConfig", "LoggingConfig", "ModelConfig", "OptimConfig",
     "ParallelConfig", "RunConfig", "TrainConfig",
 ]  # fmt: skip
-
-
-class QKNorm(str, Enum):
-    full = "full"
-    head = "head"
-    none = "none"
-
-
-class Backend(Enum):
-    auto = "auto"
-    reference = "reference"
-    fused = "fused"
-    split = "split"
-
-
-class Optimizer(str, Enum):
-    adamw = "adamw"
-    skip_step_adamw = "skip_step_adamw"
-
-
-class DataParallel(str, Enum):
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-    ddp = "ddp"
-
-
-class Checkpointing(str, Enum):
-    none = "none"
-    full = "full"
-    selected_blocks = "selected_blocks"
-    selected_modules = "selected_modules"
-    selected_ops = "selected_ops"
-    budget = "budget"
 
 
 def _at_least(key: str, value: Optional[float], low: float) -> None:
