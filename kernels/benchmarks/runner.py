@@ -21,7 +21,7 @@ from . import gate
 from .cases import TABLES, Case, draw
 from .floors import Ceilings, floor_ms, measure_ceilings
 from .timing import Quantiles, measure_launched
-from .variants import VARIANTS, NotRun, Tensors, Variant, bind
+from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
 
 __all__ = ["COLUMNS", "environment", "run_table"]
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "dtype",
     "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "timing", "floor_ms", "over_floor",
-    "over_cudnn", "reason", "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s", "gpu", "capability",
+    "cudnn_ms", "over_cudnn", "reason",
+    "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s", "gpu", "capability",
     "torch", "triton", "cuda", "cudnn", "commit", "date",
 )  # fmt: skip
 
@@ -132,18 +133,18 @@ def _run_case(
 ) -> List[Dict[str, object]]:
     x = draw(case)
     truths: Dict[bool, Truth] = {}
-    cudnn: Dict[str, float] = {}
+    baseline = _baseline(case, x)
     rows = []
     for variant in variants:
         status, reason = "ok", ""
-        times: Dict[str, Quantiles] = {}
+        times: Dict[str, Tuple[Quantiles, Optional[Quantiles]]] = {}
         try:
             bind(variant, case, x)
             if variant.depth not in truths:
                 truths[variant.depth] = gate.short_truth(case, variant.depth)
             judged = gate.check(variant, case, x, truths[variant.depth])
             if all(v.passed for v in judged):
-                times = _times(variant, case, x, budget_ms)
+                times = _times(variant, case, x, baseline, budget_ms)
             else:
                 status, reason = "parity failed", report([v for v in judged if not v.passed]).replace("\n", "; ")
         except NotRun as error:
@@ -156,7 +157,7 @@ def _run_case(
         for what in times or ("both",):
             row = _row(case, variant, what, status, reason, ceilings, where)
             if times:
-                q = times[what]
+                q, cudnn = times[what]
                 floor = floor_ms(case, what, ceilings) if variant.depth else None
                 row.update(
                     median_ms=round(q.median, 5),
@@ -167,30 +168,55 @@ def _run_case(
                 )
                 if floor is not None:
                     row.update(floor_ms=round(floor, 5), over_floor=round(q.median / floor, 4))
-                if variant.name == "cudnn":
-                    cudnn[what] = q.median
-                if what in cudnn:
-                    row.update(over_cudnn=round(q.median / cudnn[what], 4))
+                if cudnn is not None:
+                    row.update(cudnn_ms=round(cudnn.median, 5), over_cudnn=round(q.median / cudnn.median, 4))
             rows.append(row)
-        shown = " ".join(f"{w} {q.median:.3f}" for w, q in times.items()) or f"{status}: {reason[:300]}"
+        shown = " ".join(map(_shown, times.items())) or f"{status}: {reason[:300]}"
         progress(f"{case.name:28s} {variant.name:10s} {shown}")
     return rows
 
 
-def _times(
-    variant: Variant, case: Case, x: Dict[str, Optional[torch.Tensor]], budget_ms: float
-) -> Dict[str, Quantiles]:
-    bound = bind(variant, case, x)
+def _shown(timed: Tuple[str, Tuple[Quantiles, Optional[Quantiles]]]) -> str:
+    what, (own, cudnn) = timed
+    return f"{what} {own.median:.3f}" + (f" ({own.median / cudnn.median:.3f})" if cudnn is not None else "")
+
+
+def _baseline(case: Case, x: Tensors) -> Optional[Bound]:
+    """cuDNN attention without depth, or None where it cannot run the case."""
+    try:
+        return bind(VARIANTS["cudnn"], case, x)
+    except (NotRun, ValueError):
+        return None
+
+
+def _passes(bound: Bound) -> Dict[str, Callable[[], object]]:
     saved = bound.forward()
-    passes: Dict[str, Callable[[], object]] = {
+    return {
         "forward": bound.forward,
         "backward": lambda: bound.backward(saved),
         "both": lambda: bound.backward(bound.forward()),
     }
+
+
+def _times(
+    variant: Variant, case: Case, x: Tensors, baseline: Optional[Bound], budget_ms: float
+) -> Dict[str, Tuple[Quantiles, Optional[Quantiles]]]:
+    """Per pass the variant's times and those of cuDNN, taken in turns with it."""
+    bound = bind(variant, case, x)
+    passes = _passes(bound)
     if not case.sequence and bound.backward_add is not None:
-        add = bound.backward_add
+        add, saved = bound.backward_add, bound.forward()
         passes["backward-add"] = lambda: add(saved)
-    return {name: measure_launched(run, budget_ms) for name, run in passes.items()}
+    beside = {} if baseline is None or variant.name == "cudnn" else _passes(baseline)
+    times: Dict[str, Tuple[Quantiles, Optional[Quantiles]]] = {}
+    for name, run in passes.items():
+        if name in beside:
+            cudnn, own = measure_launched([beside[name], run], budget_ms)
+            times[name] = own, cudnn
+        else:
+            (own,) = measure_launched([run], budget_ms)
+            times[name] = own, own if variant.name == "cudnn" else None
+    return times
 
 
 def _row(

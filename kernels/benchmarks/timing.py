@@ -1,11 +1,14 @@
 """Milliseconds by CUDA events: warm up, estimate, repeat, quantiles. The L2 cache is overwritten before every repetition.
 
+What is compared is timed in turns, one repetition of each after the other: under load the clock of a GPU falls by several
+per cent within seconds, and of two medians taken one after the other the second would carry that.
+
 What is shorter than :data:`GRAPH_BELOW_MS` is timed as the replay of a CUDA graph: the host may need as long to launch it.
 """
 
 from __future__ import annotations
 
-from typing import Callable, List, NamedTuple
+from typing import Callable, List, NamedTuple, Sequence
 
 import torch
 
@@ -23,25 +26,35 @@ class Quantiles(NamedTuple):
 GRAPH_BELOW_MS = 1.5
 
 
-def measure(run: Callable[[], object], budget_ms: float = 150.0, most: int = 50) -> Quantiles:
-    """Median, 20th and 80th percentile of ``run``; at least three repetitions, about ``budget_ms`` of them."""
+def measure(runs: Sequence[Callable[[], object]], budget_ms: float = 150.0, most: int = 50) -> List[Quantiles]:
+    """Median, 20th and 80th percentile of each of ``runs``, in turns; at least five repetitions, about ``budget_ms`` of each."""
     cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    run()
+    for run in runs:
+        run()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    run()
+    for run in runs:
+        run()
     end.record()
     torch.cuda.synchronize()
-    repeats = max(3, min(most, int(budget_ms / max(start.elapsed_time(end), 1e-3))))
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for before, after in marks:
-        cache.zero_()
-        before.record()
-        run()
-        after.record()
+    repeats = max(5, min(most, int(budget_ms * len(runs) / max(start.elapsed_time(end), 1e-3))))
+    marks = [
+        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in runs]
+        for _ in range(repeats)
+    ]
+    for turn in marks:
+        for run, (before, after) in zip(runs, turn):
+            cache.zero_()
+            before.record()
+            run()
+            after.record()
     torch.cuda.synchronize()
-    times: List[float] = sorted(a.elapsed_time(b) for a, b in marks)
+    return [_quantiles([a.elapsed_time(b) for a, b in of_one]) for of_one in zip(*marks)]
+
+
+def _quantiles(milliseconds: Sequence[float]) -> Quantiles:
+    times = sorted(milliseconds)
 
     def quantile(f: float) -> float:
         at = f * (len(times) - 1)
@@ -49,23 +62,26 @@ def measure(run: Callable[[], object], budget_ms: float = 150.0, most: int = 50)
         high = min(low + 1, len(times) - 1)
         return times[low] + (at - low) * (times[high] - times[low])
 
-    return Quantiles(quantile(0.5), quantile(0.2), quantile(0.8), repeats)
+    return Quantiles(quantile(0.5), quantile(0.2), quantile(0.8), len(times))
 
 
-def measure_launched(run: Callable[[], object], budget_ms: float = 150.0, most: int = 50) -> Quantiles:
-    """:func:`measure`, and again as a graph where that is short; what cannot be captured keeps its first times."""
-    plain = measure(run, budget_ms, most)
-    if plain.median >= GRAPH_BELOW_MS:
+def measure_launched(runs: Sequence[Callable[[], object]], budget_ms: float = 150.0, most: int = 50) -> List[Quantiles]:
+    """:func:`measure`, and again as graphs where one is short; where one cannot be captured all keep their first times."""
+    plain = measure(runs, budget_ms, most)
+    if all(q.median >= GRAPH_BELOW_MS for q in plain):
         return plain
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return plain
-    return measure(graph.replay, budget_ms, most)._replace(timing="graph")
+    graphs = []
+    for run in runs:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return plain
+        graphs.append(graph)
+    return [q._replace(timing="graph") for q in measure([g.replay for g in graphs], budget_ms, most)]
 
 
 def median_ms(run: Callable[[], object]) -> float:
-    return measure(run).median
+    return measure([run])[0].median
