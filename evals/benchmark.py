@@ -1,9 +1,11 @@
-"""How fast requests are scored: batches by length against batches padded to the task's longest, and a plain forward pass."""
+"""How fast requests are scored: as :func:`.scoring.score` does it (batches by length, contexts shared), padded to the task's
+longest request, and a plain forward pass."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
@@ -11,7 +13,8 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 
 from .model import ScoredModel
-from .scoring import Span, plan_batches, score
+from .scoring import Span, score
+from .shared_prefix import Tree, lay_out
 
 __all__ = ["benchmark", "load_spans", "save_spans"]
 
@@ -48,13 +51,10 @@ def _padded_to_longest(model: ScoredModel, spans: Sequence[Span], batch_tokens: 
     sums: List[float] = []
     for at in range(0, len(spans), size):
         chosen = spans[at : at + size]
-        ids = torch.zeros(len(chosen), width, dtype=torch.long)
-        where = []
-        for row, s in enumerate(chosen):
-            ids[row, : len(s.ids)] = torch.tensor(s.ids)
-            where += [(row, s.start + i, t) for i, t in enumerate(s.targets)]
+        where = [(row, s.start + i, t) for row, s in enumerate(chosen) for i, t in enumerate(s.targets)]
         index = torch.tensor(where)
-        flat = model.token_log_probs(ids, index[:, 0], index[:, 1], index[:, 2])
+        layout = lay_out([Tree(s.ids, ((),)) for s in chosen], width)
+        flat = model.token_log_probs(layout, index[:, 0], index[:, 1], index[:, 2]).cpu()
         sums += [part.sum().item() for part in flat.split([len(s.targets) for s in chosen])]
     return sums
 
@@ -64,41 +64,48 @@ def benchmark(
 ) -> Dict[str, Any]:
     """Medians of both ways over the same requests, checked against each other, and of a plain forward pass.
 
-    :returns: tokens (those of the requests, padding not counted) a second: ``bucketed``, ``padded``, ``forward`` (all
-        logits of full batches as long as the task's longest request), and their ratios.
+    :returns: tokens a second, padding not counted: ``scored`` and ``padded`` in tokens of the requests, ``scored_run`` in
+        tokens that ran through the model (a shared context once), ``forward`` for all logits of full batches as long as
+        the task's longest request; and the ratios ``scored`` to ``padded`` and ``scored_run`` to ``forward``.
 
     :raises RuntimeError: where the two ways disagree.
     """
     tokens = sum(len(s.ids) for s in spans)
     width = max(len(s.ids) for s in spans)
-    warm = [
-        s for batch in plan_batches([len(s.ids) for s in spans], batch_tokens)[:2] for s in (spans[i] for i in batch)
-    ]
-    score(model, warm, batch_tokens=batch_tokens)
-    found = [float(a.sum()) for a in score(model, spans, batch_tokens=batch_tokens).log_probs]
+    score(model, spans[:: max(1, len(spans) // 256)], batch_tokens=batch_tokens)
+    scores = score(model, spans, batch_tokens=batch_tokens)
+    found = [float(a.sum()) for a in scores.log_probs]
     truth = _padded_to_longest(model, spans, batch_tokens)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(found, truth))
     if worst > tolerance:
         raise RuntimeError(f"the two ways of batching disagree by {worst:.2e} (relative), allowed {tolerance}")
-    bucketed = sorted(_seconds(model, lambda: score(model, spans, batch_tokens=batch_tokens)) for _ in range(repeats))
-    padded = sorted(_seconds(model, lambda: _padded_to_longest(model, spans, batch_tokens)) for _ in range(repeats))
     ids = torch.randint(0, model.vocab_size, (max(1, batch_tokens // width), width), device=model.device)
     model.logits(ids)
-    forward = sorted(_seconds(model, lambda: model.logits(ids)) for _ in range(max(3, repeats)))
-    middle = repeats // 2
-    speed = {
-        "bucketed": tokens / bucketed[middle],
-        "padded": tokens / padded[middle],
-        "forward": ids.numel() / forward[len(forward) // 2],
+    ways: Dict[str, Callable[[], Any]] = {
+        "scored": lambda: score(model, spans, batch_tokens=batch_tokens),
+        "padded": lambda: _padded_to_longest(model, spans, batch_tokens),
+        "forward": lambda: model.logits(ids),
     }
+    seconds = {
+        name: statistics.median(_seconds(model, run) for _ in range(max(3, repeats))) for name, run in ways.items()
+    }
+    run = scores.tokens - scores.padded
     return {
         "requests": len(spans),
         "tokens": tokens,
+        "tokens_run": run,
+        "padding": scores.padded / scores.tokens,
         "longest": width,
         "batch_tokens": batch_tokens,
         "worst_difference": worst,
-        "tokens_per_second": speed,
-        "bucketed_over_padded": speed["bucketed"] / speed["padded"],
-        "bucketed_over_forward": speed["bucketed"] / speed["forward"],
+        "seconds": seconds,
+        "tokens_per_second": {
+            "scored": tokens / seconds["scored"],
+            "scored_run": run / seconds["scored"],
+            "padded": tokens / seconds["padded"],
+            "forward": ids.numel() / seconds["forward"],
+        },
+        "scored_over_padded": seconds["padded"] / seconds["scored"],
+        "run_over_forward": run / seconds["scored"] / (ids.numel() / seconds["forward"]),
     }

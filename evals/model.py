@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.weights import STATE, load_model, open_checkpoint
+
+from .shared_prefix import Layout, shared_attention
 
 __all__ = ["ScoredModel", "TextTokenizer", "checkpoint_label", "load"]
 
@@ -54,6 +57,11 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for what it is still doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass
@@ -119,23 +127,24 @@ class ScoredModel:
             "config": self.settings,
         }
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits ``[B, T, V]`` of ids ``[B, T]``."""
         with torch.no_grad():
-            out = self.module(ids)
+            out = self.module(ids, **options)
         return out if isinstance(out, torch.Tensor) else out.logits
 
     def token_log_probs(
-        self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
+        self, layout: Layout, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Log-probability that ``targets[i]`` follows ``ids[rows[i], : columns[i] + 1]``; fp32 ``[N]`` on the CPU.
+        """Log-probability that ``targets[i]`` comes after token ``columns[i]`` of row ``rows[i]``; fp32 ``[N]``.
 
         The head runs on the N asked positions only, where it is known.
 
-        :param ids: ``[B, T]``, padded on the right with anything: attention is causal.
+        :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
         device = self.device
-        ids, rows, columns, targets = (t.to(device, non_blocking=True) for t in (ids, rows, columns, targets))
+        plain = layout.is_plain
+        ids, rows, columns, targets = (_send(t, device) for t in (layout.ids, rows, columns, targets))
         hook, fired = None, []
         if self.head is not None:
 
@@ -148,12 +157,14 @@ class ScoredModel:
 
             hook = self.head.register_forward_pre_hook(pick, with_kwargs=True)
         try:
-            logits = self.logits(ids)
+            with contextlib.ExitStack() as stack:
+                shared = {} if plain else stack.enter_context(shared_attention(self.module, layout, device))
+                logits = self.logits(ids, **shared)
         finally:
             if hook is not None:
                 hook.remove()
         picked = logits[0] if fired else logits[rows, columns]
-        return -F.cross_entropy(picked.float(), targets, reduction="none").cpu()
+        return -F.cross_entropy(picked.float(), targets, reduction="none")
 
 
 def checkpoint_label(path: Path) -> str:

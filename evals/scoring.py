@@ -1,7 +1,8 @@
 """Scoring many short sequences at the speed of few long ones: the same for perplexity and for downstream tasks.
 
 Sequences are sorted by length and cut into batches of a bounded number of tokens, so that hardly anything is padding. Equal
-sequences run once: the choices of a question that differ in their last token only (yes/no, A/B/C/D) share one row. Batches
+sequences run once: the choices of a question that differ in their last token only (yes/no, A/B/C/D) share one row. Longer
+continuations of one context share the context's run (:mod:`.shared_prefix`) where the model can do that. Batches
 depend on the sequences and the batch size alone, never on the number of ranks, which take them in turn.
 """
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .model import ScoredModel
+from .shared_prefix import Tree, can_share, grow, lay_out
 
 __all__ = ["Scores", "Span", "continuation", "plan_batches", "score", "world"]
 
@@ -99,27 +101,40 @@ def _merge(spans: Sequence[Span]) -> Tuple[List[Tuple[int, ...]], List[List[int]
     return rows, [answers[ids] for ids in rows]
 
 
-def _run(
-    model: ScoredModel, rows: List[Tuple[int, ...]], spans: List[List[Span]]
-) -> Tuple[List[List[np.ndarray]], int]:
-    """One batch: log-probabilities for the spans of every row, and the tokens it took."""
-    multiple = 32 if model.device.type == "cuda" else 1
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    where: List[Tuple[int, int, int]] = []
-    for r, row in enumerate(rows):
-        ids[r, : len(row)] = torch.tensor(row)
-        where += [(r, s.start + i, t) for s in spans[r] for i, t in enumerate(s.targets)]
-    index = torch.tensor(where)
-    flat = model.token_log_probs(ids, index[:, 0], index[:, 1], index[:, 2]).numpy()
-    found: List[List[np.ndarray]] = []
-    at = 0
-    for row_spans in spans:
-        found.append([])
-        for s in row_spans:
-            found[-1].append(flat[at : at + len(s.targets)])
-            at += len(s.targets)
-    return found, ids.numel()
+class _Batch:
+    """A batch on its way: launched when made, waited for when read, so that the next one can be prepared meanwhile.
+
+    :param spans: the spans of every tree, leaf by leaf.
+    """
+
+    def __init__(self, model: ScoredModel, trees: List[Tree], spans: List[List[List[Span]]]) -> None:
+        layout = lay_out(trees, 32 if model.device.type == "cuda" else 1)
+        where: List[Tuple[int, int, int]] = []
+        for r, (tree, of_tree) in enumerate(zip(trees, spans)):
+            for leaf, of_leaf in enumerate(of_tree):
+                for s in of_leaf:
+                    columns = tree.columns(leaf, s.start, len(s.targets))
+                    where += [(r, column, t) for column, t in zip(columns, s.targets)]
+        index = torch.tensor(where)
+        self.tokens = layout.ids.numel()
+        self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
+        self._flat = model.token_log_probs(layout, index[:, 0], index[:, 1], index[:, 2])
+
+    def read(self) -> List[np.ndarray]:
+        """Log-probabilities of each span, in the order in which they were given."""
+        return np.split(self._flat.cpu().numpy(), np.cumsum(self._lengths)[:-1])
+
+
+def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, max_positions: int) -> List[List[int]]:
+    """Batches of trees; those with continuations apart from ordinary sequences, whose attention needs no mask."""
+    batches: List[List[int]] = []
+    for shared in (False, True):
+        chosen = [i for i, t in enumerate(trees) if (len(t.leaves) > 1) == shared]
+        planned = plan_batches(
+            [trees[i].length for i in chosen], batch_tokens, [positions[i] for i in chosen], max_positions
+        )
+        batches += [[chosen[i] for i in batch] for batch in planned]
+    return batches
 
 
 def score(
@@ -131,23 +146,31 @@ def score(
     """
     started = time.monotonic()
     rows, answers = _merge(spans)
-    positions = [sum(len(spans[i].targets) for i in a) for a in answers]
+    by_row = dict(zip(rows, answers))
+    stems = [min(spans[i].start for i in a) + 1 for a in answers]
+    trees = grow(rows, stems, can_share(model.module))
+    owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
+    positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
     limit = max(1, _LOGITS // max(1, model.vocab_size))
-    batches = plan_batches([len(r) for r in rows], batch_tokens, positions, limit)
+    batches = _plan(trees, positions, batch_tokens, limit)
     rank, ranks = world()
-    total = sum(len(r) for r in rows)
+    total = sum(t.length for t in trees)
     results: Dict[int, np.ndarray] = {}
     done, used = 0, 0
-    for number in range(rank, len(batches), ranks):
-        batch = batches[number]
-        found, taken = _run(model, [rows[i] for i in batch], [[spans[j] for j in answers[i]] for i in batch])
-        for i, arrays in zip(batch, found):
-            for j, array in zip(answers[i], arrays):
-                results[j] = array
-        used += taken
-        done += sum(len(rows[i]) for i in batch)
-        if progress is not None:
-            progress(min(total, done * ranks), total)
+    ahead: List[Tuple[List[int], _Batch]] = []
+    mine = batches[rank::ranks]
+    for number in range(len(mine) + 1):
+        if number < len(mine):
+            batch = mine[number]
+            asked = [[[spans[j] for j in leaf] for leaf in owners[i]] for i in batch]
+            ahead.append((batch, _Batch(model, [trees[i] for i in batch], asked)))
+        if number and ahead:
+            batch, running = ahead.pop(0)
+            results.update(zip((j for i in batch for leaf in owners[i] for j in leaf), running.read()))
+            used += running.tokens
+            done += sum(trees[i].length for i in batch)
+            if progress is not None:
+                progress(min(total, done * ranks), total)
     if ranks > 1:
         gathered: List[Optional[Tuple[Dict[int, np.ndarray], int]]] = [None] * ranks
         dist.all_gather_object(gathered, (results, used))

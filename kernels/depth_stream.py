@@ -37,6 +37,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 
 from .moda_attention.api import Backend, get_backend
+from .moda_attention.masked import masked_attention, merge
 from .moda_attention.problem import Problem, make_problem
 
 __all__ = ["ATTENTION", "FFN", "DepthLayout", "DepthStream", "depth_attention", "depth_write"]
@@ -489,13 +490,44 @@ def depth_attention(
     cu_seqlens: Optional[torch.Tensor] = None,
     causal: bool = True,
     scale: Optional[float] = None,
+    mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """A layer's attention over its sequence K/V and the slots it reads from the stream.
 
     Arguments are those of :func:`kernels.moda_attention`; ``token`` and ``control`` those of :func:`depth_write`. A packed row
     (``cu_seqlens``) needs B = 1, in the stream's buffers too.
 
+    :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
+
     :returns: the output ``[B, T, Hq, D]`` and the next token.
+
+    :raises ValueError: for a mask together with gradients or ``cu_seqlens``.
     """
+    if mask is not None:
+        return _masked_read(q, k, v, token, control, q_depth, cu_seqlens, scale, mask)
     out, _, token = _read(token, q, k, v, q_depth, cu_seqlens, control, causal, scale)
     return out, token
+
+
+def _masked_read(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    token: torch.Tensor,
+    control: torch.Tensor,
+    q_depth: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor],
+    scale: Optional[float],
+    mask: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Sequence under ``mask`` and depth apart, merged by log-sum-exp."""
+    if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("depth_attention: mask is for inference without packed documents, got cu_seqlens or gradients")
+    out, lse = masked_attention(q, k, v, mask, scale)
+    stream, row = _stream(control)
+    depth_k, depth_v = stream.read(row[_READ_FROM], row[_READ_TO])
+    if depth_k is None:
+        return out, token
+    p = make_problem(q, None, None, depth_k, depth_v, q_depth=q_depth, scale=scale)
+    deep, deep_lse = get_backend(stream.backend, p).forward(p, q, None, None, depth_k, depth_v, q_depth)
+    return merge(out, lse, deep, deep_lse), token

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", default="gpt-neox")
     parser.add_argument("--workers", type=int, help="one a core if not given")
     parser.add_argument("--megabytes", type=float, default=200.0, help="of the standard library's text")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
     from rich.console import Console

@@ -1,4 +1,5 @@
-"""Speed of downstream scoring at a model's shape: batches by length, batches padded to the longest, plain forward pass.
+"""Speed of downstream scoring at a model's shape: as scripts/eval.py does it (by length, contexts shared), in batches padded to
+the longest request, and a plain forward pass.
 
 python scripts/bench_eval.py configs/moda_700m.yaml [--task hellaswag] [--limit N] [--output results.json]
 python scripts/bench_eval.py configs/moda_700m.yaml --save-requests hellaswag.json.gz      (then --requests elsewhere)
@@ -78,14 +79,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         torch=torch.__version__,
     )
     speed = found["tokens_per_second"]
-    print(f"{found['requests']} requests of {args.task}, {found['tokens']:,} tokens, longest {found['longest']}")
+    print(
+        f"{found['requests']} requests of {args.task}, {found['tokens']:,} tokens, {found['tokens_run']:,} of them run, "
+        f"longest {found['longest']}"
+    )
     for name, meaning in (
-        ("bucketed", "batches by length"), ("padded", "padded to the longest"), ("forward", "plain forward pass"),
+        ("scored", "as eval.py does"), ("padded", "padded to the longest"), ("scored_run", "as eval.py does, run"),
+        ("forward", "plain forward pass"),
     ):  # fmt: skip
         print(f"  {meaning:24} {speed[name]:12,.0f} tokens/s")
-    print(
-        f"  by length over padded: {found['bucketed_over_padded']:.2f}; over plain: {found['bucketed_over_forward']:.2f}"
-    )
+    print(f"  eval.py over padded: {found['scored_over_padded']:.2f}; run over plain: {found['run_over_forward']:.2f}")
     if args.output:
         Path(args.output).write_text(json.dumps(found, indent=1))
     return 0

@@ -176,6 +176,7 @@ class MoDAAttention(Attention):
         control: torch.Tensor,
         cu_doc_lens: Optional[torch.Tensor] = None,
         max_doc_len: Optional[int] = None,
+        mask: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Attend over the sequence and the depth stream, then write this layer's own slot.
 
@@ -184,6 +185,7 @@ class MoDAAttention(Attention):
         :param control: ``stream.control[layer_idx]``.
         :param cu_doc_lens: int32 ``[N + 1]`` boundaries of the documents in the flattened batch (intra-document masking).
         :param max_doc_len: accepted for OLMo-core's calling convention; the boundaries say all that is needed.
+        :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
 
         :returns: ``[B, T, d_model]`` and the next token.
         """
@@ -212,6 +214,7 @@ class MoDAAttention(Attention):
             control,
             q_depth=None if q_depth is None else _one_row(q_depth, packed),
             cu_seqlens=cu_doc_lens,
+            mask=mask,
         )
 
         if self.writes_attention:

@@ -156,6 +156,7 @@ class MoDABlock(PlacedBlock):
         loss_div_factor: Optional[Union[torch.Tensor, float]] = None,
         cu_doc_lens: Optional[torch.Tensor] = None,
         max_doc_len: Optional[int] = None,
+        mask: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -164,13 +165,15 @@ class MoDABlock(PlacedBlock):
         :param control: ``stream.control[block_idx]``.
         :param cu_doc_lens: int32 ``[N + 1]`` document boundaries of the flattened batch.
         :param max_doc_len: the longest document.
+        :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
 
         :returns: ``[B, T, d_model]`` and the next token.
         """
         del loss_div_factor
         att, token = self.attention(
-            self.attention_input(x), token=token, control=control, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len
-        )
+            self.attention_input(x), token=token, control=control, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len,
+            mask=mask,
+        )  # fmt: skip
         h = self.after_attention(x, att)
         u = self.feed_forward_input(h)
         if self.ffn_depth_projection is not None:

@@ -182,12 +182,14 @@ class MoDATransformer(Transformer):
         loss_div_factor: Optional[Union[torch.Tensor, float]] = None,
         return_logits: Optional[bool] = None,
         logits_to_keep: Union[int, torch.Tensor] = 0,
+        mask: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> Union[torch.Tensor, LMOutputWithLoss]:
         """Run the model; arguments and results are those of OLMo-core's ``Transformer``.
 
         :param input_ids: ``[B, T]`` token ids.
         :param labels: ``[B, T]`` labels, for the loss.
+        :param mask: bool ``[B, T, T]``, which tokens each token sees, in place of the causal mask; for inference only.
 
         :returns: logits ``[B, T, vocab]``, or the losses if ``labels`` is given.
         """
@@ -202,6 +204,8 @@ class MoDATransformer(Transformer):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if mask is not None:
+            all_block_kwargs["mask"] = mask
         h = self.embeddings(input_ids) if input_embeddings is None else input_embeddings.to(self.device)
         stream = DepthStream(self.layout, self.attention_backend)
         token = stream.start(h.device)

@@ -259,5 +259,5 @@ def test_throughput_benchmark(tmp_path: Path, documents: List[str]) -> None:
 
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     rows = benchmark(str(path), str(tmp_path / "t.csv"), Console(quiet=True), workers=1, repeats=1)
-    assert len((tmp_path / "t.csv").read_text().splitlines()) == len(rows) + 1 == 6
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == len(rows) + 1 == 3
     assert all(r["seconds_median"] > 0 and r["bytes"] == sum(len(d.encode()) for d in documents) for r in rows)

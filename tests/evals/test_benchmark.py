@@ -19,7 +19,8 @@ def test_benchmark_checks_and_measures(model, tmp_path: Path) -> None:
     assert load_spans(tmp_path / "r.json.gz") == spans
     found = benchmark(model, spans, batch_tokens=256, repeats=1)
     assert found["requests"] == 20 and found["worst_difference"] < 1e-3
-    assert set(found["tokens_per_second"]) == {"bucketed", "padded", "forward"}
-    assert found["bucketed_over_padded"] == pytest.approx(
-        found["tokens_per_second"]["bucketed"] / found["tokens_per_second"]["padded"]
+    assert set(found["tokens_per_second"]) == {"scored", "scored_run", "padded", "forward"}
+    assert found["tokens_run"] < found["tokens"] == sum(len(s.ids) for s in spans)
+    assert found["scored_over_padded"] == pytest.approx(
+        found["tokens_per_second"]["scored"] / found["tokens_per_second"]["padded"]
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +28,7 @@ from .tokenize import load
 
 __all__ = ["benchmark"]
 
-_ALONE = ("tokenizers, threads", "tokenizers, processes")
-_OURS = "prepare_data"
-_ONE_CORE = ("tokenizers, CPU seconds of one core", "prepare_data, CPU seconds of one core")
+_ALONE, _OURS = "tokenizers", "prepare_data"
 
 
 def _write_text(path: Path, megabytes: float) -> None:
@@ -47,52 +44,12 @@ def _write_text(path: Path, megabytes: float) -> None:
                     break
 
 
-def _encode(tokenizer: str, texts: List[str]) -> int:
-    encoder, tokens = load(tokenizer), 0
+def _alone(tokenizer: str, texts: List[str]) -> float:
+    """Seconds of the library with its own threads; the text is in memory and the ids are dropped."""
+    encoder = load(tokenizer)
+    began = time.perf_counter()
     for i in range(0, len(texts), 256):
-        tokens += sum(len(e.ids) for e in encoder.encode_batch_fast(texts[i : i + 256], add_special_tokens=False))
-    return tokens
-
-
-def _threads(tokenizer: str, texts: List[str], workers: int) -> float:
-    """Seconds of one process with the library's own threads; the text is in memory and the ids are dropped."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    began = time.perf_counter()
-    _encode(tokenizer, texts)
-    return time.perf_counter() - began
-
-
-def _one_core(tokenizer: str, texts: List[str], workers: int) -> float:
-    """CPU seconds of one process without threads: a figure that other work on the machine hardly changes."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    load(tokenizer)
-    began = time.process_time()
-    _encode(tokenizer, texts)
-    return time.process_time() - began
-
-
-def _alone(tokenizer: str, texts: List[str], ready: Any, go: Any) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    load(tokenizer)
-    ready.release()
-    go.wait()
-    _encode(tokenizer, texts)
-
-
-def _processes(tokenizer: str, texts: List[str], workers: int) -> float:
-    """Seconds of one process a core, without threads, from the moment that all have their tokenizer and their text."""
-    context = multiprocessing.get_context("fork")  # the text is shared, not copied
-    ready, go = context.Semaphore(0), context.Event()
-    shares = [texts[i::workers] for i in range(workers)]
-    made = [context.Process(target=_alone, args=(tokenizer, share, ready, go)) for share in shares]
-    for p in made:
-        p.start()
-    for _ in made:
-        ready.acquire()
-    began = time.perf_counter()
-    go.set()
-    for p in made:
-        p.join()
+        sum(len(e.ids) for e in encoder.encode_batch_fast(texts[i : i + 256], add_special_tokens=False))
     return time.perf_counter() - began
 
 
@@ -121,24 +78,27 @@ def benchmark(
     tokenizer: str = "gpt-neox",
     workers: Optional[int] = None,
     megabytes: float = 200.0,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> List[Dict[str, Any]]:
     """Time the library alone and a whole preparation, in turns, and write a CSV.
 
-    The library alone gets the text in memory and drops its ids. A preparation is timed from the call to the finished
-    folder: it starts its processes, reads and parses the file, tokenizes, splits, writes, packs and hashes.
+    The library alone runs a thread a core, gets the text in memory and drops its ids. A preparation is timed from the call to the
+    finished folder: it starts its processes, reads and parses the file, tokenizes, splits, writes, packs and hashes.
 
     :param text: a .jsonl file with the field ``text``; None for Python's standard library, ``megabytes`` of it.
     :param out: the CSV.
 
-    :returns: its rows, the median of ``repeats`` with the fastest and slowest.
+    :returns: its rows, the median of ``repeats`` with the fastest and slowest, and the median of the preparation's speed over
+        that of the library just before and after it.
     """
     import tokenizers
 
     found = load_tokenizer(TokenizerSection(tokenizer))
     name = str(found.path) if found.path is not None else str(found.config.identifier)
     cores = workers or len(os.sched_getaffinity(0))
-    seconds: Dict[str, List[float]] = {v: [] for v in (*_ALONE, _OURS, *_ONE_CORE)}
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
+    quiet = Console(quiet=True)
+    seconds: Dict[str, List[float]] = {_ALONE: [], _OURS: []}
     tokens = 0
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(text) if text is not None else Path(scratch) / "text.jsonl"
@@ -150,40 +110,30 @@ def benchmark(
             raise UserError("--text", "a .jsonl file with the field text", str(path), str(e)) from None
         size = sum(len(t.encode()) for t in texts)
 
-        def one_core(tokenizer_path: str, texts: List[str], workers: int) -> float:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            began = time.process_time()
-            whole(tokenizer_path, texts, 1)
-            return time.process_time() - began
+        def note(variant: str, taken: float) -> None:
+            seconds[variant].append(taken)
+            console.print(f"{variant}: {size / taken / 1e6:.2f} MB/s", highlight=False)
 
-        def whole(tokenizer_path: str, texts: List[str], workers: int) -> float:
-            nonlocal tokens
-            folder = Path(scratch) / "out"
-            shutil.rmtree(folder, ignore_errors=True)
-            began = time.perf_counter()
-            done = prepare(PrepareOptions(str(folder), {"text": str(path)}, tokenizer, workers=workers), console=quiet)
-            tokens = done.manifest["sources"]["text"]["tokens"]
-            return time.perf_counter() - began
-
-        quiet = Console(quiet=True)
-        os.environ["RAYON_NUM_THREADS"] = str(cores)
-        runs: Dict[str, Callable[[str, List[str], int], float]] = dict(
-            zip(seconds, (_threads, _processes, whole, _one_core, one_core))
-        )
-        # Processes are forked, and the library refuses its threads in a process that was forked after using them.
-        order = [_ALONE[1], _OURS, *_ONE_CORE, _ALONE[0]]
-        for _ in range(repeats):
-            for variant in order:
-                seconds[variant].append(runs[variant](name, texts, cores))
-                console.print(f"{variant}: {size / seconds[variant][-1] / 1e6:.2f} MB/s", highlight=False)
-    best = {v: min(statistics.median(seconds[a]) for a in _ALONE) for v in (*_ALONE, _OURS)}
-    best.update(dict.fromkeys(_ONE_CORE, statistics.median(seconds[_ONE_CORE[0]])))
+        for turn in range(repeats + 1):
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"
+            note(_ALONE, _alone(name, texts))
+            if turn < repeats:
+                folder = Path(scratch) / "out"
+                shutil.rmtree(folder, ignore_errors=True)
+                began = time.perf_counter()
+                done = prepare(
+                    PrepareOptions(str(folder), {"text": str(path)}, tokenizer, workers=workers), console=quiet
+                )
+                note(_OURS, time.perf_counter() - began)
+                tokens = done.manifest["sources"]["text"]["tokens"]
+    alone = seconds[_ALONE]
+    share = statistics.median((a + b) / 2 / ours for a, ours, b in zip(alone, seconds[_OURS], alone[1:]))
     rows: List[Dict[str, Any]] = [
         {
-            "variant": v, "workers": 1 if v in _ONE_CORE else cores, "documents": len(texts), "bytes": size, "tokens": tokens,
+            "variant": v, "workers": cores, "documents": len(texts), "bytes": size, "tokens": tokens,
             "seconds_median": round(statistics.median(s), 3), "seconds_min": round(min(s), 3),
             "seconds_max": round(max(s), 3), "mb_per_s": round(size / statistics.median(s) / 1e6, 3),
-            "of_best_alone": round(best[v] / statistics.median(s), 4), "repeats": repeats, "tokenizer": tokenizer,
+            "of_tokenizers": round(share if v == _OURS else 1.0, 4), "repeats": len(s), "tokenizer": tokenizer,
             "tokenizers": tokenizers.__version__, "python": platform.python_version(), "cpu": _cpu(), "commit": _commit(),
         }
         for v, s in seconds.items()
@@ -193,8 +143,8 @@ def benchmark(
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = Table("variant", "MB/s", "of the best alone", title=f"{size / 1e6:.0f} MB, {cores} workers")
+    table = Table("variant", "MB/s", "of tokenizers alone", title=f"{size / 1e6:.0f} MB, {cores} workers")
     for row in rows:
-        table.add_row(row["variant"], f"{row['mb_per_s']:.2f}", f"{row['of_best_alone']:.1%}")
+        table.add_row(row["variant"], f"{row['mb_per_s']:.2f}", f"{row['of_tokenizers']:.1%}")
     console.print(table)
     return rows

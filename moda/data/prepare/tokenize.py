@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
@@ -176,8 +178,10 @@ class PartTokenizer(DocumentTokenizer):
         if batch:
             yield batch
 
-    def _write(self, batch: List[Tuple[str, int, str]], parts: Dict[str, _Part]) -> None:
-        encoded = self.tokenizer.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
+    def _encode(self, batch: List[Tuple[str, int, str]]) -> Any:
+        return self.tokenizer.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
+
+    def _write(self, batch: List[Tuple[str, int, str]], encoded: Any, parts: Dict[str, _Part]) -> None:
         for (_, size, split), e in zip(batch, encoded):
             ids = np.asarray(e.ids if size < 0 else [*e.ids, self.eos_token_id], dtype=np.int64)
             if len(ids) and ids.max() >= self.vocab_size:
@@ -189,9 +193,16 @@ class PartTokenizer(DocumentTokenizer):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         parts = {split: _Part(self.output_folder_path, rank, split, self.dtype) for split in SPLITS}
         try:
-            for batch in self._batches(data):
-                with self.track_time(unit="batch"):
-                    self._write(batch, parts)
+            # The C library's memory for a process's first thread makes the tokenizer half again as slow as in any other.
+            with ThreadPoolExecutor(1) as encoder:
+                previous: List[Tuple[str, int, str]] = []
+                running = encoder.submit(self._encode, previous)
+                for batch in itertools.chain(self._batches(data), [[]]):
+                    with self.track_time(unit="batch"):
+                        encoded = running.result()
+                        running = encoder.submit(self._encode, batch)
+                        self._write(previous, encoded, parts)
+                        previous = batch
             held = {split: part.finish() for split, part in parts.items()}
         finally:
             for part in parts.values():

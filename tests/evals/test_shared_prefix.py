@@ -1,0 +1,94 @@
+"""Continuations that share the run of their context score as they do alone, in every kind of model that can share."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from evals import scoring
+from evals.model import ScoredModel
+from evals.shared_prefix import MAX_ROW, Tree, can_share, grow, lay_out
+from moda.config.schema import ModelConfig
+from moda.config.typed import from_dict
+from tests.small_checkpoint import MODEL, randomise
+
+VOCAB = 61
+VARIANTS = {
+    "moda": {},
+    "no-rope": {"depth_kv": {"attention": "project", "ffn": True, "rope": "none", "key_norm": "reader"}},
+    "reader": {"depth_kv": {"attention": "reuse", "ffn": True, "key_norm": "reader"}},
+    "plain-post": {"depth_kv": None},
+    "olmo2": {"depth_kv": None, "norm_placement": "reordered"},
+}
+
+
+def make_model(**changes) -> ScoredModel:
+    config = from_dict(ModelConfig, {**MODEL, "pad_vocab_to": 1, "vocab_size": VOCAB, **changes})
+    module = randomise(config.transformer(VOCAB).build(init_device="cpu"), 3).eval()
+    return ScoredModel("m", "m", "moda", module, module.lm_head, None, 512, VOCAB)
+
+
+def make_spans(seed: int = 0) -> list[scoring.Span]:
+    """Questions with one to five choices of different lengths, contexts that are prefixes of others, and equal choices."""
+    rng = random.Random(seed)
+    base = [rng.randrange(VOCAB) for _ in range(40)]
+    spans = []
+    for question in range(9):
+        context = base[: 5 + 4 * question]
+        for _ in range(1 + question % 5):
+            tokens = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 1, 2, 7]))]
+            spans.append(scoring.continuation(context, tokens))
+    return spans
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_scores_are_those_of_separate_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(**VARIANTS[name])
+    assert can_share(model.module)
+    spans = make_spans()
+    together = scoring.score(model, spans, batch_tokens=256)
+    monkeypatch.setattr(scoring, "can_share", lambda module: False)
+    alone = scoring.score(model, spans, batch_tokens=1)
+    assert together.tokens - together.padded < 0.8 * (alone.tokens - alone.padded)
+    for a, b in zip(together.log_probs, alone.log_probs, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0, atol=2e-5)
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = make_model()
+    ids = torch.randint(0, VOCAB, (2, 9))
+    before = model.logits(ids)
+    scoring.score(model, make_spans(), batch_tokens=256)
+    assert torch.equal(model.logits(ids), before)
+
+
+def test_a_compiled_model_does_not_share() -> None:
+    module = make_model().module
+    module.apply_compile()
+    assert not can_share(module)
+    assert not can_share(torch.nn.Linear(2, 2))
+
+
+def test_trees() -> None:
+    tree = Tree((1, 2, 3), ((4, 5), (), (6,)))
+    assert tree.length == 6 and tree.sequences == [(1, 2, 3, 4, 5), (1, 2, 3), (1, 2, 3, 6)]
+    assert tree.columns(0, 2, 3) == [2, 3, 4] and tree.columns(2, 2, 2) == [2, 5] and tree.columns(1, 2, 1) == [2]
+    layout = lay_out([tree, Tree((7,), ((),))], 4)
+    assert layout.ids[0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
+    assert layout.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
+    seen = layout.mask(torch.device("cpu"))[0]
+    assert seen[4].tolist() == [True] * 5 + [False] * 3
+    assert seen[5].tolist() == [True] * 3 + [False, False, True, False, False]
+    assert not layout.is_plain and lay_out([Tree((7,), ((),))]).is_plain
+
+
+def test_what_is_not_worth_sharing_runs_alone() -> None:
+    long = tuple(range(MAX_ROW // 2))
+    rows = [(1, *long), (1, *long, 5), (2, 3, 4, 5, 6, 7, 8), (2, 9, 9, 9, 9, 9, 9)]
+    trees = grow(rows, [1, 1, 1, 1], True)
+    assert all(len(t.leaves) == 1 for t in trees) and sorted(s for t in trees for s in t.sequences) == sorted(rows)
+    shared = grow([(1, 2, 3, 4), (1, 2, 3, 5)], [3, 3], True)
+    assert shared == [Tree((1, 2, 3), ((4,), (5,)))]
+    assert len(grow([(1, 2, 3, 4), (1, 2, 3, 5)], [3, 3], False)) == 2
