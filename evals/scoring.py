@@ -109,16 +109,18 @@ class _Batch:
 
     def __init__(self, model: ScoredModel, trees: List[Tree], spans: List[List[List[Span]]]) -> None:
         layout = lay_out(trees, 32 if model.device.type == "cuda" else 1)
-        where: List[Tuple[int, int, int]] = []
+        rows: List[int] = []
+        columns: List[int] = []
+        targets: List[int] = []
         for r, (tree, of_tree) in enumerate(zip(trees, spans)):
             for leaf, of_leaf in enumerate(of_tree):
                 for s in of_leaf:
-                    columns = tree.columns(leaf, s.start, len(s.targets))
-                    where += [(r, column, t) for column, t in zip(columns, s.targets)]
-        index = torch.tensor(where)
+                    rows += [r] * len(s.targets)
+                    columns += tree.columns(leaf, s.start, len(s.targets))
+                    targets += s.targets
         self.tokens = layout.ids.numel()
         self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
-        self._flat = model.token_log_probs(layout, index[:, 0], index[:, 1], index[:, 2])
+        self._flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
 
     def read(self) -> List[np.ndarray]:
         """Log-probabilities of each span, in the order in which they were given."""

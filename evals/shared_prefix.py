@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -102,18 +103,18 @@ class Layout:
 def lay_out(trees: Sequence[Tree], multiple: int = 1) -> Layout:
     """Trees as rows, padded on the right to a width divisible by ``multiple``."""
     width = -(-max(t.length for t in trees) // multiple) * multiple
-    ids, positions = (torch.zeros(len(trees), width, dtype=torch.long) for _ in range(2))
-    parts = torch.full((len(trees), width), -1, dtype=torch.long)
-    for r, tree in enumerate(trees):
-        at = 0
-        for part, piece in enumerate((tree.stem, *tree.leaves)):
-            where = slice(at, at + len(piece))
-            ids[r, where] = torch.tensor(piece, dtype=torch.long)
-            first = len(tree.stem) if part else 0
-            positions[r, where] = torch.arange(first, first + len(piece))
-            parts[r, where] = part
-            at += len(piece)
-    return Layout(ids, positions, parts)
+    ids: List[List[int]] = []
+    positions: List[List[int]] = []
+    parts: List[List[int]] = []
+    for tree in trees:
+        stem, padding = len(tree.stem), [0] * (width - tree.length)
+        ids.append([*tree.stem, *itertools.chain(*tree.leaves), *padding])
+        positions.append([*range(stem), *(p for leaf in tree.leaves for p in range(stem, stem + len(leaf))), *padding])
+        parts.append([0] * stem)
+        for part, leaf in enumerate(tree.leaves, 1):
+            parts[-1] += [part] * len(leaf)
+        parts[-1] += [-1] * len(padding)
+    return Layout(torch.tensor(ids), torch.tensor(positions), torch.tensor(parts))
 
 
 def can_share(module: nn.Module) -> bool:

@@ -526,8 +526,14 @@ def _masked_read(
     out, lse = masked_attention(q, k, v, mask, scale)
     stream, row = _stream(control)
     depth_k, depth_v = stream.read(row[_READ_FROM], row[_READ_TO])
-    if depth_k is None:
+    if depth_k is None or depth_v is None:
         return out, token
     p = make_problem(q, None, None, depth_k, depth_v, q_depth=q_depth, scale=scale)
-    deep, deep_lse = get_backend(stream.backend, p).forward(p, q, None, None, depth_k, depth_v, q_depth)
+    backend = get_backend(stream.backend, p)
+    if backend.name == "split":  # merges as it reads
+        from .moda_attention.depth_forward import depth_forward
+
+        query = q if q_depth is None else q_depth
+        return depth_forward(query, depth_k, depth_v, p.scale, seq_out=out, seq_lse=lse.contiguous())[0], token
+    deep, deep_lse = backend.forward(p, q, None, None, depth_k, depth_v, q_depth)
     return merge(out, lse, deep, deep_lse), token

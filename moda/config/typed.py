@@ -47,14 +47,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
                 return _convert(value, option, key)
             except UserError:
                 continue
-        raise UserError(key, _name(kind), value)
+        raise UserError(key, _name(kind), _given(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise UserError(key, "a section (key: value lines)", value)
+            raise UserError(key, "a section (key: value lines)", _given(value))
         return from_dict(typing.cast(type, kind), value, key)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise UserError(key, _name(kind), value)
+            raise UserError(key, _name(kind), _given(value))
         if origin is tuple and Ellipsis not in args:
             if len(value) != len(args):
                 raise UserError(key, f"a list of {len(args)} values", list(value))
@@ -62,9 +62,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return origin(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(key, _name(kind), value)
+            raise UserError(key, _name(kind), _given(value))
         return {str(k): _convert(v, args[1], f"{key}.{k}") for k, v in value.items()}
     return _convert_scalar(value, kind, key)
+
+
+def _given(value: Any) -> Any:
+    """A value as an error shows it."""
+    return "null" if value is None else value
 
 
 def _convert_scalar(value: Any, kind: Any, key: str) -> Any:
@@ -72,7 +77,7 @@ def _convert_scalar(value: Any, kind: Any, key: str) -> Any:
         known = [str(m.value) for m in kind]
         if not isinstance(value, str) or value not in known:
             hint = nearest(value, known) if isinstance(value, str) else None
-            raise UserError(key, _name(kind), value, hint)
+            raise UserError(key, _name(kind), _given(value), hint)
         return kind(value)
     if kind is bool and isinstance(value, bool):
         return value
@@ -85,7 +90,7 @@ def _convert_scalar(value: Any, kind: Any, key: str) -> Any:
         return float(value)
     if kind is str and isinstance(value, (str, Path)):
         return str(value)
-    raise UserError(key, _name(kind), value)
+    raise UserError(key, _name(kind), _given(value))
 
 
 def from_dict(cls: Type[T], data: Mapping[str, Any], key: str = "") -> T:

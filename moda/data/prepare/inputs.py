@@ -19,7 +19,7 @@ COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _JSONL = (".jsonl", ".ndjson")
 _NOT_CODE = {".txt", ".jsonl"}
 _SKIPPED_FOLDERS = {".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv"}
-_SMALLEST, _LARGEST, _SHARES = 4 << 20, 256 << 20, 64
+_SMALLEST, _LARGEST, _SHARES = 2 << 20, 256 << 20, 256
 
 
 def _suffix(path: str) -> str:

@@ -106,7 +106,7 @@ class PrepareOptions:
     :param tokenizer: as ``data.tokenizer`` of a run.
     :param validation_fraction: share of the documents held out, by a hash of their text.
     :param shard_tokens: tokens in a shard, at most (a longer document is a shard by itself).
-    :param task_bytes: input that a task reads; null: a 64th of all input, from 4 MiB to 256 MiB.
+    :param task_bytes: input that a task reads; null: a 256th of all input, from 2 MiB to 256 MiB.
     :param dedup: ``exact`` (equal text) or ``minhash`` (nearly equal text), over all sources.
     :param bad_input: what invalid UTF-8 or JSON, a missing field or a broken file leads to.
     :param empty: what a document without text leads to.
