@@ -8,12 +8,12 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
 from .model import ScoredModel
-from .scoring import Span, score
+from .scoring import Span, default_batch_tokens, score
 from .shared_prefix import Tree, lay_out
 
 __all__ = ["benchmark", "load_spans", "save_spans"]
@@ -60,7 +60,7 @@ def _padded_to_longest(model: ScoredModel, spans: Sequence[Span], batch_tokens: 
 
 
 def benchmark(
-    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int = 16384, repeats: int = 3
+    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: Optional[int] = None, repeats: int = 3
 ) -> Dict[str, Any]:
     """Medians of both ways over the same requests, checked against each other, and of a plain forward pass.
 
@@ -70,6 +70,7 @@ def benchmark(
 
     :raises RuntimeError: where the two ways disagree.
     """
+    batch_tokens = batch_tokens or default_batch_tokens(model.device)
     tokens = sum(len(s.ids) for s in spans)
     width = max(len(s.ids) for s in spans)
     score(model, spans[:: max(1, len(spans) // 256)], batch_tokens=batch_tokens)

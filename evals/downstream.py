@@ -117,7 +117,7 @@ def evaluate_task(
     task: Task,
     *,
     limit: Optional[int] = None,
-    batch_tokens: int = 16384,
+    batch_tokens: Optional[int] = None,
     truncate: bool = False,
     per_example: bool = False,
     progress: Optional[Progress] = None,
@@ -125,7 +125,7 @@ def evaluate_task(
     """Run a task on a model.
 
     :param limit: only the first so many questions.
-    :param batch_tokens: tokens in a batch.
+    :param batch_tokens: tokens in a batch; by the device if None.
     :param truncate: cut prompts that are longer than the model's context instead of refusing them.
     :param per_example: add every question's scores.
 

@@ -98,7 +98,7 @@ def evaluate_set(
     cut: Windows,
     *,
     limit: Optional[int] = None,
-    batch_tokens: int = 16384,
+    batch_tokens: Optional[int] = None,
     per_example: bool = False,
     progress: Optional[Progress] = None,
 ) -> Dict[str, Any]:

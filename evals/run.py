@@ -48,7 +48,7 @@ class Options:
     stride: Optional[int] = None
     head: bool = False
     limit: Optional[int] = None
-    batch_tokens: int = 16384
+    batch_tokens: Optional[int] = None
     dtype: Optional[str] = None
     device: Optional[str] = None
     tokenizer: Optional[str] = None

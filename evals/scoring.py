@@ -19,12 +19,17 @@ import torch.distributed as dist
 from .model import ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
 
-__all__ = ["Scores", "Span", "continuation", "plan_batches", "score", "world"]
+__all__ = ["Scores", "Span", "continuation", "default_batch_tokens", "plan_batches", "score", "world"]
 
 #: Called with tokens done and tokens in all.
 Progress = Callable[[int, int], None]
 
 _LOGITS = 1 << 29  # at most so many logits at once (2 GiB in fp32)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens in a batch where none is given: enough that a GPU takes longer than its launches, few on a CPU."""
+    return 32768 if device.type == "cuda" else 4096
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,15 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
 
 
 def score(
-    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int = 16384, progress: Optional[Progress] = None
+    model: ScoredModel,
+    spans: Sequence[Span],
+    *,
+    batch_tokens: Optional[int] = None,
+    progress: Optional[Progress] = None,
 ) -> Scores:
     """Score spans, shared among all ranks; every rank gets all results.
 
-    :param batch_tokens: tokens in a batch, padding included.
+    :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
     """
     started = time.monotonic()
     rows, answers = _merge(spans)
@@ -154,7 +163,7 @@ def score(
     owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
     positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
     limit = max(1, _LOGITS // max(1, model.vocab_size))
-    batches = _plan(trees, positions, batch_tokens, limit)
+    batches = _plan(trees, positions, batch_tokens or default_batch_tokens(model.device), limit)
     rank, ranks = world()
     total = sum(t.length for t in trees)
     results: Dict[int, np.ndarray] = {}

@@ -25,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--task", default="hellaswag")
     parser.add_argument("--limit", type=int, help="only the first N questions")
-    parser.add_argument("--batch-size", type=int, default=16384, metavar="TOKENS")
+    parser.add_argument("--batch-size", type=int, metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", help="requests saved by --save-requests, instead of the task's data")
     parser.add_argument("--save-requests", metavar="FILE", help="only write the requests and stop")

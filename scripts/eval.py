@@ -49,7 +49,9 @@ def _eval_parser() -> argparse.ArgumentParser:
     p.add_argument("--stride", type=int, help="tokens between windows (default: half a window)")
     p.add_argument("--head", action="store_true", help="only the first window of each document, as in-loop validation")
     p.add_argument("--limit", type=int, help="only the first N questions of a task and documents of a set")
-    p.add_argument("--batch-size", type=int, default=16384, metavar="TOKENS", help="tokens in a batch (default 16384)")
+    p.add_argument(
+        "--batch-size", type=int, metavar="TOKENS", help="tokens in a batch (default: 32768 on a GPU, 4096 on a CPU)"
+    )
     p.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, else float32"
     )
