@@ -22,7 +22,12 @@ def main() -> int:
     kernels.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand (0: none)")
     kernels.add_argument("--budget-ms", type=float, default=150.0, help="time of each measurement's repetitions")
     kernels.add_argument("--plot-only", action="store_true", help="draw the plots of an existing CSV")
+    parity = commands.add_parser("parity", help="200 training steps of a small model with every backend")
+    parity.add_argument("--out", type=Path, default=ROOT / "kernels" / "results", help="folder of the CSV and the plot")
+    parity.add_argument("--seeds", type=int, default=5, help="runs, all at once")
     arguments = parser.parse_args()
+    if arguments.command == "parity":
+        return _parity(arguments.out, arguments.seeds)
     if arguments.table == "training":
         return _training(arguments.out)
     return _kernels(arguments)
@@ -48,6 +53,23 @@ def _kernels(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     for path in draw_sweeps(arguments.out / f"table_{arguments.table}.csv"):
         console.print(f"plot: {path}")
+    return 0
+
+
+def _parity(out: Path, seeds: int) -> int:
+    import torch
+    from rich.console import Console
+
+    from kernels.benchmarks.runner import environment
+    from moda.backend_parity import write_curves
+
+    console = Console(soft_wrap=True, highlight=False)
+    if not torch.cuda.is_available():
+        console.print("bench: a CUDA device is needed")
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for path in write_curves(out, seeds, environment()):
+        console.print(str(path))
     return 0
 
 

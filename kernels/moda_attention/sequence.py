@@ -14,10 +14,12 @@ import functools
 import importlib
 import importlib.util
 import os
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
+from . import fused
 from .problem import Problem
 
 __all__ = ["SequenceKernel", "choose", "names", "why_none"]
@@ -252,6 +254,41 @@ class FlashAttnPackage(SequenceKernel):
         return dq, dk, dv
 
 
+class TritonAttention(SequenceKernel):
+    """This project's own fused kernels without depth slots; packed documents too."""
+
+    name = "triton"
+
+    def missing(self, device: torch.device) -> Optional[str]:
+        return None if device.type == "cuda" else f"device {device.type}: {self.name} needs CUDA"
+
+    def unsupported(self, p: Problem) -> Optional[str]:
+        return super().unsupported(p) or fused.unsupported(p)
+
+    def rank(self, capability: Tuple[int, int]) -> int:
+        return 3 if capability[0] >= 9 else 5  # ahead of FlashAttention 2 where it was measured: kernels/results
+
+    def forward(
+        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        return fused.forward(replace(p, n_slots=0), q, k, v, None, None, None)
+
+    def backward(
+        self,
+        p: Problem,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> Gradients:
+        sizes = replace(p, n_slots=0)
+        dq, dk, dv, _ = fused.backward(sizes, grad_out, None, q, k, v, None, None, None, out, lse, None, None, (0, 0))
+        assert dk is not None and dv is not None
+        return dq, dk, dv
+
+
 class CpuFlash(SequenceKernel):
     """PyTorch's flash attention for CPUs in fp64, so that ``split`` runs where Triton's interpreter stands in for a GPU."""
 
@@ -264,7 +301,7 @@ class CpuFlash(SequenceKernel):
         return f"cu_seqlens: {self.name} does not pack documents" if p.cu_seqlens is not None else None
 
     def rank(self, capability: Tuple[int, int]) -> int:
-        return 5
+        return 6
 
     @staticmethod
     def _heads_first(p: Problem, *tensors: torch.Tensor) -> List[torch.Tensor]:
@@ -303,6 +340,7 @@ _KERNELS: Dict[str, SequenceKernel] = {
         CudnnAttention(),
         FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
         FlashAttnPackage("flash_attn_2", "flash_attn.flash_attn_interface", 2),
+        TritonAttention(),
         AtenFlash(),
         CpuFlash(),
     )
