@@ -20,10 +20,12 @@ from moda.weights import STATE, load_model, open_checkpoint
 
 from .shared_prefix import Layout, shared_attention
 
-__all__ = ["ScoredModel", "TextTokenizer", "checkpoint_label", "load"]
+__all__ = ["MAX_LOGITS", "ScoredModel", "TextTokenizer", "checkpoint_label", "load"]
 
 log = logging.getLogger(__name__)
 
+#: At most so many logits at once (2 GiB in fp32).
+MAX_LOGITS = 1 << 29
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,22 +140,22 @@ class ScoredModel:
     ) -> torch.Tensor:
         """Log-probability that ``targets[i]`` comes after token ``columns[i]`` of row ``rows[i]``; fp32 ``[N]``.
 
-        The head runs on the N asked positions only, where it is known.
+        The head runs on the N asked positions only, where it is known, and on no more at once than give 2 GiB of logits.
 
         :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
         device = self.device
         plain = layout.is_plain
         ids, rows, columns, targets = (_send(t, device) for t in (layout.ids, rows, columns, targets))
-        hook, fired = None, []
+        hook, asked = None, []
         if self.head is not None:
 
             def pick(_module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
                 hidden = args[0]
                 if hidden.shape[:2] != ids.shape:
                     return None
-                fired.append(True)
-                return (hidden[rows, columns][None], *args[1:]), kwargs
+                asked.append(hidden[rows, columns])
+                return (hidden[:1, :1], *args[1:]), kwargs
 
             hook = self.head.register_forward_pre_hook(pick, with_kwargs=True)
         try:
@@ -163,8 +165,14 @@ class ScoredModel:
         finally:
             if hook is not None:
                 hook.remove()
-        picked = logits[0] if fired else logits[rows, columns]
-        return -F.cross_entropy(picked.float(), targets, reduction="none")
+        if not asked or self.head is None:
+            return -F.cross_entropy(logits[rows, columns].float(), targets, reduction="none")
+        at_once = max(1, MAX_LOGITS // self.vocab_size)
+        found = []
+        with torch.no_grad():
+            for hidden, wanted in zip(asked[0].split(at_once), targets.split(at_once)):
+                found.append(-F.cross_entropy(self.head(hidden[None])[0].float(), wanted, reduction="none"))
+        return torch.cat(found)
 
 
 def checkpoint_label(path: Path) -> str:

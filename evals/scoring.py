@@ -16,15 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .model import ScoredModel
+from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
 
 __all__ = ["Scores", "Span", "continuation", "default_batch_tokens", "plan_batches", "score", "world"]
 
 #: Called with tokens done and tokens in all.
 Progress = Callable[[int, int], None]
-
-_LOGITS = 1 << 29  # at most so many logits at once (2 GiB in fp32)
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -162,7 +160,7 @@ def score(
     trees = grow(rows, stems, can_share(model.module))
     owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
     positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
-    limit = max(1, _LOGITS // max(1, model.vocab_size))
+    limit = 1 << 62 if model.head is not None else max(1, MAX_LOGITS // model.vocab_size)
     batches = _plan(trees, positions, batch_tokens or default_batch_tokens(model.device), limit)
     rank, ranks = world()
     total = sum(t.length for t in trees)

@@ -52,7 +52,9 @@ class _Run:
     def __init__(self, backend: str, dtype: torch.dtype, start: State, seed: int) -> None:
         self.dtype = dtype
         self.model = _build(backend)
-        self.model.load_state_dict(start)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():  # tied ones once
+                p.copy_(start[name])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         text = "\n".join(pydoc_data.topics.topics.values()).encode()
         self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
