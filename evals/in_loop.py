@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.eval import Evaluator
 from olmo_core.train import Duration, Trainer
-from olmo_core.train.callbacks import Callback, EvaluatorCallback
+from olmo_core.train.callbacks import Callback
 
 from moda.config.schema import RunConfig
 from moda.errors import UserError, nearest
 from moda.train.plan import Plan
+from moda.train.validation import TimedEvaluator
 
 from .downstream import answers, fit, summarise
 from .model import TextTokenizer
@@ -133,14 +134,6 @@ class TaskEvaluator(Evaluator):
         self._sums = {}
 
 
-class _Downstream(EvaluatorCallback):
-    """OLMo-core's evaluator, which leaves out the last evaluation of a run that was told to stop."""
-
-    def post_train(self) -> None:
-        if not self.trainer.is_canceled:
-            super().post_train()
-
-
 def _evaluators(plan: Plan, trainer: Trainer) -> Iterator[Tuple[str, TaskEvaluator]]:
     config = plan.config
     section = config.eval.downstream
@@ -172,7 +165,7 @@ def downstream_callbacks(plan: Plan, trainer: Trainer) -> Dict[str, Callback]:
     if config.downstream is None:
         return {}
     return {
-        "downstream": _Downstream(
+        "downstream": TimedEvaluator(
             evaluators=[evaluator for _, evaluator in _evaluators(plan, trainer)],
             eval_interval=config.downstream.interval,
             eval_on_startup=config.on_start,

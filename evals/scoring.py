@@ -111,7 +111,7 @@ class _Batch:
     """
 
     def __init__(self, model: ScoredModel, trees: List[Tree], spans: List[List[List[Span]]]) -> None:
-        layout = lay_out(trees, 32 if model.device.type == "cuda" else 1)
+        layout = lay_out(trees, 8 if model.device.type == "cuda" else 1)
         rows: List[int] = []
         columns: List[int] = []
         targets: List[int] = []

@@ -1,9 +1,10 @@
 """Do the fast backends train like the reference? One small model, the same data, 200 steps, every backend.
 
 Truth is an fp32 run with the reference backend. Two bf16 runs with the reference backend, one of them from the start rounded to
-bf16, say how far bf16 itself leads away from it: training magnifies a difference of the last bit, so one run alone would be
-luck. ``fused`` and ``split`` may be at most twice as far from the truth (:data:`kernels.yardstick.FACTOR`), and so may their
-gradients, before anything is magnified. ``python scripts/bench.py parity`` writes the curves of several seeds.
+bf16, say how far bf16 itself leads away from it: training magnifies a difference of the last bit, above all in a spike, so that
+one run alone, or one seed, would be luck. ``fused`` and ``split`` may be at most twice as far from the truth
+(:data:`kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified. ``python scripts/bench.py parity``
+writes the curves of several seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .config.schema import DepthKVSection, ModelConfig
 
 __all__ = ["BACKENDS", "NOISE", "compare", "distance", "draw", "gradient_errors", "write_curves"]
 
-STEPS, BATCH, LENGTH = 200, 8, 256
+STEPS, BATCH, LENGTH, LR = 200, 8, 256, 5e-4
 BACKENDS = ("fused", "split")
 #: Runs that differ from the truth by what bf16 does.
 NOISE = ("reference", "reference, rounded start")
@@ -55,7 +56,7 @@ class _Run:
         with torch.no_grad():
             for name, p in self.model.named_parameters():  # tied ones once
                 p.copy_(start[name])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
         text = "\n".join(pydoc_data.topics.topics.values()).encode()
         self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         self.generator = torch.Generator().manual_seed(seed)
@@ -73,12 +74,12 @@ class _Run:
         losses = []
         for step in range(steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+                group["lr"] = LR * min(1.0, (step + 1) / 20)
             losses.append(self.loss())
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return torch.stack(losses).tolist()
+        return [x.item() for x in losses]
 
 
 def compare(seed: int) -> Dict[str, List[float]]:

@@ -459,7 +459,7 @@ class EvalConfig:
     :param interval: every how many steps; null for only at the ends.
     :param on_start: before the first step.
     :param on_finish: after the last step.
-    :param max_batches: stop each evaluation after this many batches; null for all of the set.
+    :param max_batches: of each validation set at most so many batches, spread evenly over it; null for all of it.
     :param downstream: tasks to run as well.
     """
 

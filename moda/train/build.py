@@ -20,9 +20,7 @@ from olmo_core.train.callbacks import (
     Callback,
     CheckpointerCallback,
     ConfigSaverCallback,
-    EvaluatorCallback,
     GPUMemoryMonitorCallback,
-    LMEvaluatorCallbackConfig,
     SpeedMonitorCallback,
     WandBCallback,
 )
@@ -45,26 +43,11 @@ from .checkpoints import ChecksumCallback
 from .composition import CompositionCallback
 from .plan import Plan
 from .progress import ProgressCallback
+from .validation import ValidationConfig
 
 __all__ = ["build_data_loader", "build_train_module", "build_trainer"]
 
 log = logging.getLogger(__name__)
-
-
-class _Evaluator(EvaluatorCallback):
-    """OLMo-core's evaluator, which leaves out the last evaluation of a run that was told to stop."""
-
-    def post_train(self) -> None:
-        if not self.trainer.is_canceled:
-            super().post_train()
-
-
-class _EvaluatorConfig(LMEvaluatorCallbackConfig):
-    def build(self, trainer: Trainer) -> Optional[Callback]:
-        built = super().build(trainer)
-        if isinstance(built, EvaluatorCallback):
-            built.__class__ = _Evaluator
-        return built
 
 
 def _optimizer(plan: Plan) -> OptimConfig:
@@ -192,12 +175,12 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
     if data.validation is not None:
-        callbacks["validation"] = _EvaluatorConfig(
+        callbacks["validation"] = ValidationConfig(
             eval_dataset=data.validation,
             eval_interval=c.eval.interval,
             eval_on_startup=c.eval.on_start,
             eval_on_finish=c.eval.on_finish,
-            eval_duration=Duration.epochs(1) if c.eval.max_batches is None else Duration.steps(c.eval.max_batches),
+            max_batches=c.eval.max_batches,
         )
     if c.logging.wandb.enabled:
         w = c.logging.wandb

@@ -32,7 +32,7 @@ def plain(q, k, v, mask):
     return torch.einsum("bhts,bshd->bthd", logits.softmax(-1), v), wide.logsumexp(-1)
 
 
-@pytest.mark.parametrize("T", [1, 33, 96])
+@pytest.mark.parametrize("T", [1, 33, 40, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_masked_attention(device: str, dtype: torch.dtype, T: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from typing import Dict, List
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @pytest.mark.gpu
 @on_a_gpu
 def test_losses_agree_within_bf16_noise() -> None:
-    runs = compare(0)
-    assert runs["fp32"][-1] < 0.6 * runs["fp32"][0], "the run learns"
-    noise = max(distance(runs[name], runs["fp32"]) for name in NOISE)
-    found = {backend: distance(runs[backend], runs["fp32"]) for backend in BACKENDS}
-    assert all(d <= FACTOR * noise for d in found.values()), (found, noise)
+    """The median over three seeds: a run with a spike magnifies the last bit, whichever backend it comes from."""
+    over: Dict[str, List[float]] = {backend: [] for backend in BACKENDS}
+    for seed in range(3):
+        runs = compare(seed)
+        assert runs["fp32"][-1] < 0.6 * runs["fp32"][0], "the run learns"
+        noise = max(distance(runs[name], runs["fp32"]) for name in NOISE)
+        for backend in BACKENDS:
+            over[backend].append(distance(runs[backend], runs["fp32"]) / noise)
+    assert all(statistics.median(found) <= FACTOR for found in over.values()), over
 
 
 @pytest.mark.gpu

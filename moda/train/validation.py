@@ -1,0 +1,114 @@
+"""Validation in the training loop: every set by itself, to its last document, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from olmo_core.data import DataCollator, NumpyFSLDataLoader, NumpyPaddedFSLDataset
+from olmo_core.eval import LMEvaluator
+from olmo_core.train import Trainer
+from olmo_core.train.callbacks import (
+    Callback,
+    EvaluatorCallback,
+    LMEvaluatorCallbackConfig,
+    SpeedMonitorCallback,
+)
+
+__all__ = ["TimedEvaluator", "ValidationBatches", "ValidationConfig"]
+
+
+class TimedEvaluator(EvaluatorCallback):
+    """OLMo-core's evaluator, whose time is not counted as a training step's, and which at the end of a run leaves out what it
+    has just done, and everything if the run was told to stop."""
+
+    _evaluated_at: Optional[int] = None
+
+    def perform_eval(self, prefix: str = "eval") -> None:
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        began = time.perf_counter()
+        super().perform_eval(prefix)
+        self._evaluated_at = self.step
+        spent = time.perf_counter() - began
+        for callback in self.trainer.callbacks.values():
+            if isinstance(callback, SpeedMonitorCallback):
+                callback._step_last_logged += spent
+                callback._start_time += spent
+
+    def post_train(self) -> None:
+        if not self.trainer.is_canceled and self._evaluated_at != self.step:
+            super().post_train()
+
+
+class ValidationBatches:
+    """Batches of one rank, set after set. OLMo-core's loader mixes all sets and drops what does not fill a batch of all ranks.
+
+    A set's last batch is filled up with documents that count nothing, so that all ranks run equally often.
+
+    :param dataset: padded documents, with a ``label`` in each file's metadata.
+    :param per_rank: documents in a rank's batch.
+    :param limit: of each set at most so many batches, spread evenly over it; None for all of it.
+    """
+
+    def __init__(
+        self,
+        dataset: NumpyPaddedFSLDataset,
+        collator: DataCollator,
+        *,
+        per_rank: int,
+        rank: int,
+        ranks: int,
+        limit: Optional[int],
+    ) -> None:
+        self.dataset, self.collator = dataset, collator
+        sets: Dict[str, List[int]] = {}
+        for metadata, (start, end) in zip(dataset.metadata, dataset.offsets):
+            sets.setdefault(metadata["label"], []).extend(range(start, end))
+        self._plan: List[List[Optional[int]]] = []
+        together = per_rank * ranks
+        for documents in sets.values():
+            most = len(documents) if limit is None else min(len(documents), limit * together)
+            chosen: List[Optional[int]] = [documents[i * len(documents) // most] for i in range(most)]
+            chosen += [None] * (-most % together)
+            for at in range(0, len(chosen), together):
+                self._plan.append(chosen[at + rank * per_rank : at + (rank + 1) * per_rank])
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        for batch in self._plan:
+            yield self.collator([self._document(i) for i in batch])
+
+    def _document(self, index: Optional[int]) -> Dict[str, Any]:
+        item = dict(self.dataset[index or 0])
+        if index is None:
+            item["label_mask"] = torch.zeros_like(item["label_mask"])
+        return item
+
+
+@dataclass
+class ValidationConfig(LMEvaluatorCallbackConfig):
+    """OLMo-core's validation with :class:`ValidationBatches`.
+
+    :param max_batches: of each set at most so many batches.
+    """
+
+    max_batches: Optional[int] = None
+
+    def build(self, trainer: Trainer) -> Optional[Callback]:
+        built = super().build(trainer)
+        if isinstance(built, EvaluatorCallback):
+            built.__class__ = TimedEvaluator
+            for evaluator in built.evaluators:
+                assert isinstance(evaluator, LMEvaluator) and isinstance(evaluator.batches, NumpyFSLDataLoader)
+                loader = evaluator.batches
+                assert isinstance(loader.dataset, NumpyPaddedFSLDataset)
+                evaluator.batches = ValidationBatches(
+                    loader.dataset, loader.collator, per_rank=loader.rank_batch_size // loader.dataset.sequence_length,
+                    rank=loader.dp_rank, ranks=loader.dp_world_size, limit=self.max_batches,
+                )  # fmt: skip
+        return built
