@@ -123,11 +123,21 @@ class _Batch:
                     targets += s.targets
         self.tokens = layout.ids.numel()
         self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
-        self._flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
+        flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
+        self._ready: Optional[torch.cuda.Event] = None
+        if flat.is_cuda:  # a copy asked for later would wait for the next batch, which is then on the same stream
+            self._found = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._found.copy_(flat, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(flat.device))
+        else:
+            self._found = flat
 
     def read(self) -> List[np.ndarray]:
         """Log-probabilities of each span, in the order in which they were given."""
-        return np.split(self._flat.cpu().numpy(), np.cumsum(self._lengths)[:-1])
+        if self._ready is not None:
+            self._ready.synchronize()
+        return np.split(self._found.numpy(), np.cumsum(self._lengths)[:-1])
 
 
 def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, max_positions: int) -> List[List[int]]:

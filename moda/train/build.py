@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -41,6 +42,7 @@ from moda.errors import UserError
 
 from .checkpoints import ChecksumCallback
 from .composition import CompositionCallback
+from .metrics import stable_name
 from .plan import Plan
 from .progress import ProgressCallback
 from .validation import ValidationConfig
@@ -48,6 +50,14 @@ from .validation import ValidationConfig
 __all__ = ["build_data_loader", "build_train_module", "build_trainer"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _WandB(WandBCallback):
+    """OLMo-core's callback, with the names of metrics.jsonl for the figures that are there."""
+
+    def log_metrics(self, step: int, metrics: Dict[str, float]) -> None:
+        super().log_metrics(step, {stable_name(name) or name: value for name, value in metrics.items()})
 
 
 def _optimizer(plan: Plan) -> OptimConfig:
@@ -184,7 +194,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         )
     if c.logging.wandb.enabled:
         w = c.logging.wandb
-        callbacks["wandb"] = WandBCallback(
+        callbacks["wandb"] = _WandB(
             name=c.name,
             project=w.project,
             entity=w.entity,

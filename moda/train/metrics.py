@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-__all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select"]
+__all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select", "stable_name"]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,19 +30,16 @@ _NAMES = {
 }
 
 
+def stable_name(name: str) -> Optional[str]:
+    """This project's name of a metric of OLMo-core's, or None if it has none: evaluations become ``eval/<set>/loss``."""
+    if name.startswith("eval/lm/"):
+        return name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")
+    return name if name.startswith("eval/") else _NAMES.get(name)
+
+
 def select(metrics: Dict[str, float]) -> Dict[str, float]:
-    """OLMo-core's metrics of one step under this project's names; evaluations become ``eval/<set>/loss``."""
-    chosen: Dict[str, float] = {}
-    for name, value in metrics.items():
-        if name in _NAMES:
-            chosen[_NAMES[name]] = value
-        elif name.startswith("eval/lm/"):
-            chosen[name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")] = (
-                value
-            )
-        elif name.startswith("eval/"):
-            chosen[name] = value
-    return chosen
+    """OLMo-core's metrics of one step under this project's names, without those that have none."""
+    return {ours: value for name, value in metrics.items() if (ours := stable_name(name)) is not None}
 
 
 class MetricsFile:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 import pytest
 import torch
@@ -200,3 +200,28 @@ def test_dry_run_prints_sizes_and_trains_nothing(tmp_path: Path) -> None:
 def test_config_is_saved_beside_the_checkpoints(whole: Path) -> None:
     saved = json.loads((whole / "run" / "step4" / "config.json").read_text())
     assert saved["model"]["norm_placement"] == "post" and saved["train"]["max_steps"] == STEPS
+
+
+def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without wandb itself: what the callback hands to it."""
+    from moda.train.build import _WandB
+
+    logged: List[Dict[str, float]] = []
+
+    class Fake:
+        def log(self, figures: Dict[str, float], step: int) -> None:
+            logged.append({**figures, "at": step})
+
+    monkeypatch.setattr(_WandB, "wandb", Fake())
+    names = [
+        "train/CE loss",
+        "eval/lm/c4/CE loss",
+        "eval/lm/c4/PPL",
+        "eval/downstream/copa/accuracy",
+        "throughput/device/BPS",
+    ]
+    _WandB(name="x").log_metrics(3, {name: float(i) for i, name in enumerate(names)})
+    assert logged == [
+        {"loss": 0.0, "eval/c4/loss": 1.0, "eval/c4/perplexity": 2.0, "eval/downstream/copa/accuracy": 3.0,
+         "throughput/device/BPS": 4.0, "at": 3}
+    ]  # fmt: skip
