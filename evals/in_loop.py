@@ -120,7 +120,7 @@ class TaskEvaluator(Evaluator):
             sums = {k: v for part in parts if part is not None for k, v in part.items()}
         scores = Scores([np.asarray([sums[i]]) for i in range(len(self.flat))], 0, 0, 0.0)
         result = summarise(self.task, answers(self.questions, self.spans, scores))
-        error = result["standard_error"] or float("nan")
+        error = float("nan") if result["standard_error"] is None else result["standard_error"]
         log.info(
             "downstream %s: %.1f ± %.1f %% of %d questions",
             self.task.name,
@@ -128,7 +128,12 @@ class TaskEvaluator(Evaluator):
             100 * error,
             result["n"],
         )
-        return {f"{self.task.name}/{figure}": torch.tensor(float(result[figure] or 0.0)) for figure in FIGURES}
+        return {
+            f"{self.task.name}/{figure}": torch.tensor(
+                float("nan") if result[figure] is None else float(result[figure])
+            )
+            for figure in FIGURES
+        }
 
     def reset_metrics(self) -> None:
         self._sums = {}

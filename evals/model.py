@@ -106,6 +106,11 @@ class ScoredModel:
         return self._tokenizer
 
     @property
+    def ends_with_head(self) -> bool:
+        """Whether the head gives the logits as they are. Some Hugging Face models go on to cap or scale them."""
+        return self.head is not None and self.kind != "huggingface"
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -140,7 +145,8 @@ class ScoredModel:
     ) -> torch.Tensor:
         """Log-probability that ``targets[i]`` comes after token ``columns[i]`` of row ``rows[i]``; fp32 ``[N]``.
 
-        The head runs on the N asked positions only, where it is known, and on no more at once than give 2 GiB of logits.
+        The head runs on the N asked positions only, where it is known, and on no more at once than give 2 GiB of logits where
+        it is the model's last step (:attr:`ends_with_head`).
 
         :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
@@ -154,8 +160,8 @@ class ScoredModel:
                 hidden = args[0]
                 if hidden.shape[:2] != ids.shape:
                     return None
-                asked.append(hidden[rows, columns])
-                return (hidden[:1, :1], *args[1:]), kwargs
+                asked.append(hidden[rows, columns][None])
+                return (hidden[:1, :1] if self.ends_with_head else asked[0], *args[1:]), kwargs
 
             hook = self.head.register_forward_pre_hook(pick, with_kwargs=True)
         try:
@@ -167,11 +173,13 @@ class ScoredModel:
                 hook.remove()
         if not asked or self.head is None:
             return -F.cross_entropy(logits[rows, columns].float(), targets, reduction="none")
+        if not self.ends_with_head:
+            return -F.cross_entropy(logits[0].float(), targets, reduction="none")
         at_once = max(1, MAX_LOGITS // self.vocab_size)
         found = []
         with torch.no_grad():
-            for hidden, wanted in zip(asked[0].split(at_once), targets.split(at_once)):
-                found.append(-F.cross_entropy(self.head(hidden[None])[0].float(), wanted, reduction="none"))
+            for hidden, wanted in zip(asked[0].split(at_once, 1), targets.split(at_once)):
+                found.append(-F.cross_entropy(self.head(hidden)[0].float(), wanted, reduction="none"))
         return torch.cat(found)
 
 

@@ -170,8 +170,11 @@ def score(
     trees = grow(rows, stems, can_share(model.module))
     owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
     positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
-    limit = 1 << 62 if model.head is not None else max(1, MAX_LOGITS // model.vocab_size)
-    batches = _plan(trees, positions, batch_tokens or default_batch_tokens(model.device), limit)
+    most = max(1, MAX_LOGITS // model.vocab_size)
+    in_batch = batch_tokens or default_batch_tokens(model.device)
+    if model.head is None:  # it gives the logits of all tokens
+        in_batch = min(in_batch, most)
+    batches = _plan(trees, positions, in_batch, 1 << 62 if model.ends_with_head else most)
     rank, ranks = world()
     total = sum(t.length for t in trees)
     results: Dict[int, np.ndarray] = {}

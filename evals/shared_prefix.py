@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from olmo_core.nn.attention import Attention
 from olmo_core.nn.attention.backend import TorchAttentionBackend
+from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.rope import RotaryEmbedding
 from olmo_core.nn.transformer import Transformer
 
@@ -121,14 +122,19 @@ def can_share(module: nn.Module) -> bool:
     """Whether a model can run trees: one of this project or of OLMo-core with ordinary attention, not compiled."""
     if not isinstance(module, Transformer) or module.compile_enabled:
         return False
-    for part in module.modules():
-        if isinstance(part, Attention) and not isinstance(part, MoDAAttention):
-            backend = part.backend
-            if type(backend) is not TorchAttentionBackend or backend.window_size != (-1, -1) or part.sinks is not None:
-                return False
-        if isinstance(part, Attention) and type(part.rope) not in (RotaryEmbedding, type(None)):
-            return False
-    return any(isinstance(part, Attention) for part in module.modules())
+    mixers = [part for part in module.modules() if isinstance(part, SequenceMixer)]
+    return bool(mixers) and all(map(_is_ordinary, mixers))
+
+
+def _is_ordinary(mixer: SequenceMixer) -> bool:
+    if type(mixer) not in (Attention, MoDAAttention) or type(mixer.rope) not in (RotaryEmbedding, type(None)):
+        return False
+    if isinstance(mixer, MoDAAttention):
+        return True
+    assert isinstance(mixer, Attention)
+    backend = mixer.backend
+    plain = type(backend) is TorchAttentionBackend and backend.window_size == (-1, -1)
+    return plain and mixer.sinks is None and not mixer.scalable_softmax
 
 
 def _rotation_input(

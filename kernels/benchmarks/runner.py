@@ -94,7 +94,7 @@ def run_table(
     :param variants: names of :data:`kernels.benchmarks.variants.VARIANTS`.
     :param jobs: processes that compile beforehand; 0 compiles as it goes.
     :param only: measure the cases whose name contains this.
-    :param budget_ms: repetitions of each measurement take about this long (at least three).
+    :param budget_ms: repetitions of each measurement take about this long (at least five).
     :raises ValueError: for a table or variant that does not exist.
     """
     unknown = [v for v in variants if v not in VARIANTS]
@@ -182,11 +182,14 @@ def _shown(timed: Tuple[str, Tuple[Quantiles, Optional[Quantiles]]]) -> str:
 
 
 def _baseline(case: Case, x: Tensors) -> Optional[Bound]:
-    """cuDNN attention without depth, or None where it cannot run the case."""
+    """cuDNN attention without depth, or None where it cannot run the case (its own row says why)."""
     try:
-        return bind(VARIANTS["cudnn"], case, x)
-    except (NotRun, ValueError):
+        bound = bind(VARIANTS["cudnn"], case, x)
+        bound.backward(bound.forward())
+        torch.cuda.synchronize()
+    except (NotRun, ValueError, RuntimeError):
         return None
+    return bound
 
 
 def _passes(bound: Bound) -> Dict[str, Callable[[], object]]:

@@ -9,6 +9,10 @@ import torch
 __all__ = ["masked_attention", "merge"]
 
 
+#: At most so many logits at once in the computation that keeps them (512 MiB in fp32).
+MAX_LOGITS = 1 << 27
+
+
 def masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: Optional[float] = None
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -32,9 +36,13 @@ def masked_attention(
         )
         return out.transpose(1, 2), lse[..., :T]
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(wide) @ k.to(wide).mT * scale).masked_fill_(~mask[:, None], float("-inf"))
-    lse = logits.logsumexp(-1)
-    return ((logits - lse[..., None]).exp_() @ v.to(wide)).to(q.dtype).transpose(1, 2), lse
+    outs, lses = [], []
+    rows = max(1, MAX_LOGITS // (q.shape[1] * T * T))
+    for q_, k_, v_, mask_ in zip(*(x.split(rows) for x in (q, k, v, mask))):
+        logits = (q_.to(wide) @ k_.to(wide).mT * scale).masked_fill_(~mask_[:, None], float("-inf"))
+        lses.append(logits.logsumexp(-1))
+        outs.append((logits.sub_(lses[-1][..., None]).exp_() @ v_.to(wide)).to(q.dtype))
+    return torch.cat(outs).transpose(1, 2), torch.cat(lses)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

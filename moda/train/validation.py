@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from olmo_core.data import DataCollator, NumpyFSLDataLoader, NumpyPaddedFSLDataset
+from olmo_core.distributed.utils import all_reduce_value
 from olmo_core.eval import LMEvaluator
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import (
@@ -17,7 +20,7 @@ from olmo_core.train.callbacks import (
     SpeedMonitorCallback,
 )
 
-__all__ = ["TimedEvaluator", "ValidationBatches", "ValidationConfig"]
+__all__ = ["NextTokenEvaluator", "TimedEvaluator", "ValidationBatches", "ValidationConfig"]
 
 
 class TimedEvaluator(EvaluatorCallback):
@@ -39,8 +42,21 @@ class TimedEvaluator(EvaluatorCallback):
                 callback._start_time += spent
 
     def post_train(self) -> None:
-        if not self.trainer.is_canceled and self._evaluated_at != self.step:
+        told_to_stop = all_reduce_value(  # the ranks may learn of it at different times, and all must do the same here
+            float(self.trainer.is_canceled), self.trainer.device, op=dist.ReduceOp.MAX
+        )
+        if not told_to_stop and self._evaluated_at != self.step:
             super().post_train()
+
+
+class NextTokenEvaluator(LMEvaluator):
+    """OLMo-core's evaluator, counting predicted tokens only: its own counts a document's last position too, as a loss of 0."""
+
+    def update_metrics(
+        self, batch: Dict[str, Any], ce_loss: Optional[torch.Tensor], logits: Optional[torch.Tensor]
+    ) -> None:
+        predicts = F.pad(batch["label_mask"][:, 1:], (0, 1), value=False)
+        super().update_metrics({**batch, "label_mask": predicts}, ce_loss, logits)
 
 
 class ValidationBatches:
@@ -105,6 +121,7 @@ class ValidationConfig(LMEvaluatorCallbackConfig):
             built.__class__ = TimedEvaluator
             for evaluator in built.evaluators:
                 assert isinstance(evaluator, LMEvaluator) and isinstance(evaluator.batches, NumpyFSLDataLoader)
+                evaluator.__class__ = NextTokenEvaluator
                 loader = evaluator.batches
                 assert isinstance(loader.dataset, NumpyPaddedFSLDataset)
                 evaluator.batches = ValidationBatches(

@@ -92,3 +92,32 @@ def test_what_is_not_worth_sharing_runs_alone() -> None:
     shared = grow([(1, 2, 3, 4), (1, 2, 3, 5)], [3, 3], True)
     assert shared == [Tree((1, 2, 3), ((4,), (5,)))]
     assert len(grow([(1, 2, 3, 4), (1, 2, 3, 5)], [3, 3], False)) == 2
+
+
+def test_models_that_cannot_share() -> None:
+    scaled = make_model(depth_kv=None).module
+    assert can_share(scaled)
+    next(m for m in scaled.modules() if type(m).__name__ == "Attention").scalable_softmax = True
+    assert not can_share(scaled)
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2"])
+def test_what_a_hugging_face_model_does_after_its_head_counts(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    if kind == "granite":
+        module = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, logits_scaling=8.0))
+    else:
+        module = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5))
+    module = randomise(module, 0).eval()
+    model = ScoredModel("m", "m", "huggingface", module, module.get_output_embeddings(), None, 512, VOCAB)
+    spans = make_spans(1)
+    found = scoring.score(model, spans, batch_tokens=200).log_probs
+    for span, ours in zip(spans, found, strict=True):
+        with torch.no_grad():
+            logits = module(torch.tensor([span.ids])).logits[0].float().log_softmax(-1)
+        truth = [logits[span.start + i, t].item() for i, t in enumerate(span.targets)]
+        assert ours.tolist() == pytest.approx(truth, abs=2e-4)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from olmo_core.data import DataCollator, NumpyPaddedFSLDataset
-from olmo_core.eval import LMEvaluator
+from olmo_core.data.utils import get_labels
 
 from moda.train import metrics
-from moda.train.validation import ValidationBatches
+from moda.train.validation import NextTokenEvaluator, ValidationBatches
 from tests.tiny import run, write_config
 
 LENGTH, EOS, PAD = 16, 1, 0
@@ -48,11 +48,11 @@ def batches(
 
 
 def means(found: List[ValidationBatches]) -> Dict[str, float]:
-    """What OLMo-core's evaluator makes of it when a token's loss is its id."""
-    evaluator = LMEvaluator(name="lm", batches=[], labels=list(SETS), device=torch.device("cpu"))
+    """What the evaluator makes of it when the loss of predicting a token is its id, and where nothing is predicted 0."""
+    evaluator = NextTokenEvaluator(name="lm", batches=[], labels=list(SETS), device=torch.device("cpu"))
     for of_rank in found:
         for batch in of_rank:
-            evaluator.update_metrics(batch, batch["input_ids"].float(), None)
+            evaluator.update_metrics(batch, get_labels(batch).float().clamp(min=0), None)
     return {k.split("/")[0]: v.item() for k, v in evaluator.compute_metrics().items() if k.endswith("CE loss")}
 
 
@@ -60,7 +60,9 @@ def test_every_document_counts_once_for_any_batch_and_ranks(dataset: NumpyPadded
     truth = {}
     for label in SETS:
         ids = [np.fromfile(p, dtype=np.uint16) for p, m in zip(dataset.paths, dataset.metadata) if m["label"] == label]
-        truth[label] = np.concatenate(ids).mean()
+        flat = np.concatenate(ids)
+        first = np.concatenate([[True], flat[:-1] == EOS])  # of a document: not predicted
+        truth[label] = flat[~first].mean()
     for per_rank, ranks in ((1, 1), (4, 1), (64, 1), (3, 4), (8, 2)):
         parts = [batches(dataset, per_rank, rank, ranks) for rank in range(ranks)]
         assert len({len(p) for p in parts}) == 1, "every rank runs equally often"

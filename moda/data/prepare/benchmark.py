@@ -93,6 +93,8 @@ def benchmark(
     """
     import tokenizers
 
+    if repeats < 1:
+        raise UserError("--repeats", "at least 1", repeats)
     found = load_tokenizer(TokenizerSection(tokenizer))
     name = str(found.path) if found.path is not None else str(found.config.identifier)
     cores = workers or len(os.sched_getaffinity(0))

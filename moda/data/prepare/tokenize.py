@@ -118,7 +118,7 @@ class _Part:
 class PartTokenizer(DocumentTokenizer):
     """datatrove's tokenizer step, writing one part (train and validation) a task.
 
-    Each document ends with eos. Unlike its base it holds one batch of a bounded number of characters at a time, whatever a
+    Each document ends with eos. Unlike its base it holds two batches of a bounded number of characters at a time, whatever a
     document's length, splits by :func:`split_of`, checks ids against the vocabulary, and writes aside.
 
     :param state: the state folder.
