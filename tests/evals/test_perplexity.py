@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from olmo_core.data import NumpyDatasetDType, NumpyPaddedFSLDatasetConfig, TokenizerConfig
+from olmo_core.data.utils import get_labels
 
 from evals.perplexity import Windows, evaluate_set, loss_error, windows
 from evals.sets import PAPER_SETS, paper_sets, text_set, token_set
 from moda.errors import UserError
+from moda.train.validation import NextTokenEvaluator
 
 
 def documents(folder: Path, lengths: list, seed: int = 0) -> Path:
@@ -74,18 +76,22 @@ def test_head_is_olmo_core_in_loop_validation(model, tmp_path: Path) -> None:
         paths=[str(path)], sequence_length=16, tokenizer=config, work_dir=str(tmp_path), dtype=NumpyDatasetDType.uint16
     ).build()
     dataset.prepare()
-    total, count = 0.0, 0
+    in_loop = NextTokenEvaluator(name="lm", batches=[], labels=["x"], device=torch.device("cpu"))
+    count = 0
     for i in range(len(dataset)):
         item = dataset[i]
-        ids, mask = item["input_ids"].long(), item["label_mask"]
+        batch = {"input_ids": item["input_ids"].long()[None], "label_mask": item["label_mask"][None]}
+        labels = get_labels(batch)
         with torch.no_grad():
-            losses = torch.nn.functional.cross_entropy(model.module(ids[None])[0, :-1], ids[1:], reduction="none")
-        total, count = total + losses[mask[1:]].sum().item(), count + int(mask[1:].sum())
+            logits = model.module(batch["input_ids"])
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        in_loop.update_metrics({**batch, "metadata": [{"label": "x"}]}, losses, None)
+        count += int((labels >= 0).sum())
     found = evaluate_set(
         model, token_set("x", "x", [path], model.tokenizer_info, model), Windows(16, 16, head=True), batch_tokens=64
     )
     assert found["tokens_scored"] == count
-    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["loss"] == pytest.approx(in_loop.compute_metrics()["x/CE loss"].item(), rel=1e-5)
 
 
 def test_text_and_bits_per_byte(model, tmp_path: Path) -> None:
