@@ -1,4 +1,4 @@
-# make train   a virtual environment, everything installed, the demo trained (under 10 minutes on two cores)
+# make train   a virtual environment, everything installed, the demo trained (8 to 10 minutes on two cores)
 # make test    the same environment, then lint, type check and tests
 #
 # Both can be repeated: what is done is not done again. On a machine with NVIDIA GPUs: make TORCH='torch>=2.10,<2.14' ...

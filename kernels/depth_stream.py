@@ -523,6 +523,12 @@ def _masked_read(
     """Sequence under ``mask`` and depth apart, merged by log-sum-exp."""
     if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("depth_attention: mask is for inference without packed documents, got cu_seqlens or gradients")
+    expected = (q.shape[0], q.shape[1], q.shape[1])
+    if mask.dtype != torch.bool or mask.shape != expected or mask.device != q.device:
+        raise ValueError(
+            f"depth_attention: mask must be bool of shape {list(expected)} on {q.device}, got {mask.dtype} "
+            f"{list(mask.shape)} on {mask.device}"
+        )
     out, lse = masked_attention(q, k, v, mask, scale)
     stream, row = _stream(control)
     depth_k, depth_v = stream.read(row[_READ_FROM], row[_READ_TO])

@@ -39,6 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from evals.downstream import fit
     from evals.model import ScoredModel, TextTokenizer
     from evals.tasks import load_questions, resolve_tasks
+    from kernels.benchmarks.provenance import commit
     from moda.config import load_config
     from moda.config.schema import TokenizerSection
     from moda.data import load_tokenizer
@@ -77,6 +78,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         dtype=str(dtype),
         torch=torch.__version__,
+        commit=commit(),
     )
     speed = found["tokens_per_second"]
     print(

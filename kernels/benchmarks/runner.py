@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from kernels.yardstick import report
 from . import gate
 from .cases import TABLES, Case, draw
 from .floors import Ceilings, floor_ms, measure_ceilings
+from .provenance import commit
 from .timing import Quantiles, measure_launched
 from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
 
@@ -40,13 +40,9 @@ Truth = Tuple[Tensors, gate.Values, gate.Values]
 
 
 def environment() -> Dict[str, str]:
-    """GPU, versions, commit (``MODA_COMMIT`` where there is no git) and date: the columns that say where a time is from."""
+    """GPU, versions, commit and date: the columns that say where a time is from."""
     import triton
 
-    commit = os.environ.get("MODA_COMMIT", "")
-    if not commit:
-        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        commit = found.stdout.strip() or "unknown"
     major, minor = torch.cuda.get_device_capability()
     return {
         "gpu": torch.cuda.get_device_name(),
@@ -55,7 +51,7 @@ def environment() -> Dict[str, str]:
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

@@ -117,7 +117,7 @@ def _choice(kind: Tuple[Any, ...], p: Problem) -> str:
     if kind not in _CHOICES:
         name = "reference"
         if p.device.type == "cuda" and _triton_missing() is None:
-            # split first: the vendor's flash attention is the faster half wherever it can run (kernels/results).
+            # split first: the faster of the two in nearly every row of kernels/results.
             name = next((n for n in ("split", "fused") if _load(n).unsupported(p) is None), "reference")
         _CHOICES[kind] = name
         log.info(

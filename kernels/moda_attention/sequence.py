@@ -18,13 +18,14 @@ from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from torch import Tensor
 
 from . import fused
 from .problem import Problem
 
 __all__ = ["SequenceKernel", "choose", "names", "why_none"]
 
-Gradients = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = Tuple[Tensor, Tensor, Tensor]
 
 ENVIRONMENT = "MODA_SEQUENCE_KERNEL"
 HALF = (torch.float16, torch.bfloat16)
@@ -51,26 +52,17 @@ class SequenceKernel:
         """Order of preference on a device of this capability: the lowest that can run is taken."""
         raise NotImplementedError
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         raise NotImplementedError
 
 
 @functools.cache
-def _no_dropout(device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+def _no_dropout(device: torch.device) -> Tuple[Tensor, Tensor]:
     """Random state that the aten backward operators ask for and, without dropout, do not look at."""
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
@@ -100,23 +92,14 @@ class CudnnAttention(SequenceKernel):
     def rank(self, capability: Tuple[int, int]) -> int:
         return 0 if capability[0] >= 9 else 3
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, p.causal, False, scale=p.scale
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3])
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         _, scalar = _no_dropout(q.device)
         if grad_out.stride() != out.stride():  # cuDNN reads both with one set of strides
@@ -128,12 +111,12 @@ class CudnnAttention(SequenceKernel):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _packed(p: Problem, *tensors: torch.Tensor) -> List[torch.Tensor]:
+def _packed(p: Problem, *tensors: Tensor) -> List[Tensor]:
     """``[B, T, H, D]`` as they are, or ``[T, H, D]`` for packed documents."""
     return list(tensors) if p.cu_seqlens is None else [x[0] for x in tensors]
 
 
-def _unpacked(p: Problem, *tensors: torch.Tensor) -> List[torch.Tensor]:
+def _unpacked(p: Problem, *tensors: Tensor) -> List[Tensor]:
     return list(tensors) if p.cu_seqlens is None else [x.unsqueeze(0) for x in tensors]
 
 
@@ -154,9 +137,7 @@ class AtenFlash(SequenceKernel):
     def rank(self, capability: Tuple[int, int]) -> int:
         return 4
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         q, k, v = _packed(p, q, k, v)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, False, scale=p.scale
@@ -165,14 +146,7 @@ class AtenFlash(SequenceKernel):
         return out, lse
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         rng, scalar = _no_dropout(q.device)
         grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
@@ -205,9 +179,7 @@ class FlashAttnPackage(SequenceKernel):
     def rank(self, capability: Tuple[int, int]) -> int:
         return 1 if self.major == 3 else 2
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         fa = importlib.import_module(self.module)
         q, k, v = _packed(p, q, k, v)
         cu, longest = p.cu_seqlens, p.max_seqlen
@@ -227,14 +199,7 @@ class FlashAttnPackage(SequenceKernel):
         return out, lse
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         fa = importlib.import_module(self.module)
         grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
@@ -268,20 +233,11 @@ class TritonAttention(SequenceKernel):
     def rank(self, capability: Tuple[int, int]) -> int:
         return 3 if capability[0] >= 9 else 5  # ahead of FlashAttention 2 where it was measured: kernels/results
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         return fused.forward(replace(p, n_slots=0), q, k, v, None, None, None)
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         sizes = replace(p, n_slots=0)
         dq, dk, dv, _ = fused.backward(sizes, grad_out, None, q, k, v, None, None, None, out, lse, None, None, (0, 0))
@@ -304,27 +260,18 @@ class CpuFlash(SequenceKernel):
         return 6
 
     @staticmethod
-    def _heads_first(p: Problem, *tensors: torch.Tensor) -> List[torch.Tensor]:
+    def _heads_first(p: Problem, *tensors: Tensor) -> List[Tensor]:
         """``[B, Hq, T, D]`` in fp64, key/value heads repeated."""
         return [x.double().repeat_interleave(p.n_heads // x.shape[2], dim=2).transpose(1, 2) for x in tensors]
 
-    def forward(
-        self, p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *self._heads_first(p, q, k, v), 0.0, p.causal, scale=p.scale
         )
         return out.transpose(1, 2).to(p.dtype).contiguous(), lse.float().contiguous()
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         tensors = self._heads_first(p, grad_out, q, k, v, out)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

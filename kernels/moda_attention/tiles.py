@@ -7,6 +7,7 @@ one fused multiply-add, ``exp2(s * scale * log2(e) - m)``, so q is never rounded
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -279,13 +280,11 @@ def _is_resource_error(error: Exception) -> bool:
     from triton.runtime.errors import OutOfResources
 
     kinds: Tuple[type, ...] = (OutOfResources,)
-    try:
+    with contextlib.suppress(ImportError):  # a Triton without these classes raises neither
         from triton.compiler.errors import CompileTimeAssertionFailure
         from triton.runtime.errors import PTXASError
 
         kinds += (CompileTimeAssertionFailure, PTXASError)
-    except ImportError:
-        pass
     return isinstance(error, kinds) or "PassManager" in str(error)
 
 

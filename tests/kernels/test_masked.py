@@ -82,3 +82,6 @@ def test_a_mask_is_for_inference() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="mask is for inference"):
         cu = torch.tensor([0, 3], dtype=torch.int32)
         depth_attention(q, q, q, stream.start(), stream.control[0], mask=mask, cu_seqlens=cu)
+    for wrong in (mask.float(), mask[:, :2], mask[0]):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"mask must be bool of shape \[1, 3, 3\] on cpu, got"):
+            depth_attention(q, q, q, stream.start(), stream.control[0], mask=wrong)

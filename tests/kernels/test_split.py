@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernels.moda_attention import make_problem
-from kernels.yardstick import compare, plain_attention, relative_error
+from kernels.yardstick import FACTOR, FLOOR, compare, plain_attention, relative_error
 
 pytest.importorskip("triton")
 
@@ -33,7 +33,7 @@ Tile = forward_module.Tile
 #: The interpreter's bf16 products are not trustworthy.
 DTYPE = torch.bfloat16 if GPU else torch.float16
 #: Kernels that do the same sums in another order or grouping differ by roundings of this dtype only.
-SAME = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SAME = {dtype: FACTOR * FLOOR[dtype] for dtype in (torch.bfloat16, torch.float16)}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

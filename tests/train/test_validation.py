@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Dict, List
 
@@ -75,7 +76,7 @@ def test_a_limit_is_one_of_each_set(dataset: NumpyPaddedFSLDataset) -> None:
     labels = [m["label"] for b in limited for m in b["metadata"]]
     counted = [bool(mask.any()) for b in limited for mask in b["label_mask"]]
     assert [sum(c for x, c in zip(labels, counted) if x == label) for label in SETS] == [4, 2, 4]
-    assert means([batches(dataset, 1, limit=1)]).keys() == SETS.keys()
+    assert all(math.isfinite(mean) for mean in means([batches(dataset, 1, limit=1)]).values())
 
 
 def test_a_run_evaluates_every_set_and_the_last_step_once(tmp_path: Path) -> None:

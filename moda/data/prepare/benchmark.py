@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Dict, List, Optional
 from rich.console import Console
 from rich.table import Table
 
+from kernels.benchmarks.provenance import commit
 from moda.config.schema import TokenizerSection
 from moda.data.text import PYTHON_STDLIB, read_documents
 from moda.data.tokenizer import load_tokenizer
@@ -51,15 +51,6 @@ def _alone(tokenizer: str, texts: List[str]) -> float:
     for i in range(0, len(texts), 256):
         sum(len(e.ids) for e in encoder.encode_batch_fast(texts[i : i + 256], add_special_tokens=False))
     return time.perf_counter() - began
-
-
-def _commit() -> str:
-    try:
-        here = Path(__file__).parent
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        return found.stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def _cpu() -> str:
@@ -136,7 +127,7 @@ def benchmark(
             "seconds_median": round(statistics.median(s), 3), "seconds_min": round(min(s), 3),
             "seconds_max": round(max(s), 3), "mb_per_s": round(size / statistics.median(s) / 1e6, 3),
             "of_tokenizers": round(share if v == _OURS else 1.0, 4), "repeats": len(s), "tokenizer": tokenizer,
-            "tokenizers": tokenizers.__version__, "python": platform.python_version(), "cpu": _cpu(), "commit": _commit(),
+            "tokenizers": tokenizers.__version__, "python": platform.python_version(), "cpu": _cpu(), "commit": commit(),
         }
         for v, s in seconds.items()
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -108,10 +109,8 @@ class _Part:
 
     def discard(self) -> None:
         for file, scratch in zip((self._tokens, self._ends), self._scratch):
-            try:
+            with contextlib.suppress(OSError):  # closing flushes: on a full disk it repeats the error that led here
                 file.close()
-            except OSError:  # a full disk says so again
-                pass
             scratch.unlink(missing_ok=True)
 
 
