@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Dict, List
@@ -48,7 +49,6 @@ CASES: List[tuple] = [
     ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
     ("data.tokenizer=nowhere/tokenizer.json", ["data.tokenizer", "an existing tokenizer.json", "nowhere"]),
     ("data.tokenizer=some/name", ["data.tokenizer", "dolma2", "vocab_size and eos_token_id", "some/name"]),
-    ("logging.wandb.enabled=true", ["logging.wandb.enabled", "pip install"]),
     ("=3", ["override", "key=value", "=3"]),
     ("lonely", ["override", "key=value", "lonely"]),
 ]  # fmt: skip
@@ -71,6 +71,15 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
     assert "\n" not in text
     for word in words:
         assert word in text, text
+
+
+def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
+    )
+    text = message(folder, "logging.wandb.enabled=true")
+    assert "logging.wandb.enabled" in text and "pip install" in text
 
 
 def test_batch_not_divisible_by_ranks(folder: Path) -> None:

@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
     """Serves files by path. ``stalls``, ``cuts`` and ``fails``: how often each path is still to misbehave."""
 
     daemon_threads = True
+    request_queue_size = 128  # of the default 5, connections beyond are dropped on a busy machine and look like stalls
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -111,7 +112,7 @@ def impatient(monkeypatch: Any) -> None:
 
 def run(server: Server, folder: Path, tokens: Any = 20_000, **changes: Any) -> int:
     flags = {k: changes.pop(k) for k in ("dry_run", "verify") if k in changes}
-    options = MirrorOptions(MIX, str(folder), server.url, tokens=tokens, timeout=1.0, retries=4, **changes)
+    options = MirrorOptions(MIX, str(folder), server.url, tokens=tokens, timeout=2.0, retries=4, **changes)
     return mirror(options, Console(quiet=True), **flags)
 
 
