@@ -3,7 +3,7 @@
 Truth is an fp32 run with the reference backend. Two bf16 runs with the reference backend, one of them from the start rounded to
 bf16, say how far bf16 itself leads away from it: training magnifies a difference of the last bit, above all in a spike, so that
 one run alone, or one seed, would be luck. ``fused`` and ``split`` may be at most twice as far from the truth
-(:data:`kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified. ``python scripts/bench.py parity``
+(:data:`moda_kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified. ``scripts/bench.py parity``
 writes the curves of several seeds.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import pydoc_data.topics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Dict, Iterable, List, Tuple
 
 import torch
 
@@ -25,7 +25,7 @@ STEPS, BATCH, LENGTH, LR = 200, 8, 256, 5e-4
 BACKENDS = ("fused", "split")
 #: Runs that differ from the truth by what bf16 does.
 NOISE = ("reference", "reference, rounded start")
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
 
 def _build(backend: str) -> torch.nn.Module:
@@ -70,7 +70,7 @@ class _Run:
         out.loss.backward()
         return out.loss.detach()
 
-    def train(self, steps: int) -> List[float]:
+    def train(self, steps: int) -> list[float]:
         losses = []
         for step in range(steps):
             for group in self.optimizer.param_groups:
@@ -82,7 +82,7 @@ class _Run:
         return [x.item() for x in losses]
 
 
-def compare(seed: int) -> Dict[str, List[float]]:
+def compare(seed: int) -> dict[str, list[float]]:
     """Losses of every step: ``fp32``, the two of :data:`NOISE`, and :data:`BACKENDS` in bf16."""
     start = _start(seed)
     runs = {"fp32": _Run("reference", torch.float32, start, seed).train(STEPS)}
@@ -94,12 +94,12 @@ def compare(seed: int) -> Dict[str, List[float]]:
     return runs
 
 
-def distance(a: List[float], b: List[float]) -> float:
+def distance(a: list[float], b: list[float]) -> float:
     """Root mean square over the steps."""
     return (torch.tensor(a) - torch.tensor(b)).square().mean().sqrt().item()
 
 
-def gradient_errors(seed: int, after: int) -> Dict[str, float]:
+def gradient_errors(seed: int, after: int) -> dict[str, float]:
     """Relative error of the whole model's gradient against fp32 after some fp32 steps, for each backend in bf16."""
     trained = _Run("reference", torch.float32, _start(seed), seed)
     trained.train(after)
@@ -115,7 +115,7 @@ def gradient_errors(seed: int, after: int) -> Dict[str, float]:
     return {name: ((g - truth).norm() / truth.norm()).item() for name, g in found.items()}
 
 
-def write_curves(out: Path, seeds: int, where: Dict[str, str]) -> Tuple[Path, Path]:
+def write_curves(out: Path, seeds: int, where: dict[str, str]) -> tuple[Path, Path]:
     """Run :func:`compare` for several seeds, a process each, and write the curves and their plot.
 
     :param where: columns that say what they were made on.
@@ -134,7 +134,7 @@ def write_curves(out: Path, seeds: int, where: Dict[str, str]) -> Tuple[Path, Pa
     return path, draw(path)
 
 
-def _read(path: Path) -> List[Dict[str, List[float]]]:
+def _read(path: Path) -> list[dict[str, list[float]]]:
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
     names = ("fp32", *NOISE, *BACKENDS)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,12 +23,12 @@ __all__ = ["StepTime", "TRAINING_MODELS", "time_steps", "training_table"]
 
 log = logging.getLogger(__name__)
 
-_SHAPE_700M: Dict[str, Any] = dict(
+_SHAPE_700M: dict[str, Any] = dict(
     d_model=1024, n_heads=16, n_kv_heads=8, head_dim=64, ffn_hidden_size=4096, vocab_size=100278, pad_vocab_to=128
 )
 
 #: name -> (model, SDPA kernel of a plain model or None for PyTorch's own choice). The first is the baseline.
-TRAINING_MODELS: Dict[str, Tuple[ModelConfig, Optional[SDPBackend]]] = {
+TRAINING_MODELS: dict[str, tuple[ModelConfig, SDPBackend | None]] = {
     "OLMo2 38 layers": (
         ModelConfig(n_layers=38, norm_placement=NormPlacement.reordered, depth_kv=None, **_SHAPE_700M),
         None,
@@ -50,7 +51,7 @@ class StepTime:
     name: str
     params: int
     tokens: int
-    milliseconds: List[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
     def quantile(self, q: float) -> float:
@@ -64,7 +65,7 @@ class StepTime:
 
 
 @contextlib.contextmanager
-def _sdpa(kernel: Optional[SDPBackend]) -> Iterator[None]:
+def _sdpa(kernel: SDPBackend | None) -> Iterator[None]:
     with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         yield
 
@@ -78,7 +79,7 @@ def time_steps(
     steps: int = 10,
     warmup: int = 3,
     compiled: bool = True,
-    sdpa: Optional[SDPBackend] = None,
+    sdpa: SDPBackend | None = None,
     device: str = "cuda",
 ) -> StepTime:
     """Time ``steps`` training steps of a model.
@@ -115,9 +116,9 @@ def time_steps(
     return result
 
 
-def training_table(rounds: int = 2, **options: Any) -> List[StepTime]:
+def training_table(rounds: int = 2, **options: Any) -> list[StepTime]:
     """Time every model of :data:`TRAINING_MODELS`, all of them ``rounds`` times over: a GPU's clock changes under load."""
-    rows: Dict[str, StepTime] = {}
+    rows: dict[str, StepTime] = {}
     for _ in range(rounds):
         for name, (config, sdpa) in TRAINING_MODELS.items():
             torch.compiler.reset()

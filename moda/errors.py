@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Iterable, Optional
+from collections.abc import Iterable
 
 __all__ = ["UserError", "nearest"]
 
@@ -17,7 +17,7 @@ class UserError(Exception):
     :param hint: what to do about it.
     """
 
-    def __init__(self, key: str, expected: str, got: Optional[object] = None, hint: Optional[str] = None) -> None:
+    def __init__(self, key: str, expected: str, got: object | None = None, hint: str | None = None) -> None:
         self.key, self.expected, self.got, self.hint = key, expected, got, hint
         text = f"{key}: expected {expected}"
         if got is not None:

@@ -7,10 +7,10 @@ token only, so they are thrown away when the token is done (see ``hf/decoder_mod
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -34,9 +34,9 @@ class Sampling:
     """
 
     temperature: float = 0.8
-    top_k: Optional[int] = None
+    top_k: int | None = None
     top_p: float = 1.0
-    seed: Optional[int] = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -46,7 +46,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError("--top-p", "a number above 0, at most 1", self.top_p)
 
-    def choose(self, logits: torch.Tensor, generator: Optional[torch.Generator]) -> int:
+    def choose(self, logits: torch.Tensor, generator: torch.Generator | None) -> int:
         """A token for logits ``[V]``."""
         if self.temperature == 0:
             return int(logits.argmax())
@@ -61,8 +61,8 @@ class Sampling:
 
 
 def load_decoder(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: Optional[str] = None
-) -> Tuple[MoDADecoder, Optional[Tokenizer], int]:
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
+) -> tuple[MoDADecoder, Tokenizer | None, int]:
     """A checkpoint of this project or of OLMo-core, or an export, as a decoder with a cache.
 
     :returns: the decoder, its tokenizer, and the context length.
@@ -70,7 +70,7 @@ def load_decoder(
     :raises UserError: for a folder that is none of these.
     """
     exported = (folder / "config.json").is_file() and not (folder / STATE).is_dir()
-    section: Optional[TokenizerSection]
+    section: TokenizerSection | None
     if exported and "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         fields, named, _ = read_export(folder)
         section = TokenizerSection(str(folder)) if (folder / "tokenizer.json").is_file() else None
@@ -101,7 +101,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop: Sequence[int] = (),
-    context_length: Optional[int] = None,
+    context_length: int | None = None,
 ) -> Iterator[int]:
     """New tokens after ``ids``, one at a time, until one of ``stop`` (which is not given) or the context is full.
 
@@ -135,7 +135,7 @@ def generate(
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Pieces of text as soon as they are whole: a character whose bytes are spread over tokens waits for its last one."""
     decoder = tokenizer.load()
-    ids: List[int] = []
+    ids: list[int] = []
     shown = ""
     for token in tokens:
         ids.append(token)

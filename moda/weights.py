@@ -13,7 +13,7 @@ import pickle
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from olmo_core.nn.transformer import Transformer, TransformerConfig
@@ -84,7 +84,7 @@ def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def read_weights(folder: Path) -> Dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The model's tensors of a checkpoint, whole, on the CPU, by parameter name.
 
     :param folder: a checkpoint (``stepN``), saved by any number of processes. Where it has checksums they are checked first.
@@ -97,11 +97,11 @@ def read_weights(folder: Path) -> Dict[str, torch.Tensor]:
     if (folder / CHECKSUMS).is_file() and (reason := damage(folder)) is not None:
         raise UserError("checkpoint", f"a whole checkpoint in {folder}", reason)
     table = _read_table(state)
-    shards: Dict[str, List[Tuple[Any, Any]]] = defaultdict(list)
+    shards: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for index, entry in table.storage_data.items():
         if index.fqn.startswith(_PREFIX):
             shards[index.fqn].append((index, entry))
-    weights: Dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, meta in table.state_dict_metadata.items():
         if not name.startswith(_PREFIX) or not hasattr(meta, "chunks"):
             continue
@@ -137,9 +137,9 @@ class Checkpoint:
     folder: Path
     kind: str
     model: TransformerConfig
-    tokenizer: Optional[TokenizerSection]
-    sequence_length: Optional[int]
-    settings: Dict[str, Any]
+    tokenizer: TokenizerSection | None
+    sequence_length: int | None
+    settings: dict[str, Any]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -192,7 +192,7 @@ def _check_classes(file: Path, node: Any) -> None:
             _check_classes(file, value)
 
 
-def _olmo_core_config(file: Path, model: Dict[str, Any]) -> TransformerConfig:
+def _olmo_core_config(file: Path, model: dict[str, Any]) -> TransformerConfig:
     _check_classes(file, model)
     try:
         config = TransformerConfig.from_dict(model)
@@ -203,7 +203,7 @@ def _olmo_core_config(file: Path, model: Dict[str, Any]) -> TransformerConfig:
     return config
 
 
-def _find_tokenizer(node: Any) -> Optional[TokenizerSection]:
+def _find_tokenizer(node: Any) -> TokenizerSection | None:
     """The first tokenizer described anywhere in an OLMo-core configuration."""
     if isinstance(node, dict):
         if {"identifier", "vocab_size", "eos_token_id"} <= set(node) and node["identifier"]:
@@ -220,7 +220,7 @@ def _find_tokenizer(node: Any) -> Optional[TokenizerSection]:
     return next((found for child in children if (found := _find_tokenizer(child)) is not None), None)
 
 
-def _find_value(node: Any, key: str) -> Optional[int]:
+def _find_value(node: Any, key: str) -> int | None:
     if isinstance(node, dict):
         if isinstance(node.get(key), int):
             return node[key]
@@ -231,7 +231,7 @@ def _find_value(node: Any, key: str) -> Optional[int]:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: Optional[torch.device] = None, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Transformer:
     """The model with its weights, in evaluation mode.
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def main() -> int:
@@ -37,15 +36,15 @@ def _kernels(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from kernels.benchmarks.plots import draw_sweeps
+    from moda_kernels.benchmarks.plots import draw_sweeps
 
     console = Console(soft_wrap=True, highlight=False)
     if not arguments.plot_only:
         if not torch.cuda.is_available():
             console.print("bench: a CUDA device is needed (--plot-only draws from an existing CSV)")
             return 2
-        from kernels.benchmarks.runner import run_table
-        from kernels.benchmarks.variants import VARIANTS
+        from moda_kernels.benchmarks.runner import run_table
+        from moda_kernels.benchmarks.variants import VARIANTS
 
         run_table(
             arguments.table, arguments.out, arguments.variants or tuple(VARIANTS), arguments.jobs, arguments.only,
@@ -60,8 +59,8 @@ def _parity(out: Path, seeds: int) -> int:
     import torch
     from rich.console import Console
 
-    from kernels.benchmarks.runner import environment
     from moda.backend_parity import write_curves
+    from moda_kernels.benchmarks.runner import environment
 
     console = Console(soft_wrap=True, highlight=False)
     if not torch.cuda.is_available():
@@ -77,8 +76,8 @@ def _training(out: Path) -> int:
     """A training step of whole models; the first is the baseline that the others are divided by."""
     from rich.console import Console
 
-    from kernels.benchmarks.runner import environment
     from moda.benchmark import training_table
+    from moda_kernels.benchmarks.runner import environment
 
     console = Console(soft_wrap=True, highlight=False)
     steps = training_table()

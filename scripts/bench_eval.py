@@ -13,13 +13,11 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a configuration whose model section is used")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -35,15 +33,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     import torch
 
-    from evals.benchmark import benchmark, load_spans, save_spans
-    from evals.downstream import fit
-    from evals.model import ScoredModel, TextTokenizer
-    from evals.tasks import load_questions, resolve_tasks
-    from kernels.benchmarks.provenance import commit
     from moda.config import load_config
     from moda.config.schema import TokenizerSection
     from moda.data import load_tokenizer
     from moda.errors import UserError
+    from moda_evals.benchmark import benchmark, load_spans, save_spans
+    from moda_evals.downstream import fit
+    from moda_evals.model import ScoredModel, TextTokenizer
+    from moda_evals.tasks import load_questions, resolve_tasks
+    from moda_kernels.benchmarks.provenance import commit
 
     try:
         if args.requests:

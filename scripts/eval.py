@@ -14,18 +14,17 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def _named(key: str, pairs: Sequence[str]) -> Dict[str, List[str]]:
+def _named(key: str, pairs: Sequence[str]) -> dict[str, list[str]]:
     """``NAME=PATH`` options; a name may come several times."""
     from moda.errors import UserError
 
-    out: Dict[str, List[str]] = {}
+    out: dict[str, list[str]] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path or "/" in name:
@@ -83,8 +82,8 @@ def _compare_parser() -> argparse.ArgumentParser:
 def _compare(argv: Sequence[str]) -> int:
     from rich.console import Console
 
-    from evals.compare import best_paper_pair, compare, comparison_table, markdown, plot
-    from evals.run import read_results
+    from moda_evals.compare import best_paper_pair, compare, comparison_table, markdown, plot
+    from moda_evals.run import read_results
 
     args = _compare_parser().parse_args(argv)
     a, b = read_results(Path(args.a)), read_results(Path(args.b))
@@ -98,7 +97,7 @@ def _compare(argv: Sequence[str]) -> int:
     return 0
 
 
-def _join() -> Tuple[int, Optional[str]]:
+def _join() -> tuple[int, str | None]:
     """Join the other processes of torchrun; this process's rank and device."""
     import torch
     import torch.distributed as dist
@@ -113,9 +112,9 @@ def _join() -> Tuple[int, Optional[str]]:
 def _evaluate(argv: Sequence[str]) -> int:
     from rich.console import Console
 
-    from evals.model import checkpoint_label
-    from evals.report import notes, table, write_reports
-    from evals.run import Options, evaluate, labels_of
+    from moda_evals.model import checkpoint_label
+    from moda_evals.report import notes, table, write_reports
+    from moda_evals.run import Options, evaluate, labels_of
 
     args = _eval_parser().parse_args(argv)
     options = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "paper", "output", "batch_size")}
@@ -129,7 +128,7 @@ def _evaluate(argv: Sequence[str]) -> int:
 
         checked = dataclasses.replace(checked, device=device)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("evals").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("moda_evals").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     output = Path(args.output)
     results = [evaluate(c, checked, output / label, label) for c, label in zip(args.checkpoint, labels)]
     if rank == 0:
@@ -145,7 +144,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     from moda.errors import UserError
 
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -11,10 +11,7 @@ import argparse
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def _tokenize(args: argparse.Namespace) -> int:

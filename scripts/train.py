@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 # Read when torch loads. Large CPU tensors (the logits) go into huge pages: page faults otherwise take longer than the
 # arithmetic. Threads that wait for each other sleep: on a busy machine they would take the cores from those that work.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> int:
@@ -27,10 +25,10 @@ def main() -> int:
     )
     args = parser.parse_intermixed_args()
 
-    from evals.in_loop import check_downstream, downstream_callbacks
     from moda.config import load_config
     from moda.errors import UserError
     from moda.train.run import plan, print_plan, train
+    from moda_evals.in_loop import check_downstream, downstream_callbacks
 
     try:
         config = load_config(args.config, args.overrides)

@@ -6,14 +6,13 @@ It shares no code with the project, so that both must be wrong in the same way f
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple
 
 import torch
 
-Slot = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
+Slot = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def rms(x: torch.Tensor, gain: Optional[torch.Tensor], eps: float = 1e-6) -> torch.Tensor:
+def rms(x: torch.Tensor, gain: torch.Tensor | None, eps: float = 1e-6) -> torch.Tensor:
     x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
     return x if gain is None else x * gain
 
@@ -30,7 +29,7 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def plain_logits(
-    p: Dict[str, torch.Tensor],
+    p: dict[str, torch.Tensor],
     ids: torch.Tensor,
     *,
     n_layers: int,
@@ -39,20 +38,20 @@ def plain_logits(
     head_dim: int,
     placement: str,
     head_norm: bool,
-    depth: Optional[dict],
+    depth: dict | None,
     theta: float = 500_000.0,
 ) -> torch.Tensor:
     """Logits ``[B, T, V]``. ``depth``: attention, ffn, key_norm, rope, slots, or None for a plain decoder."""
     group = n_heads // n_kv_heads
     h = p["embeddings.weight"][ids]
     B, T, _ = h.shape
-    slots: List[Slot] = []
+    slots: list[Slot] = []
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         y = x @ p[f"{name}.weight"].T
         return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
-    def qk_norm(x: torch.Tensor, gain: Optional[torch.Tensor]) -> torch.Tensor:
+    def qk_norm(x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         if head_norm:
             return rms(x.reshape(B, T, -1, head_dim), gain)
         return rms(x, gain).reshape(B, T, -1, head_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from olmo_core.distributed.checkpoint import save_state_dict
@@ -14,7 +14,7 @@ from moda.config.typed import from_dict, to_dict
 from moda.data import load_tokenizer
 
 HUB = "allenai/gpt-neox-olmo-dolma-v1_5"
-MODEL: Dict[str, Any] = dict(
+MODEL: dict[str, Any] = dict(
     d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=8, ffn_hidden_size=24, norm_placement="post",
     pad_vocab_to=64, depth_kv=dict(attention="reuse", ffn=True),
 )  # fmt: skip
@@ -28,7 +28,7 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
-def run_config(tokenizer: Path, model: Optional[Dict[str, Any]] = None, sequence_length: int = 8192) -> RunConfig:
+def run_config(tokenizer: Path, model: dict[str, Any] | None = None, sequence_length: int = 8192) -> RunConfig:
     return from_dict(
         RunConfig,
         {

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"kernels", "moda", "evals", "scripts"}
+OURS = {"moda_kernels", "moda", "moda_evals", "scripts", "kernels", "evals"}  # the last two belong to others
 MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "moda": {"kernels", "moda"},
-    "evals": {"kernels", "moda", "evals"},
-    "scripts": {"kernels", "moda", "evals"},
+    "kernels": {"moda_kernels"},
+    "moda": {"moda_kernels", "moda"},
+    "evals": {"moda_kernels", "moda", "moda_evals"},
+    "scripts": {"moda_kernels", "moda", "moda_evals"},
 }
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
@@ -36,7 +36,7 @@ def test_layers_import_downwards(path: Path) -> None:
     names = imported(path)
     assert not (names & OURS) - MAY_IMPORT[package]
     if package == "kernels":
-        third_party = names - set(sys.stdlib_module_names) - {"kernels"}
+        third_party = names - set(sys.stdlib_module_names) - {"moda_kernels"}
         assert third_party <= {"torch", "triton", "flash_attn", "flash_attn_interface", "matplotlib", "rich"}
 
 
@@ -48,14 +48,16 @@ class Absent:
         if name.split(".")[0] == "triton":
             raise ModuleNotFoundError("No module named 'triton'", name="triton")
 sys.meta_path.insert(0, Absent())
-import torch, kernels
+import torch, moda_kernels
 q = torch.randn(1, 3, 2, 8)
-assert kernels.moda_attention(q, q, q, backend="reference").shape == q.shape
-assert not hasattr(kernels, "__version__")
+assert moda_kernels.moda_attention(q, q, q, backend="reference").shape == q.shape
+assert not hasattr(moda_kernels, "__version__")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_importing_kernels_loads_neither_triton_nor_olmo_core() -> None:
-    code = "import sys, kernels; assert not {'triton', 'olmo_core', 'moda'} & set(sys.modules), sorted(sys.modules)"
+    code = (
+        "import sys, moda_kernels; assert not {'triton', 'olmo_core', 'moda'} & set(sys.modules), sorted(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -6,8 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -18,7 +18,7 @@ from tests.tiny import ROOT, make_tokenizer
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> Iterator[Tuple[str, List[str]]]:
+def commands() -> Iterator[tuple[str, list[str]]]:
     for document in DOCUMENTS:
         for block in re.findall(r"```bash\n(.*?)```", document.read_text(), flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -33,7 +33,7 @@ SCRIPTS = sorted({w for _, words in ALL for w in words if re.fullmatch(r"scripts
 
 
 @pytest.mark.parametrize("words", [w for _, w in TRAINING], ids=[n for n, _ in TRAINING])
-def test_training_commands(words: List[str], tmp_path: Path) -> None:
+def test_training_commands(words: list[str], tmp_path: Path) -> None:
     arguments = words[words.index("scripts/train.py") + 1 :]
     config, overrides = arguments[0], [a for a in arguments[1:] if not a.startswith("--")]
     if not (ROOT / config).is_file():

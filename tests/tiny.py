@@ -7,7 +7,7 @@ import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import tokenizers
 import torch
@@ -39,9 +39,9 @@ def make_text(folder: Path, documents: int = 12) -> Path:
     return folder
 
 
-def tiny_config(folder: Path, **sections: Dict[str, Any]) -> Dict[str, Any]:
+def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a tiny MoDA run below ``folder``; ``sections`` override keys section by section."""
-    config: Dict[str, Any] = {
+    config: dict[str, Any] = {
         "name": "tiny",
         "model": dict(
             d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=48, norm_placement="post",
@@ -65,7 +65,7 @@ def tiny_config(folder: Path, **sections: Dict[str, Any]) -> Dict[str, Any]:
     return config
 
 
-def write_config(folder: Path, **sections: Dict[str, Any]) -> Path:
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """Write a tiny configuration with its text and tokenizer and return the YAML file."""
     if not (folder / "tokenizer.json").exists():
         make_tokenizer(folder / "tokenizer.json")
@@ -75,7 +75,7 @@ def write_config(folder: Path, **sections: Dict[str, Any]) -> Path:
     return path
 
 
-def command(config: Path, *overrides: str, processes: Optional[int] = None) -> List[str]:
+def command(config: Path, *overrides: str, processes: int | None = None) -> list[str]:
     """The command line of a training run, as a user types it."""
     script = [str(ROOT / "scripts" / "train.py"), str(config), *overrides]
     if processes is None:
@@ -83,17 +83,17 @@ def command(config: Path, *overrides: str, processes: Optional[int] = None) -> L
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *script]
 
 
-def environment() -> Dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(config: Path, *overrides: str, processes: Optional[int] = None) -> subprocess.CompletedProcess[str]:
+def run(config: Path, *overrides: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run training to its end and return what it printed."""
     line = command(config, *overrides, processes=processes)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def weights(checkpoint: Path) -> Dict[str, torch.Tensor]:
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's tensors in a checkpoint."""
     from olmo_core.distributed.checkpoint import load_keys
     from torch.distributed.checkpoint import FileSystemReader

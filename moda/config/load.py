@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, List, Mapping, Sequence, Tuple, cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,7 @@ from .typed import from_dict
 __all__ = ["load_config", "read_yaml"]
 
 
-def _load_file(path: Path, seen: Tuple[Path, ...]) -> DictConfig:
+def _load_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         known = [str(folder / p.name) for p in sorted(folder.glob("*.yaml"))]
@@ -32,7 +33,7 @@ def _load_file(path: Path, seen: Tuple[Path, ...]) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise UserError(str(path), "a YAML file of sections (key: value lines)", type(loaded).__name__)
     base = loaded.pop("base", None)
-    bases: List[str] = [] if base is None else ([base] if isinstance(base, str) else list(base))
+    bases: list[str] = [] if base is None else ([base] if isinstance(base, str) else list(base))
     merged = OmegaConf.create({})
     for name in bases:
         merged = cast(DictConfig, OmegaConf.merge(merged, _load_file(path.parent / str(name), (*seen, path))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 from olmo_core.config import DType
 from olmo_core.nn.attention import AttentionConfig
@@ -38,12 +38,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _at_least(key: str, value: Optional[float], low: float) -> None:
+def _at_least(key: str, value: float | None, low: float) -> None:
     if value is not None and not (math.isfinite(value) and value >= low):
         raise UserError(key, f"a number >= {low:g}", value)
 
 
-def _above(key: str, value: Optional[float], low: float) -> None:
+def _above(key: str, value: float | None, low: float) -> None:
     if value is not None and not (math.isfinite(value) and value > low):
         raise UserError(key, f"a number > {low:g}", value)
 
@@ -63,7 +63,7 @@ class DepthKVSection:
     ffn: bool = True
     key_norm: DepthKeyNorm = DepthKeyNorm.writer
     rope: DepthRoPE = DepthRoPE.same_position
-    slots: Optional[int] = None
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         # Plain strings are welcome from Python, as they are from YAML.
@@ -98,9 +98,9 @@ class ModelConfig:
     n_layers: int
     n_heads: int
     ffn_hidden_size: int
-    n_kv_heads: Optional[int] = None
-    head_dim: Optional[int] = None
-    vocab_size: Optional[int] = None
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
     pad_vocab_to: int = 1
     tie_embeddings: bool = True
     norm_placement: NormPlacement = NormPlacement.reordered
@@ -109,7 +109,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_theta: int = 500_000
     init_std: float = 0.02
-    depth_kv: Optional[DepthKVSection] = None
+    depth_kv: DepthKVSection | None = None
     attention_backend: Backend = Backend.auto
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ class ModelConfig:
                 self.attention_backend.value,
             )
 
-    def transformer(self, vocab_size: Optional[int] = None) -> MoDATransformerConfig:
+    def transformer(self, vocab_size: int | None = None) -> MoDATransformerConfig:
         """OLMo-core's form of this model.
 
         :param vocab_size: the tokenizer's, used where ``vocab_size`` is null.
@@ -157,7 +157,7 @@ class ModelConfig:
             raise UserError("model.vocab_size", "a number of tokens, where no tokenizer gives one")
         rows = -(-vocab // self.pad_vocab_to) * self.pad_vocab_to
         norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
-        mixer: Dict[str, Any] = dict(
+        mixer: dict[str, Any] = dict(
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads,
             head_dim=self.head_dim,
@@ -201,10 +201,10 @@ class TokenizerSection:
     """
 
     identifier: str
-    vocab_size: Optional[int] = None
-    eos_token_id: Optional[int] = None
-    pad_token_id: Optional[int] = None
-    hub: Optional[str] = None
+    vocab_size: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    hub: str | None = None
 
 
 class Verify(str, Enum):
@@ -222,9 +222,9 @@ class MixtureSource:
     :param max_repetition: how many times through the source the run may go.
     """
 
-    paths: List[str]
-    ratio: Optional[float] = None
-    tokens: Optional[int] = None
+    paths: list[str]
+    ratio: float | None = None
+    tokens: int | None = None
     max_repetition: float = 1.0
 
     def __post_init__(self) -> None:
@@ -246,7 +246,7 @@ class MixtureSection:
     :param seed: chooses which sequences of a file are taken where not all are.
     """
 
-    sources: Dict[str, MixtureSource]
+    sources: dict[str, MixtureSource]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -278,14 +278,14 @@ class DataConfig:
     :param num_workers: data loading processes.
     """
 
-    mix: Optional[str] = None
-    base_dir: Optional[str] = None
-    mix_tokens: Optional[int] = None
-    mixture: Optional[MixtureSection] = None
-    paths: Optional[List[str]] = None
-    text: Optional[Union[str, List[str]]] = None
-    tokenizer: Union[TokenizerSection, str] = "dolma2"
-    validation: Optional[Union[str, Dict[str, List[str]]]] = None
+    mix: str | None = None
+    base_dir: str | None = None
+    mix_tokens: int | None = None
+    mixture: MixtureSection | None = None
+    paths: list[str] | None = None
+    text: str | list[str] | None = None
+    tokenizer: TokenizerSection | str = "dolma2"
+    validation: str | dict[str, list[str]] | None = None
     validation_fraction: float = 0.05
     document_masking: bool = False
     verify: Verify = Verify.size
@@ -322,13 +322,13 @@ class OptimConfig:
 
     name: Optimizer = Optimizer.adamw
     lr: float = 3e-4
-    betas: Tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     warmup_steps: int = 2000
     final_lr_ratio: float = 0.1
-    max_grad_norm: Optional[float] = 1.0
-    z_loss: Optional[float] = 1e-5
+    max_grad_norm: float | None = 1.0
+    z_loss: float | None = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "max_grad_norm", "z_loss"):
@@ -358,12 +358,12 @@ class TrainConfig:
     sequence_length: int = 4096
     global_batch_size: int = 1024
     microbatch_size: int = 8
-    max_tokens: Optional[int] = None
-    max_steps: Optional[int] = None
+    max_tokens: int | None = None
+    max_steps: int | None = None
     seed: int = 0
-    save_folder: Optional[str] = None
-    load_path: Optional[str] = None
-    compile: Optional[bool] = None
+    save_folder: str | None = None
+    load_path: str | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "global_batch_size", "microbatch_size", "max_tokens", "max_steps"):
@@ -401,13 +401,13 @@ class ParallelConfig:
     """
 
     data: DataParallel = DataParallel.fsdp
-    shard_degree: Optional[int] = None
+    shard_degree: int | None = None
     prefetch: int = 0
     tensor: int = 1
     activation_checkpointing: Checkpointing = Checkpointing.none
-    block_interval: Optional[int] = None
-    modules: Optional[List[str]] = None
-    memory_budget: Optional[float] = None
+    block_interval: int | None = None
+    modules: list[str] | None = None
+    memory_budget: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("shard_degree", "tensor", "block_interval"):
@@ -441,9 +441,9 @@ class DownstreamSection:
     :param limit: only the first so many questions of each; null for all.
     """
 
-    tasks: List[str]
-    interval: Optional[int] = 1000
-    limit: Optional[int] = None
+    tasks: list[str]
+    interval: int | None = 1000
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -463,11 +463,11 @@ class EvalConfig:
     :param downstream: tasks to run as well.
     """
 
-    interval: Optional[int] = 1000
+    interval: int | None = 1000
     on_start: bool = True
     on_finish: bool = True
-    max_batches: Optional[int] = None
-    downstream: Optional[DownstreamSection] = None
+    max_batches: int | None = None
+    downstream: DownstreamSection | None = None
 
     def __post_init__(self) -> None:
         _at_least("eval.interval", self.interval, 1)
@@ -485,8 +485,8 @@ class CheckpointConfig:
     """
 
     interval: int = 1000
-    ephemeral_interval: Optional[int] = None
-    keep: Optional[int] = None
+    ephemeral_interval: int | None = None
+    keep: int | None = None
     save_async: bool = False
 
     def __post_init__(self) -> None:
@@ -505,10 +505,10 @@ class WandBSection:
     """``logging.wandb``: Weights & Biases (``pip install 'moda[wandb]'``)."""
 
     enabled: bool = False
-    project: Optional[str] = None
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    tags: Optional[List[str]] = None
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
 
 
 @dataclass
@@ -535,7 +535,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    description: Optional[str] = None
+    description: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip() or "/" in self.name:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Dict, Mapping, Type, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 from moda.errors import UserError, nearest
 
@@ -22,7 +24,7 @@ def _name(kind: Any) -> str:
     if kind in plain:
         return plain[kind]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Union:
+    if origin in (Union, types.UnionType):
         return " or ".join(_name(a) for a in args)
     if origin in (list, tuple):
         return f"a list of {_name(args[0]).removeprefix('a ').removeprefix('an ')}s" if args else "a list"
@@ -35,7 +37,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin is Union:
+    if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         options = [a for a in args if a is not type(None)]
@@ -93,7 +95,7 @@ def _convert_scalar(value: Any, kind: Any, key: str) -> Any:
     raise UserError(key, _name(kind), _given(value))
 
 
-def from_dict(cls: Type[T], data: Mapping[str, Any], key: str = "") -> T:
+def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
     """Build a dataclass from a dictionary, converting and checking every value.
 
     :raises UserError: for an unknown key (naming the nearest known one), a missing one, or a value of another type.
@@ -101,7 +103,7 @@ def from_dict(cls: Type[T], data: Mapping[str, Any], key: str = "") -> T:
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{key}." if key else ""
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in known:
             raise UserError(f"{prefix}{name}", "a known key", hint=nearest(str(name), known))

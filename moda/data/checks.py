@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 from olmo_core.data import NumpyDatasetDType
@@ -39,10 +39,10 @@ class _Cache:
     :param folder: where it is kept; None for no cache.
     """
 
-    def __init__(self, folder: Optional[Union[str, Path]], tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: str | Path | None, tokenizer: Tokenizer) -> None:
         name = f"checked-{tokenizer.fingerprint.replace(':', '-').replace('/', '-')[:40]}.json"
         self.path = None if folder is None else Path(folder) / name
-        self.entries: Dict[str, List[Any]] = {}
+        self.entries: dict[str, list[Any]] = {}
         if self.path is not None and self.path.is_file():
             try:
                 self.entries = json.loads(self.path.read_text())
@@ -50,7 +50,7 @@ class _Cache:
                 log.warning("%s cannot be read; the token files are checked again", self.path)
         self._changed = False
 
-    def add(self, path: str, stamp: List[Any]) -> None:
+    def add(self, path: str, stamp: list[Any]) -> None:
         self.entries[path] = stamp
         self._changed = True
 
@@ -70,9 +70,9 @@ class _Manifests:
     """The manifest of every folder that token files lie in, looked for once."""
 
     def __init__(self) -> None:
-        self._found: Dict[Path, Optional[Tuple[Path, int]]] = {}
+        self._found: dict[Path, tuple[Path, int] | None] = {}
 
-    def of(self, path: Path) -> Optional[Tuple[Path, int]]:
+    def of(self, path: Path) -> tuple[Path, int] | None:
         """(file, time of its last change), or None."""
         if path.parent not in self._found:
             file = find_manifest(path)
@@ -80,7 +80,7 @@ class _Manifests:
         return self._found[path.parent]
 
 
-def missing_shards(pattern: str) -> List[str]:
+def missing_shards(pattern: str) -> list[str]:
     """Shards that a manifest lists, a glob covers, and the disk lacks."""
     folder = Path(pattern).expanduser().parent
     file = find_manifest(folder / "any") if folder.is_dir() else None
@@ -117,11 +117,11 @@ def _check_ids(name: str, size: int, dtype: np.dtype, tokenizer: Tokenizer) -> N
 
 def check_token_files(
     key: str,
-    paths: List[str],
+    paths: list[str],
     tokenizer: Tokenizer,
     *,
     verify: Verify = Verify.size,
-    cache: Optional[Union[str, Path]] = None,
+    cache: str | Path | None = None,
 ) -> int:
     """Check local token files and return how many tokens they hold. Remote ones are passed over.
 
@@ -135,9 +135,9 @@ def check_token_files(
     """
     dtype = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype())
     known, manifests = _Cache(cache, tokenizer), _Manifests()
-    checked: Dict[Path, bool] = {}  # manifests whose tokenizer was compared
-    to_hash: List[Tuple[Path, Dict[str, Any]]] = []
-    fresh: List[Tuple[str, List[Any]]] = []
+    checked: dict[Path, bool] = {}  # manifests whose tokenizer was compared
+    to_hash: list[tuple[Path, dict[str, Any]]] = []
+    fresh: list[tuple[str, list[Any]]] = []
     total = 0
     for name in paths:
         if is_url(name):

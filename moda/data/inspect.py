@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -81,7 +82,7 @@ def histogram_lines(lengths: Lengths) -> Iterator[str]:
         yield f"{low:>11,} - {2**b:<11,} {n:>12,}  {bar}"
 
 
-def plot_histogram(found: Dict[str, Lengths], path: str) -> None:
+def plot_histogram(found: dict[str, Lengths], path: str) -> None:
     """Draw the histograms of the training sources as shares of their documents."""
     import matplotlib
 
@@ -116,7 +117,7 @@ def plot_histogram(found: Dict[str, Lengths], path: str) -> None:
         plt.close(figure)
 
 
-def _sample(path: Path, dtype: Any, eos: int, rng: random.Random, longest: int = 400) -> Optional[List[int]]:
+def _sample(path: Path, dtype: Any, eos: int, rng: random.Random, longest: int = 400) -> list[int] | None:
     """The beginning of some document of a file: the first one after a random place."""
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if not len(tokens):
@@ -130,10 +131,10 @@ def _sample(path: Path, dtype: Any, eos: int, rng: random.Random, longest: int =
     return document[: int(ends[0]) if len(ends) else None].tolist()
 
 
-def _find(paths: Sequence[str], given: Optional[str]) -> Tuple[Dict[str, List[Path]], Tokenizer]:
+def _find(paths: Sequence[str], given: str | None) -> tuple[dict[str, list[Path]], Tokenizer]:
     """Token files by source (validation apart), and the tokenizer that made them."""
-    files: Dict[str, List[Path]] = {}
-    section: Optional[TokenizerSection] = None if given is None else TokenizerSection(given)
+    files: dict[str, list[Path]] = {}
+    section: TokenizerSection | None = None if given is None else TokenizerSection(given)
     made_by = set()
     for name in paths:
         path = Path(name)
@@ -175,10 +176,10 @@ def inspect(
     console: Console,
     *,
     samples: int = 3,
-    plot: Optional[str] = None,
-    tokenizer: Optional[str] = None,
+    plot: str | None = None,
+    tokenizer: str | None = None,
     seed: int = 0,
-) -> Dict[str, Lengths]:
+) -> dict[str, Lengths]:
     """Print documents, length histogram, samples and shares of prepared data.
 
     :param paths: prepared folders or token files.
@@ -190,7 +191,7 @@ def inspect(
     """
     files, made_with = _find(paths, tokenizer)
     eos, dtype = made_with.config.eos_token_id, np.uint16 if made_with.config.vocab_size <= 2**16 else np.uint32
-    found: Dict[str, Lengths] = {}
+    found: dict[str, Lengths] = {}
     for name, shards in files.items():
         lengths = found[name] = Lengths()
         for shard in shards:
@@ -224,7 +225,7 @@ def inspect(
 
 
 def _show_samples(
-    files: Dict[str, List[Path]], made_with: Tokenizer, dtype: Any, samples: int, seed: int, console: Console
+    files: dict[str, list[Path]], made_with: Tokenizer, dtype: Any, samples: int, seed: int, console: Console
 ) -> None:
     encoder, rng = made_with.load(), random.Random(seed)
     for name, shards in files.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any
 
 from moda.errors import UserError
 
@@ -18,7 +19,7 @@ _BLOCK = 1 << 24
 
 
 @lru_cache(maxsize=64)
-def _read(path: str, stamp: Tuple[int, int]) -> Dict[str, Any]:
+def _read(path: str, stamp: tuple[int, int]) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -28,7 +29,7 @@ def _read(path: str, stamp: Tuple[int, int]) -> Dict[str, Any]:
     return found
 
 
-def read_manifest(path: Path) -> Dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest's contents, read once while the file is unchanged.
 
     :raises UserError: if it is damaged.
@@ -37,7 +38,7 @@ def read_manifest(path: Path) -> Dict[str, Any]:
     return _read(str(path), (stat.st_size, stat.st_mtime_ns))
 
 
-def find_manifest(token_file: Path) -> Optional[Path]:
+def find_manifest(token_file: Path) -> Path | None:
     """The manifest that describes a token file: in its folder or the one above."""
     for folder in (token_file.parent, token_file.parent.parent):
         if (folder / MANIFEST).is_file():
@@ -45,7 +46,7 @@ def find_manifest(token_file: Path) -> Optional[Path]:
     return None
 
 
-def shard_entry(manifest: Path, token_file: Path) -> Optional[Dict[str, Any]]:
+def shard_entry(manifest: Path, token_file: Path) -> dict[str, Any] | None:
     """What a manifest says of one token file (``bytes``, ``sha256``, ...), or None."""
     shards = read_manifest(manifest).get("shards", {})
     return shards.get(token_file.resolve().relative_to(manifest.parent.resolve()).as_posix())
@@ -59,12 +60,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_hashes(key: str, files: Iterable[Tuple[Path, Dict[str, Any]]], threads: int = 8) -> None:
+def verify_hashes(key: str, files: Iterable[tuple[Path, dict[str, Any]]], threads: int = 8) -> None:
     """Read files whole and compare them with their entries.
 
     :raises UserError: naming the first file whose contents have changed.
     """
-    pairs: List[Tuple[Path, Dict[str, Any]]] = list(files)
+    pairs: list[tuple[Path, dict[str, Any]]] = list(files)
     with ThreadPoolExecutor(threads) as pool:
         for (path, entry), found in zip(pairs, pool.map(sha256_of, [p for p, _ in pairs])):
             if found != entry["sha256"]:

@@ -21,7 +21,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 from olmo_core.io import is_url
@@ -68,14 +68,14 @@ class MirrorOptions:
     folder: str
     source: str
     tokenizer: str = "dolma2"
-    tokens: Optional[int] = None
+    tokens: int | None = None
     seed: int = 0
     connections: int = 8
     timeout: float = 30.0
     retries: int = 8
 
 
-def _request(url: str, timeout: float, headers: Optional[Dict[str, str]] = None, method: str = "GET") -> Any:
+def _request(url: str, timeout: float, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
     request = urllib.request.Request(url, headers={"User-Agent": "moda", **(headers or {})}, method=method)
     return urllib.request.urlopen(request, timeout=timeout)
 
@@ -105,7 +105,7 @@ def remote_size(url: str, timeout: float = 30.0, retries: int = 8) -> int:
     raise AssertionError
 
 
-def _announced_md5(headers: Any) -> Optional[str]:
+def _announced_md5(headers: Any) -> str | None:
     given = headers.get("Content-MD5")
     if given:
         return base64.b64decode(given).hex()
@@ -117,7 +117,7 @@ class _Changed(OSError):
     """What arrived is not what the server announced."""
 
 
-def _continue_download(url: str, part: Path, size: int, timeout: float, note: Any) -> Optional[str]:
+def _continue_download(url: str, part: Path, size: int, timeout: float, note: Any) -> str | None:
     """One attempt at the rest of a file; the MD5 that the server announced, if it did.
 
     :raises OSError: if it ends early.
@@ -195,7 +195,7 @@ def fetch(url: str, path: Path, size: int, *, timeout: float, retries: int, note
             _pause(attempt)
 
 
-def _plan(options: MirrorOptions) -> Tuple[List[Tuple[str, str]], Dict[str, int], int]:
+def _plan(options: MirrorOptions) -> tuple[list[tuple[str, str]], dict[str, int], int]:
     """The files to have, the sizes of all files of the mix, and the width of a token."""
     tokenizer = load_tokenizer(TokenizerSection(options.tokenizer))
     width = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype()).itemsize
@@ -215,8 +215,8 @@ def _plan(options: MirrorOptions) -> Tuple[List[Tuple[str, str]], Dict[str, int]
 
 
 def _missing(
-    folder: Path, files: List[Tuple[str, str]], sizes: Dict[str, int], sums: Dict[str, str], verify: bool
-) -> List[str]:
+    folder: Path, files: list[tuple[str, str]], sizes: dict[str, int], sums: dict[str, str], verify: bool
+) -> list[str]:
     """Files that are not there, have another size, or (when verifying) another hash than when they came."""
     found = []
     for _, name in files:
@@ -237,11 +237,11 @@ def mirror(options: MirrorOptions, console: Console, *, dry_run: bool = False, v
     folder = Path(options.folder)
     files, sizes, width = _plan(options)
     sums_file = folder / "mirror" / _SUMS
-    sums: Dict[str, str] = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
+    sums: dict[str, str] = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
     missing = _missing(folder, files, sizes, sums, verify)
     total = sum(sizes[name] for _, name in files)
     left = sum(sizes[name] for name in missing)
-    by_label: Dict[str, int] = {}
+    by_label: dict[str, int] = {}
     for label, name in files:
         by_label[label] = by_label.get(label, 0) + sizes[name]
     console.print(
@@ -270,14 +270,14 @@ def _download(
     options: MirrorOptions,
     console: Console,
     folder: Path,
-    missing: List[str],
-    sizes: Dict[str, int],
-    sums: Dict[str, str],
+    missing: list[str],
+    sizes: dict[str, int],
+    sums: dict[str, str],
     sums_file: Path,
 ) -> None:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     lock = threading.Lock()
-    errors: List[UserError] = []
+    errors: list[UserError] = []
     with Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("downloading", total=sum(sizes[n] for n in missing))
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple, Union
 
 from olmo_core.data import DataMix
 from olmo_core.io import get_file_size, is_url
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _THREADS = 32
 
 
-def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> List[Tuple[str, str]]:
+def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(label, path relative to the base directory) of every file of a mix.
 
     :raises UserError: for a mix that is not known, or not for this tokenizer.
@@ -53,8 +53,8 @@ def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> List[Tuple[str, str]
 
 
 def choose_subset(
-    files: List[Tuple[str, str]], sizes: Dict[str, int], tokens: int, width: int, seed: int = 0
-) -> List[Tuple[str, str]]:
+    files: list[tuple[str, str]], sizes: dict[str, int], tokens: int, width: int, seed: int = 0
+) -> list[tuple[str, str]]:
     """The files of a mix that hold a token budget, in the mix's order.
 
     :param files: (label, path) of the mix.
@@ -81,15 +81,15 @@ def choose_subset(
     return [(label, path) for label, path in files if path in chosen]
 
 
-def subset_file(folder: Path, mix: str, tokens: Optional[int], seed: int = 0) -> Path:
+def subset_file(folder: Path, mix: str, tokens: int | None, seed: int = 0) -> Path:
     """Where a local mirror says which files of a mix it holds."""
     what = "all" if tokens is None else f"{tokens}-{seed}"
     return folder / "mirror" / f"{mix}-{what}.json"
 
 
 def load_sizes(
-    base: str, paths: List[str], cache: Path, size_of: Callable[[str], int] = get_file_size
-) -> Dict[str, int]:
+    base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
+) -> dict[str, int]:
     """The size of every file of a mix, asked once and remembered.
 
     :param base: folder or URL.
@@ -97,12 +97,12 @@ def load_sizes(
 
     :raises UserError: naming the first file that cannot be reached.
     """
-    known: Dict[str, int] = json.loads(cache.read_text()) if cache.is_file() else {}
+    known: dict[str, int] = json.loads(cache.read_text()) if cache.is_file() else {}
     missing = [p for p in paths if p not in known]
     if missing:
         log.info("asking %s for the sizes of %d files ...", base, len(missing))
 
-        def ask(path: str) -> Union[int, Exception]:
+        def ask(path: str) -> int | Exception:
             try:
                 return size_of(f"{base.rstrip('/')}/{path}")
             except Exception as e:  # each kind of storage has its own
@@ -117,7 +117,7 @@ def load_sizes(
     return {p: known[p] for p in paths}
 
 
-def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width: int) -> Tuple[List[str], List[str]]:
+def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width: int) -> tuple[list[str], list[str]]:
     """Paths and labels of a mix under ``data.base_dir``, or of its subset; a local one must be complete.
 
     :param width: bytes of a token.

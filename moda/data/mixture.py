@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +47,10 @@ class Drawn:
 
     name: str
     files: int
-    available: Optional[int]
-    tokens: Optional[int]
+    available: int | None
+    tokens: int | None
 
-    def describe(self, total: Optional[int]) -> Dict[str, Any]:
+    def describe(self, total: int | None) -> dict[str, Any]:
         """For the run's record."""
         share = None if not total or self.tokens is None else self.tokens / total
         repeated = None if not self.available or self.tokens is None else self.tokens / self.available
@@ -59,7 +60,7 @@ class Drawn:
         }  # fmt: skip
 
 
-def affine(count: int, seed: int, file: int) -> Tuple[int, int]:
+def affine(count: int, seed: int, file: int) -> tuple[int, int]:
     """(step, offset) of the order of a file's instances: position p is instance ``(p * step + offset) % count``.
 
     The step has no divisor in common with the count, so that every instance has one position. It needs no memory.
@@ -87,14 +88,14 @@ class SeededMixture(NumpyFSLDatasetMixture):
         return self._seed
 
     @property
-    def fingerprint_fields(self) -> Tuple[str, ...]:
+    def fingerprint_fields(self) -> tuple[str, ...]:
         return (*super().fingerprint_fields, "mixture_seed")
 
-    def _order(self, path: str) -> Tuple[int, int, int]:
+    def _order(self, path: str) -> tuple[int, int, int]:
         """(instances, step, offset) of a file's order, worked out once a process."""
-        cache: Dict[str, Tuple[int, int, int]] = self.__dict__.setdefault("_orders", {})
+        cache: dict[str, tuple[int, int, int]] = self.__dict__.setdefault("_orders", {})
         if path not in cache:
-            numbers: Dict[str, int] = self.__dict__.setdefault("_numbers", {})
+            numbers: dict[str, int] = self.__dict__.setdefault("_numbers", {})
             if not numbers:
                 for p in map(str, self.paths):
                     numbers.setdefault(p, len(numbers))
@@ -112,7 +113,7 @@ class SeededMixture(NumpyFSLDatasetMixture):
 class MixtureDatasetConfig(NumpyFSLDatasetConfig):
     """Builds a :class:`SeededMixture` from what :func:`draw` decided."""
 
-    drawn: Optional[SourceMixtureDataset] = None
+    drawn: SourceMixtureDataset | None = None
     seed: int = 0
 
     def build(self) -> SeededMixture:
@@ -146,7 +147,7 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def shares(mixture: MixtureSection) -> Dict[str, float]:
+def shares(mixture: MixtureSection) -> dict[str, float]:
     """The sources' shares of the whole, adding up to 1."""
     weights = {n: float(s.ratio if s.ratio is not None else s.tokens or 0) for n, s in mixture.sources.items()}
     total = sum(weights.values())
@@ -155,13 +156,13 @@ def shares(mixture: MixtureSection) -> Dict[str, float]:
 
 def draw(
     mixture: MixtureSection,
-    files: Dict[str, List[str]],
+    files: dict[str, list[str]],
     *,
     total_tokens: int,
     tokens_per_step: int,
     sequence_length: int,
     dtype: Any,
-) -> Tuple[SourceMixtureDataset, List[Drawn]]:
+) -> tuple[SourceMixtureDataset, list[Drawn]]:
     """Decide how many tokens come from which file.
 
     :param files: the sources' token files.
@@ -226,7 +227,7 @@ def draw(
     return drawn, found
 
 
-def label_of(drawn: SourceMixtureDataset) -> List[str]:
+def label_of(drawn: SourceMixtureDataset) -> list[str]:
     """The source of every path of the dataset, in order."""
     return [o.name for o in drawn.sources for p in o.path_tokens if p.tokens > 0]
 

@@ -6,7 +6,7 @@ import glob
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 from olmo_core.data import (
@@ -41,14 +41,14 @@ class TrainingData:
     """
 
     train: NumpyFSLDatasetConfig
-    validation: Optional[NumpyPaddedFSLDatasetConfig]
-    tokens: Optional[int]
-    drawn: List[Drawn] = field(default_factory=list)
-    labels: List[str] = field(default_factory=list)
+    validation: NumpyPaddedFSLDatasetConfig | None
+    tokens: int | None
+    drawn: list[Drawn] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
 
-def _expand(key: str, patterns: List[str]) -> List[str]:
-    paths: List[str] = []
+def _expand(key: str, patterns: list[str]) -> list[str]:
+    paths: list[str] = []
     for pattern in patterns:
         if is_url(pattern):
             paths.append(pattern)
@@ -63,9 +63,9 @@ def _expand(key: str, patterns: List[str]) -> List[str]:
     return paths
 
 
-def _by_label(paths: List[str], labels: List[str], width: int) -> List[Drawn]:
+def _by_label(paths: list[str], labels: list[str], width: int) -> list[Drawn]:
     """Files and tokens of each label, all of which is drawn; tokens are None where a file is remote."""
-    found: Dict[str, Tuple[int, Optional[int]]] = {}
+    found: dict[str, tuple[int, int | None]] = {}
     for path, label in zip(paths, labels):
         files, tokens = found.get(label, (0, 0))
         here = None if is_url(path) else Path(path).stat().st_size // width
@@ -77,13 +77,13 @@ def _mixture(
     data: DataConfig,
     tokenizer: Tokenizer,
     sequence_length: int,
-    total_tokens: Optional[int],
-    tokens_per_step: Optional[int],
-) -> Tuple[Any, List[Drawn]]:
+    total_tokens: int | None,
+    tokens_per_step: int | None,
+) -> tuple[Any, list[Drawn]]:
     assert data.mixture is not None
     if total_tokens is None or tokens_per_step is None:
         raise ValueError("a mixture needs the run's total tokens and tokens per step")
-    files: Dict[str, List[str]] = {}
+    files: dict[str, list[str]] = {}
     for name, source in data.mixture.sources.items():
         key = f"data.mixture.sources.{name}.paths"
         files[name] = _expand(key, source.paths)
@@ -96,7 +96,7 @@ def _mixture(
 
 def preview(
     data: DataConfig, tokenizer: Tokenizer, sequence_length: int, total_tokens: int, tokens_per_step: int
-) -> List[Drawn]:
+) -> list[Drawn]:
     """What a run would draw from where, without writing anything but caches; empty for text that is not tokenized yet.
 
     :raises UserError: for data that is missing, damaged or too little.
@@ -119,8 +119,8 @@ def build_training_data(
     tokenizer: Tokenizer,
     sequence_length: int,
     *,
-    total_tokens: Optional[int] = None,
-    tokens_per_step: Optional[int] = None,
+    total_tokens: int | None = None,
+    tokens_per_step: int | None = None,
 ) -> TrainingData:
     """Datasets for training and validation.
 
@@ -130,15 +130,15 @@ def build_training_data(
     :raises UserError: for data that is missing, damaged or made with another tokenizer.
     """
     config = tokenizer.config
-    common: Dict[str, Any] = dict(
+    common: dict[str, Any] = dict(
         tokenizer=config,
         sequence_length=sequence_length,
         work_dir=data.work_dir,
         dtype=token_dtype(config.vocab_size),
     )
     width = np.dtype(common["dtype"].as_np_dtype()).itemsize
-    validation: Dict[str, List[str]] = {}
-    tokens: Optional[int] = None
+    validation: dict[str, list[str]] = {}
+    tokens: int | None = None
     if data.mixture is not None:
         mixed, drawn = _mixture(data, tokenizer, sequence_length, total_tokens, tokens_per_step)
         labels = label_of(mixed)
@@ -178,9 +178,9 @@ def build_training_data(
 
 
 def _validation(
-    data: DataConfig, tokenizer: Tokenizer, sets: Dict[str, List[str]], common: Dict[str, Any], width: int
-) -> Optional[NumpyPaddedFSLDatasetConfig]:
-    files: List[Tuple[str, str]] = []
+    data: DataConfig, tokenizer: Tokenizer, sets: dict[str, list[str]], common: dict[str, Any], width: int
+) -> NumpyPaddedFSLDatasetConfig | None:
+    files: list[tuple[str, str]] = []
     if isinstance(data.validation, str):
         paths, labels = mix_files("data.validation", data.validation, data, tokenizer, width)
         files = list(zip(labels, paths))

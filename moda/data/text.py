@@ -13,9 +13,10 @@ import os
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 
@@ -49,12 +50,12 @@ class Document:
 class PreparedText:
     """Token files made of text, by label; ``manifest`` says what they hold."""
 
-    train: Dict[str, Path]
-    validation: Dict[str, Path]
-    manifest: Dict[str, Any]
+    train: dict[str, Path]
+    validation: dict[str, Path]
+    manifest: dict[str, Any]
 
 
-def _stdlib_files() -> List[Tuple[str, Path]]:
+def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
     files = []
@@ -65,7 +66,7 @@ def _stdlib_files() -> List[Tuple[str, Path]]:
     return files
 
 
-def _expand(source: str) -> Tuple[str, List[Tuple[str, Path]]]:
+def _expand(source: str) -> tuple[str, list[tuple[str, Path]]]:
     """A source's label and its files as (relative path, path), in a stable order."""
     if source == PYTHON_STDLIB:
         return source, _stdlib_files()
@@ -134,7 +135,7 @@ def _share(document: Document) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _split(documents: List[Document], fraction: float) -> Tuple[List[Document], List[Document]]:
+def _split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Train and validation documents; both have at least one."""
     if len(documents) == 1:
         only = documents[0]
@@ -147,13 +148,13 @@ def _split(documents: List[Document], fraction: float) -> Tuple[List[Document], 
     return [d for d in documents if id(d) not in held_out], [d for d in documents if id(d) in held_out]
 
 
-def _write_tokens(documents: List[Document], folder: Path, tokenizer: Tokenizer) -> Dict[str, Dict[str, Any]]:
+def _write_tokens(documents: list[Document], folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """One file of tokens a label, every document ended by eos; what each holds."""
     encoder = tokenizer.load()
     encoder.encode_special_tokens = True  # text that looks like a special token is text: only this ends documents
     dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size <= 2**16 else np.uint32)
     folder.mkdir(parents=True)
-    found: Dict[str, Dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for label in sorted({d.label for d in documents}):
         chosen = [d for d in documents if d.label == label]
         tokens = 0
@@ -176,7 +177,7 @@ def _write_tokens(documents: List[Document], folder: Path, tokenizer: Tokenizer)
 
 
 def prepare_text(
-    text: Union[str, Sequence[str]], tokenizer: Tokenizer, *, validation_fraction: float, work_dir: Union[str, Path]
+    text: str | Sequence[str], tokenizer: Tokenizer, *, validation_fraction: float, work_dir: str | Path
 ) -> PreparedText:
     """Tokenize text once; the next call with the same text, tokenizer and split finds the result.
 
@@ -201,7 +202,7 @@ def prepare_text(
     return PreparedText(train, validation, manifest)
 
 
-def _build(documents: List[Document], folder: Path, tokenizer: Tokenizer, fraction: float) -> None:
+def _build(documents: list[Document], folder: Path, tokenizer: Tokenizer, fraction: float) -> None:
     log.info("tokenizing %d documents with %s ...", len(documents), tokenizer.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))

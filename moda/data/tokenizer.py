@@ -7,7 +7,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any
 
 from olmo_core.data import TokenizerConfig
 
@@ -52,9 +52,9 @@ class Tokenizer:
 
     name: str
     config: TokenizerConfig
-    path: Optional[Path]
+    path: Path | None
     fingerprint: str
-    hub: Optional[str] = None
+    hub: str | None = None
 
     def load(self) -> tokenizers.Tokenizer:
         """The tokenizer itself.
@@ -75,7 +75,7 @@ class Tokenizer:
                 str(e).split("\n")[0],
             ) from None
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a manifest keeps of a tokenizer."""
         return {
             "name": self.name,
@@ -95,13 +95,13 @@ def _read(path: Path, name: str) -> tokenizers.Tokenizer:
         raise UserError("data.tokenizer", "a readable tokenizer.json", name, str(e).split("\n")[0]) from None
 
 
-def _find(vocab: Dict[str, int], names: tuple) -> Optional[int]:
+def _find(vocab: dict[str, int], names: tuple) -> int | None:
     return next((vocab[n] for n in names if n in vocab), None)
 
 
-def _settings_beside(folder: Path) -> Dict[str, Any]:
+def _settings_beside(folder: Path) -> dict[str, Any]:
     """Token names and ids that the files beside a tokenizer.json give (Hugging Face's layout)."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         file = folder / name
         if file.is_file():
@@ -179,7 +179,7 @@ def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
     if vocab and size <= max(vocab.values()):
         raise UserError("data.tokenizer.vocab_size", f"at least {max(vocab.values()) + 1} for {name}", size)
 
-    def special(kind: str, given: Optional[int], usual: tuple) -> Optional[int]:
+    def special(kind: str, given: int | None, usual: tuple) -> int | None:
         if given is not None:
             return given
         if f"{kind}_token" in beside and beside[f"{kind}_token"] in vocab:
@@ -196,7 +196,7 @@ def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
             hint="write tokenizer: {identifier: PATH, eos_token_id: N}",
         )
     pad = special("pad", section.pad_token_id, _PAD_NAMES)
-    ids: List[int] = [eos] + ([] if pad is None else [pad])
+    ids: list[int] = [eos] + ([] if pad is None else [pad])
     if max(ids) >= size or min(ids) < 0:
         raise UserError("data.tokenizer", f"special token ids from 0 to {size - 1}", ids)
     config = TokenizerConfig(

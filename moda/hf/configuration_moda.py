@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -39,11 +39,11 @@ class MoDAConfig(PretrainedConfig):
         norm_placement: str = "post",
         qk_norm: str = "full",
         use_bias: bool = False,
-        depth_attention: Optional[str] = "reuse",
+        depth_attention: str | None = "reuse",
         depth_ffn: bool = True,
         depth_key_norm: str = "writer",
         depth_rope: str = "same_position",
-        depth_slots: Optional[int] = None,
+        depth_slots: int | None = None,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,

@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 from olmo_core.nn.attention import AttentionConfig
@@ -53,15 +53,15 @@ class ModelFields:
     norm_placement: str
     qk_norm: str
     use_bias: bool
-    depth_attention: Optional[str]
+    depth_attention: str | None
     depth_ffn: bool
     depth_key_norm: str
     depth_rope: str
-    depth_slots: Optional[int]
+    depth_slots: int | None
     tie_word_embeddings: bool
 
 
-_NAMES: Tuple[Tuple[str, str], ...] = (  # ours, theirs, inside a block
+_NAMES: tuple[tuple[str, str], ...] = (  # ours, theirs, inside a block
     ("attention.w_q", "self_attn.q_proj"),
     ("attention.w_k", "self_attn.k_proj"),
     ("attention.w_v", "self_attn.v_proj"),
@@ -88,7 +88,7 @@ _OUTER = {
 _PADDED = ("embeddings.weight", "lm_head.w_out.weight")
 
 
-def _rename(name: str, outer: Dict[str, str], inner: Dict[str, str], blocks: Tuple[str, str]) -> str:
+def _rename(name: str, outer: dict[str, str], inner: dict[str, str], blocks: tuple[str, str]) -> str:
     if name in outer:
         return outer[name]
     match = re.fullmatch(rf"{re.escape(blocks[0])}\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -97,7 +97,7 @@ def _rename(name: str, outer: Dict[str, str], inner: Dict[str, str], blocks: Tup
     return f"{blocks[1]}.{match.group(1)}.{inner[match.group(2)]}.{match.group(3)}"
 
 
-def to_hf(weights: Dict[str, torch.Tensor], vocab_size: int) -> Dict[str, torch.Tensor]:
+def to_hf(weights: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """The weights under their exported names, without rows that only pad the vocabulary."""
     inner = dict(_NAMES)
     return {
@@ -108,7 +108,7 @@ def to_hf(weights: Dict[str, torch.Tensor], vocab_size: int) -> Dict[str, torch.
     }
 
 
-def from_hf(weights: Dict[str, torch.Tensor], rows: Optional[int] = None) -> Dict[str, torch.Tensor]:
+def from_hf(weights: dict[str, torch.Tensor], rows: int | None = None) -> dict[str, torch.Tensor]:
     """:func:`to_hf` backwards.
 
     :param rows: rows of the embedding; further ones than the weights have are zero.
@@ -189,7 +189,7 @@ def fields_of(model: TransformerConfig, max_position_embeddings: int) -> ModelFi
     )
 
 
-def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> Dict[str, int]:
+def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> dict[str, int]:
     """``tokenizer.json`` and its settings, where the tokenizer's file is at hand; its special ids."""
     if checkpoint.tokenizer is None:
         log.warning("the checkpoint names no tokenizer: none is exported")
@@ -257,7 +257,7 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
     return fields
 
 
-def read_export(folder: Path) -> Tuple[ModelFields, Dict[str, torch.Tensor], Dict[str, Any]]:
+def read_export(folder: Path) -> tuple[ModelFields, dict[str, torch.Tensor], dict[str, Any]]:
     """An exported folder's settings, weights and whole ``config.json``, without running its code.
 
     :raises UserError: for a folder that is no export of this project.
@@ -277,7 +277,7 @@ def read_export(folder: Path) -> Tuple[ModelFields, Dict[str, torch.Tensor], Dic
     return fields, weights, config
 
 
-def _run_settings(folder: Path, out: Path, fields: ModelFields, config: Dict[str, Any]) -> RunConfig:
+def _run_settings(folder: Path, out: Path, fields: ModelFields, config: dict[str, Any]) -> RunConfig:
     """The run's configuration as it was exported, or the least that describes the model."""
     if (folder / RUN).is_file():
         try:

@@ -8,13 +8,13 @@ one call and are never cached. See arXiv 2603.15619.
 from __future__ import annotations
 
 import math
-from typing import Any, List, Optional, Protocol, Tuple
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-Slot = Tuple[torch.Tensor, torch.Tensor]
+Slot = tuple[torch.Tensor, torch.Tensor]
 
 
 class Cache(Protocol):
@@ -29,7 +29,7 @@ class KVCache:
     """Keys and values ``[B, Hk, T, D]`` of every layer so far."""
 
     def __init__(self) -> None:
-        self.layers: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any:
         """Append a layer's new keys and values and return all of them."""
@@ -72,7 +72,7 @@ class DepthLayout:
     :param window: how many of the most recent slots a layer reads; None for all. What no layer reads is not written.
     """
 
-    def __init__(self, n_layers: int, ffn: bool, window: Optional[int]) -> None:
+    def __init__(self, n_layers: int, ffn: bool, window: int | None) -> None:
         self.n_layers, self.per_layer, self.window = n_layers, 2 if ffn else 1, window
 
     def first_read(self, layer: int) -> int:
@@ -96,11 +96,11 @@ class DepthProjection(nn.Module):
         self.k_proj = nn.Linear(hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(hidden_size, width, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k_proj(x), self.v_proj(x)
 
 
-def rotary(position_ids: torch.Tensor, head_dim: int, theta: float) -> Tuple[torch.Tensor, torch.Tensor]:
+def rotary(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine ``[B, T, 1, D]``, fp32, of positions ``[B, T]``."""
     steps = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     angle = position_ids[..., None].float() * (1.0 / (theta ** (steps / head_dim)))
@@ -108,7 +108,7 @@ def rotary(position_ids: torch.Tensor, head_dim: int, theta: float) -> Tuple[tor
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos_sin: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """RoPE of ``[B, T, H, D]``, halves convention, in fp32 or above."""
     wide = x.to(_wide(x))
     cos, sin = (t.to(wide.dtype) for t in cos_sin)
@@ -119,7 +119,7 @@ def rotate(x: torch.Tensor, cos_sin: Tuple[torch.Tensor, torch.Tensor]) -> torch
 class MoDAAttention(nn.Module):
     """Attention over cached sequence keys and the depth slots of the current tokens."""
 
-    def __init__(self, config: Any, layer: int, layout: Optional[DepthLayout]) -> None:
+    def __init__(self, config: Any, layer: int, layout: DepthLayout | None) -> None:
         super().__init__()
         self.layer, self.layout = layer, layout
         self.n_heads, self.n_kv_heads, self.head_dim = (
@@ -140,7 +140,7 @@ class MoDAAttention(nn.Module):
         if self.kind == "project" and layout is not None and layout.writes(layer, 0):
             self.depth_proj = DepthProjection(d, kv_width, bias)
 
-    def _normed(self, x: torch.Tensor, norm: Optional[MoDARMSNorm], gain: bool = True) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, norm: MoDARMSNorm | None, gain: bool = True) -> torch.Tensor:
         """QK-norm of ``[B, T, H * D]``, over everything or per head; ``[B, T, H, D]``."""
         if self.qk_norm == "head":
             x = x.unflatten(-1, (-1, self.head_dim))
@@ -165,7 +165,7 @@ class MoDAAttention(nn.Module):
         return (q.to(_wide(q)) * gain.to(_wide(q))).to(q.dtype)
 
     def forward(
-        self, x: torch.Tensor, slots: List[Slot], cos_sin: Any, mask: torch.Tensor, cache: Optional[Cache]
+        self, x: torch.Tensor, slots: list[Slot], cos_sin: Any, mask: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         """``[B, T, hidden]`` of ``[B, T, hidden]``; this layer's own slot is appended to ``slots``."""
         B, T, _ = x.shape
@@ -207,12 +207,12 @@ class MoDAAttention(nn.Module):
         self._write(slots, x, (raw_k, raw_v), (k, v), cos_sin)
         return self.o_proj(out.to(x.dtype).reshape(B, T, -1))
 
-    def _read(self, slots: List[Slot]) -> List[Slot]:
+    def _read(self, slots: list[Slot]) -> list[Slot]:
         if self.layout is None or self.layout.window is None:
             return slots
         return slots[max(0, len(slots) - self.layout.window) :]
 
-    def _write(self, slots: List[Slot], x: torch.Tensor, raw: Slot, rotated: Slot, cos_sin: Any) -> None:
+    def _write(self, slots: list[Slot], x: torch.Tensor, raw: Slot, rotated: Slot, cos_sin: Any) -> None:
         if self.layout is None or self.kind is None or self.layer + 1 == self.layout.n_layers:
             return
         if self.kind == "project":
@@ -242,7 +242,7 @@ class MoDAMLP(nn.Module):
 class MoDALayer(nn.Module):
     """A block with one of four norm placements: ``pre``, ``post``, ``reordered``, ``peri``."""
 
-    def __init__(self, config: Any, layer: int, layout: Optional[DepthLayout]) -> None:
+    def __init__(self, config: Any, layer: int, layout: DepthLayout | None) -> None:
         super().__init__()
         self.placement, self.layer, self.layout = config.norm_placement, layer, layout
         self.self_attn = MoDAAttention(config, layer, layout)
@@ -257,7 +257,7 @@ class MoDALayer(nn.Module):
             width = config.num_key_value_heads * config.head_dim
             self.ffn_depth_proj = DepthProjection(d, width, config.use_bias)
 
-    def _add(self, x: torch.Tensor, out: torch.Tensor, norm: nn.Module, after: Optional[nn.Module]) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, out: torch.Tensor, norm: nn.Module, after: nn.Module | None) -> torch.Tensor:
         if self.placement == "reordered":
             return x + norm(out)
         if after is not None:
@@ -265,7 +265,7 @@ class MoDALayer(nn.Module):
         return norm(x + out) if self.placement == "post" else x + out
 
     def forward(
-        self, x: torch.Tensor, slots: List[Slot], cos_sin: Any, mask: torch.Tensor, cache: Optional[Cache]
+        self, x: torch.Tensor, slots: list[Slot], cos_sin: Any, mask: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         enters, peri = self.placement in ("pre", "peri"), self.placement == "peri"
         out = self.self_attn(self.attention_norm(x) if enters else x, slots, cos_sin, mask, cache)
@@ -280,7 +280,7 @@ class MoDALayer(nn.Module):
 
 
 def causal_mask(
-    attention_mask: Optional[torch.Tensor], batch: int, new: int, past: int, device: torch.device
+    attention_mask: torch.Tensor | None, batch: int, new: int, past: int, device: torch.device
 ) -> torch.Tensor:
     """Which keys a new token sees: bool ``[B, new, past + new]``; padding keys (0 in ``attention_mask``) only itself."""
     total = past + new
@@ -315,9 +315,9 @@ class DecoderParts:
     def run(
         self,
         embedded: torch.Tensor,
-        attention_mask: Optional[torch.Tensor] = None,
-        position_ids: Optional[torch.Tensor] = None,
-        cache: Optional[Cache] = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Final hidden states ``[B, T, hidden]`` of the new tokens' embeddings ``[B, T, hidden]``.
 
@@ -333,7 +333,7 @@ class DecoderParts:
                 position_ids = torch.arange(past, past + T, device=embedded.device)[None]
         cos_sin = rotary(position_ids, self.head_dim, self.theta)
         mask = causal_mask(attention_mask, B, T, past, embedded.device)
-        slots: List[Slot] = []
+        slots: list[Slot] = []
         h = embedded
         for layer in self.layers:
             h = layer(h, slots, cos_sin, mask, cache)
@@ -348,6 +348,6 @@ class MoDADecoder(DecoderParts, nn.Module):
         self.build(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids: torch.Tensor, cache: Optional[Cache] = None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Logits ``[B, T, vocab]`` of new ids ``[B, T]``."""
         return self.lm_head(self.run(self.embed_tokens(ids), cache=cache))

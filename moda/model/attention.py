@@ -17,7 +17,7 @@ once in their final form and whatever a reader adds moves into its query (exact;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
 from olmo_core.nn.transformer.init import InitMethod, init_linear
 
-from kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
+from moda_kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
 
 from .depth_kv import DepthAttention, DepthKeyNorm, DepthKVConfig, DepthProjection, DepthRoPE, joint_linear
 
@@ -49,7 +49,7 @@ def _one_row(x: torch.Tensor, packed: bool) -> torch.Tensor:
 class MoDAAttentionConfig(AttentionConfig):
     """OLMo-core's attention config with a depth stream; :meth:`num_params` leaves out what depends on the layer."""
 
-    depth_kv: Optional[DepthKVConfig] = None
+    depth_kv: DepthKVConfig | None = None
 
     def build(
         self,
@@ -58,7 +58,7 @@ class MoDAAttentionConfig(AttentionConfig):
         layer_idx: int,
         n_layers: int,
         init_device: str = "cpu",
-        cache: Optional[BufferCache] = None,
+        cache: BufferCache | None = None,
     ) -> MoDAAttention:
         """Build the attention of one layer.
 
@@ -105,7 +105,7 @@ class MoDAAttention(Attention):
         self.n_slots_read = end - first
         self.writes_attention = layout.written_slot(layer_idx, ATTENTION) is not None
         self.writes_ffn = layout.written_slot(layer_idx, FFN) is not None
-        self.depth_projection: Optional[DepthProjection] = None
+        self.depth_projection: DepthProjection | None = None
         if depth_kv.attention == DepthAttention.project and self.writes_attention:
             self.depth_projection = DepthProjection(
                 self.d_model,
@@ -115,7 +115,7 @@ class MoDAAttention(Attention):
                 init_device=kwargs["init_device"],
             )
 
-    def _normalise(self, x: torch.Tensor, norm: Optional[torch.nn.Module]) -> torch.Tensor:
+    def _normalise(self, x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
         """Apply a QK-norm to ``[B, T, H * D]``, full-width or per head, and return ``[B, T, H, D]``."""
         if self.use_head_qk_norm:
             x = x.unflatten(-1, (-1, self.head_dim))
@@ -140,15 +140,15 @@ class MoDAAttention(Attention):
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
         return (q.to(wide) * gain.to(wide)).to(q.dtype)
 
-    def _rotate(self, q: torch.Tensor, k: torch.Tensor, rope: Dict[str, Any]) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _rotate(self, q: torch.Tensor, k: torch.Tensor, rope: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rope is None:
             return q, k
         assert isinstance(self.rope, RotaryEmbedding)
         return self.rope(q, k, head_first=False, **rope)
 
     def depth_slot(
-        self, k: torch.Tensor, v: torch.Tensor, rope: Dict[str, Any], *, projected: bool
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        self, k: torch.Tensor, v: torch.Tensor, rope: dict[str, Any], *, projected: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Depth keys and values in the form in which they are written.
 
         :param k: ``[B, T, Hk * D]`` raw keys of this layer.
@@ -174,10 +174,10 @@ class MoDAAttention(Attention):
         *,
         token: torch.Tensor,
         control: torch.Tensor,
-        cu_doc_lens: Optional[torch.Tensor] = None,
-        max_doc_len: Optional[int] = None,
-        mask: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        cu_doc_lens: torch.Tensor | None = None,
+        max_doc_len: int | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend over the sequence and the depth stream, then write this layer's own slot.
 
         :param x: ``[B, T, d_model]``.
@@ -191,12 +191,12 @@ class MoDAAttention(Attention):
         """
         del max_doc_len
         B, T, _ = x.shape
-        rope: Dict[str, Any] = {} if cu_doc_lens is None else {"cu_doc_lens": cu_doc_lens}
+        rope: dict[str, Any] = {} if cu_doc_lens is None else {"cu_doc_lens": cu_doc_lens}
         raw_q, raw_k, raw_v = joint_linear(x, self.w_q, self.w_k, self.w_v)
         q = self._normalise(raw_q, self.q_norm)
         k = self._normalise(raw_k, self.k_norm)
         v = raw_v.unflatten(-1, (-1, self.head_dim))
-        q_depth: Optional[torch.Tensor] = None
+        q_depth: torch.Tensor | None = None
         reader = self.depth_kv.key_norm == DepthKeyNorm.reader
         if reader and self.depth_kv.rope == DepthRoPE.same_position:
             scaled = self._times_reader_gain(q)
@@ -240,7 +240,7 @@ class MoDAAttention(Attention):
         block_idx: int,
         num_blocks: int,
         std: float = 0.02,
-        generator: Optional[torch.Generator] = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().init_weights(
             init_method=init_method,

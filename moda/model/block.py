@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import torch
 from olmo_core.config import StrEnum
@@ -13,7 +13,7 @@ from olmo_core.nn.transformer import TransformerBlock, TransformerBlockConfig, T
 from olmo_core.nn.transformer.block import TransformerBlockBase
 from olmo_core.nn.transformer.init import init_linear
 
-from kernels.depth_stream import FFN
+from moda_kernels.depth_stream import FFN
 
 from .attention import MoDAAttention, MoDAAttentionConfig
 from .depth_kv import DepthProjection
@@ -57,10 +57,10 @@ class MoDABlockConfig(TransformerBlockConfig):
         block_idx: int,
         n_layers: int,
         init_device: str = "cpu",
-        cache: Optional[BufferCache] = None,
+        cache: BufferCache | None = None,
     ) -> TransformerBlockBase:
         assert self.feed_forward is not None and self.layer_norm is not None
-        place: Dict[str, Any] = dict(d_model=d_model, block_idx=block_idx, n_layers=n_layers)
+        place: dict[str, Any] = dict(d_model=d_model, block_idx=block_idx, n_layers=n_layers)
         place.update(init_device=init_device, cache=cache)
         depth = isinstance(self.sequence_mixer, MoDAAttentionConfig)
         if not depth and self.norm_placement in _OLMO_CORE_TYPES:
@@ -123,7 +123,7 @@ class PlacedBlock(TransformerBlock):
         return self.feed_forward_norm(h) if self.norm_placement == NormPlacement.post else h
 
     def forward(
-        self, x: torch.Tensor, *, loss_div_factor: Optional[Union[torch.Tensor, float]] = None, **kwargs: Any
+        self, x: torch.Tensor, *, loss_div_factor: torch.Tensor | float | None = None, **kwargs: Any
     ) -> torch.Tensor:
         del loss_div_factor
         h = self.after_attention(x, self.attention(self.attention_input(x), **kwargs))
@@ -137,7 +137,7 @@ class MoDABlock(PlacedBlock):
         super().__init__(**kwargs)
         attention = self.attention
         assert isinstance(attention, MoDAAttention)
-        self.ffn_depth_projection: Optional[DepthProjection] = None
+        self.ffn_depth_projection: DepthProjection | None = None
         if attention.writes_ffn:
             self.ffn_depth_projection = DepthProjection(
                 self.d_model,
@@ -153,11 +153,11 @@ class MoDABlock(PlacedBlock):
         *,
         token: torch.Tensor,
         control: torch.Tensor,
-        loss_div_factor: Optional[Union[torch.Tensor, float]] = None,
-        cu_doc_lens: Optional[torch.Tensor] = None,
-        max_doc_len: Optional[int] = None,
-        mask: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        loss_div_factor: torch.Tensor | float | None = None,
+        cu_doc_lens: torch.Tensor | None = None,
+        max_doc_len: int | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
         :param x: ``[B, T, d_model]``.
@@ -183,7 +183,7 @@ class MoDABlock(PlacedBlock):
             token = self.attention.write_slot(token, k, v, control, FFN, packed=cu_doc_lens is not None)
         return self.after_feed_forward(h, self.feed_forward(u)), token
 
-    def init_depth_weights(self, *, std: float, generator: Optional[torch.Generator] = None) -> None:
+    def init_depth_weights(self, *, std: float, generator: torch.Generator | None = None) -> None:
         """Initialise the FFN's depth projection like every other linear."""
         if self.ffn_depth_projection is not None:
             for linear in (self.ffn_depth_projection.w_k, self.ffn_depth_projection.w_v):

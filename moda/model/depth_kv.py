@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn as nn
 from olmo_core.config import Config, StrEnum
 
-from kernels import DepthLayout
+from moda_kernels import DepthLayout
 
 __all__ = ["DepthAttention", "DepthKVConfig", "DepthKeyNorm", "DepthProjection", "DepthRoPE", "joint_linear"]
 
@@ -58,7 +57,7 @@ class DepthKVConfig(Config):
     ffn: bool = True
     key_norm: DepthKeyNorm = DepthKeyNorm.writer
     rope: DepthRoPE = DepthRoPE.same_position
-    slots: Optional[int] = None
+    slots: int | None = None
 
     def layout(self, n_layers: int) -> DepthLayout:
         """Which slots the layers of a model of ``n_layers`` write and read."""

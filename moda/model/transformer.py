@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union, cast
+from typing import Any, Literal, cast
 
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
@@ -12,8 +12,8 @@ from olmo_core.nn.lm_head import LMOutputWithLoss
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 from olmo_core.utils import mark_dynamic
 
-from kernels import DepthLayout, DepthStream
-from kernels.depth_stream import ATTENTION, FFN
+from moda_kernels import DepthLayout, DepthStream
+from moda_kernels.depth_stream import ATTENTION, FFN
 
 from .attention import MoDAAttentionConfig
 from .block import MoDABlock, MoDABlockConfig
@@ -44,7 +44,7 @@ class MoDATransformerConfig(TransformerConfig):
         super().__post_init__()
 
     @property
-    def depth_kv(self) -> Optional[DepthKVConfig]:
+    def depth_kv(self) -> DepthKVConfig | None:
         """The depth stream's form, or None for a plain model."""
         mixer = self.block.sequence_mixer
         return mixer.depth_kv if isinstance(mixer, MoDAAttentionConfig) else None
@@ -67,7 +67,7 @@ class MoDATransformerConfig(TransformerConfig):
         return mixer.n_heads * (mixer.head_dim or self.d_model // mixer.n_heads)
 
     @property
-    def layout(self) -> Optional[DepthLayout]:
+    def layout(self) -> DepthLayout | None:
         """Which slots the layers write and read, or None for a plain model."""
         return None if self.depth_kv is None else self.depth_kv.layout(self.n_layers)
 
@@ -174,17 +174,17 @@ class MoDATransformer(Transformer):
         self,
         input_ids: torch.Tensor,
         *,
-        input_embeddings: Optional[torch.Tensor] = None,
-        labels: Optional[torch.Tensor] = None,
+        input_embeddings: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         ignore_index: int = -100,
         loss_reduction: Literal["mean", "sum", "none"] = "mean",
-        z_loss_multiplier: Optional[float] = None,
-        loss_div_factor: Optional[Union[torch.Tensor, float]] = None,
-        return_logits: Optional[bool] = None,
-        logits_to_keep: Union[int, torch.Tensor] = 0,
-        mask: Optional[torch.Tensor] = None,
+        z_loss_multiplier: float | None = None,
+        loss_div_factor: torch.Tensor | float | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> Union[torch.Tensor, LMOutputWithLoss]:
+    ) -> torch.Tensor | LMOutputWithLoss:
         """Run the model; arguments and results are those of OLMo-core's ``Transformer``.
 
         :param input_ids: ``[B, T]`` token ids.

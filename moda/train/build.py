@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from olmo_core.config import DType
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 class _WandB(WandBCallback):
     """OLMo-core's callback, with the names of metrics.jsonl for the figures that are there."""
 
-    def log_metrics(self, step: int, metrics: Dict[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         super().log_metrics(step, {stable_name(name) or name: value for name, value in metrics.items()})
 
 
@@ -72,7 +72,7 @@ def _optimizer(plan: Plan) -> OptimConfig:
     )
 
 
-def _data_parallel(plan: Plan, half: bool) -> Optional[TransformerDataParallelConfig]:
+def _data_parallel(plan: Plan, half: bool) -> TransformerDataParallelConfig | None:
     if not is_distributed():
         return None
     p = plan.config.parallel
@@ -152,7 +152,7 @@ def build_data_loader(plan: Plan, data: TrainingData, module: TransformerTrainMo
     return loader
 
 
-def _peak_flops(device: torch.device) -> Optional[int]:
+def _peak_flops(device: torch.device) -> int | None:
     """Dense bf16 FLOP/s of the device, for MFU; OLMo-core's table lacks the H200 (an H100 with more memory)."""
     if device.type != "cuda":
         return None
@@ -163,7 +163,7 @@ def _peak_flops(device: torch.device) -> Optional[int]:
 def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule, loader: Any) -> Trainer:
     """The trainer with all its callbacks."""
     c = plan.config
-    callbacks: Dict[str, Callback] = {
+    callbacks: dict[str, Callback] = {
         "progress": ProgressCallback(
             metrics_log_interval=c.logging.interval,
             total_steps=plan.steps,

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple
+from typing import Any, ClassVar
 
 from olmo_core.distributed.utils import barrier, get_fs_local_rank, get_rank
 from olmo_core.io import is_url
@@ -49,7 +50,7 @@ def _crc32(path: Path) -> str:
     return f"{value:08x}"
 
 
-def _files(folder: Path) -> List[Path]:
+def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
 
 
@@ -67,12 +68,12 @@ def write_checksums(folder: Path) -> None:
     scratch.replace(folder / CHECKSUMS)
 
 
-def damage(folder: Path) -> Optional[str]:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
     if not Checkpointer.dir_is_checkpoint(str(folder)):
         return "it was cut short while being written"
     try:
-        table: Dict[str, Dict[str, Any]] = json.loads((folder / CHECKSUMS).read_text())
+        table: dict[str, dict[str, Any]] = json.loads((folder / CHECKSUMS).read_text())
     except FileNotFoundError:
         return "it was cut short while being written"
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -90,9 +91,9 @@ def damage(folder: Path) -> Optional[str]:
     return None
 
 
-def find_resumable(save_folder: str) -> Optional[Path]:
+def find_resumable(save_folder: str) -> Path | None:
     """The newest whole checkpoint of a run; damaged and unfinished ones are passed over with a warning that names them."""
-    steps: List[Tuple[int, Path]] = []
+    steps: list[tuple[int, Path]] = []
     if is_url(save_folder) or not Path(save_folder).is_dir():
         return None
     for path in Path(save_folder).iterdir():
@@ -106,7 +107,7 @@ def find_resumable(save_folder: str) -> Optional[Path]:
     return None
 
 
-def read_settings(folder: Path) -> Dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """The resolved configuration saved with a checkpoint, as plain sections.
 
     :raises UserError: where the folder has none.
@@ -134,7 +135,7 @@ def check_same_model(folder: Path, model: ModelConfig) -> None:
             raise UserError(key, f"{theirs!r}, as in checkpoint {folder}", ours, "or choose another train.save_folder")
 
 
-def _differences(a: Any, b: Any, key: str) -> Iterator[Tuple[str, Any, Any]]:
+def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ in two plain configurations, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in sorted({*a, *b}):
@@ -143,7 +144,7 @@ def _differences(a: Any, b: Any, key: str) -> Iterator[Tuple[str, Any, Any]]:
         yield key, a, b
 
 
-def changed_settings(folder: Path, config: Any) -> List[str]:
+def changed_settings(folder: Path, config: Any) -> list[str]:
     """What a run that resumes from ``folder`` has set otherwise than when the checkpoint was saved, as ``key: was -> is``."""
     told = _differences(read_settings(folder), to_dict(config), "")
     return [f"{key}: {was} -> {now}" for key, was, now in told if key not in ("train.save_folder", "description")]

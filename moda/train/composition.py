@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 from olmo_core.distributed.utils import get_rank
@@ -23,7 +23,7 @@ COMPOSITION_FILE = "data.json"
 _BLOCK = 1 << 22
 
 
-def count_drawn(loader: Any, labels: List[str], steps: int) -> Dict[str, int]:
+def count_drawn(loader: Any, labels: list[str], steps: int) -> dict[str, int]:
     """Tokens of each source in the first ``steps`` batches, counted from the loader's own order.
 
     :param loader: OLMo-core's loader of fixed-length sequences.
@@ -59,13 +59,13 @@ class CompositionCallback(Callback):
     """
 
     folder: str = ""
-    drawn: List[Drawn] = field(default_factory=list)
-    labels: List[str] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
-    def _write(self, trained: Dict[str, int]) -> None:
+    def _write(self, trained: dict[str, int]) -> None:
         path = Path(self.folder) / COMPOSITION_FILE
         total = sum(d.tokens or 0 for d in self.drawn)
-        content: Dict[str, Any] = {"dataset": [d.describe(total) for d in self.drawn]}
+        content: dict[str, Any] = {"dataset": [d.describe(total) for d in self.drawn]}
         if trained:
             tokens = sum(trained.values())
             shares = {name: {"tokens": n, "share": n / tokens} for name, n in trained.items()}

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Optional
 
 import torch
 from olmo_core.distributed.utils import get_rank
@@ -33,7 +32,7 @@ def prepare_environment(seed: int) -> None:
     """
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if torch.cuda.is_available():
-        backend: Optional[str] = "cpu:gloo,cuda:nccl"
+        backend: str | None = "cpu:gloo,cuda:nccl"
     else:
         backend = "cpu:gloo" if distributed else None
     quiet = logging.getLogger("olmo_core")
@@ -47,7 +46,7 @@ class _OursOrWarning(logging.Filter):
     """On the terminal: this project's messages, and everyone's warnings."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("moda", "kernels", "evals")
+        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("moda", "moda_kernels", "moda_evals")
 
 
 class _FirstRank(logging.Filter):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 __all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select", "stable_name"]
 
@@ -30,14 +30,14 @@ _NAMES = {
 }
 
 
-def stable_name(name: str) -> Optional[str]:
+def stable_name(name: str) -> str | None:
     """This project's name of a metric of OLMo-core's, or None if it has none: evaluations become ``eval/<set>/loss``."""
     if name.startswith("eval/lm/"):
         return name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")
     return name if name.startswith("eval/") else _NAMES.get(name)
 
 
-def select(metrics: Dict[str, float]) -> Dict[str, float]:
+def select(metrics: dict[str, float]) -> dict[str, float]:
     """OLMo-core's metrics of one step under this project's names, without those that have none."""
     return {ours: value for name, value in metrics.items() if (ours := stable_name(name)) is not None}
 
@@ -50,7 +50,7 @@ class MetricsFile:
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / METRICS_FILE
-        self._last: Dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
         self._start = 0  # where in the file the last line begins
 
     def rewind(self, step: int) -> None:
@@ -62,12 +62,12 @@ class MetricsFile:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(self.path)
 
-    def add(self, step: int, figures: Dict[str, float]) -> None:
+    def add(self, step: int, figures: dict[str, float]) -> None:
         """Write a step's figures; those that come later for the same step (an evaluation, say) join its line.
 
         A figure that is not finite is written as null.
         """
-        clean: Dict[str, Optional[float]] = {k: (v if math.isfinite(v) else None) for k, v in figures.items()}
+        clean: dict[str, float | None] = {k: (v if math.isfinite(v) else None) for k, v in figures.items()}
         with self.path.open("ab") as f:
             end = f.seek(0, os.SEEK_END)
         if self._last.get("step") == step:
@@ -82,7 +82,7 @@ class MetricsFile:
             os.fsync(f.fileno())
 
 
-def read_metrics(path: Path) -> List[Dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without one that was cut short."""
     lines = []
     for text in path.read_text().splitlines():

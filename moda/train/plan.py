@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
 
 from moda.config.schema import Checkpointing, DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
@@ -43,7 +42,7 @@ class Plan:
         """Forward FLOPs of one sequence as the paper's Table 3 counts them (full attention square)."""
         return self.transformer.paper_forward_flops(self.config.train.sequence_length)
 
-    def rows(self) -> List[Tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
         """What ``--dry-run`` prints below the configuration."""
         t, train = self.transformer, self.config.train
         rows = [("parameters", f"{t.num_counted_params:,}")]
@@ -101,7 +100,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     return Plan(config, tokenizer, transformer, world_size)
 
 
-def estimate_memory(plan: Plan) -> Dict[str, float]:
+def estimate_memory(plan: Plan) -> dict[str, float]:
     """Bytes a process needs, by purpose. An estimate: fragmentation and kernels' scratch space are left out.
 
     Parameters, gradients and AdamW's two moments are fp32 (16 bytes a parameter) and sharded by FSDP; activations are bf16 on a

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any
 
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import ConsoleLoggerCallback
@@ -29,7 +29,7 @@ def format_duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-def step_line(step: int, total: int, f: Dict[str, float]) -> str:
+def step_line(step: int, total: int, f: dict[str, float]) -> str:
     """One line of figures: step, loss, lr, gradient norm, tokens/s, MFU, memory, ETA."""
     parts = [f"step {step}/{total}"]
     if "loss" in f:
@@ -61,11 +61,11 @@ class ProgressCallback(ConsoleLoggerCallback):
     devices: int = 1
     folder: str = ""
     _file: Any = None
-    _shown: Dict[str, float] = field(default_factory=dict)
+    _shown: dict[str, float] = field(default_factory=dict)
     _bar: Any = None
     _task: Any = None
-    _times: Dict[int, float] = field(default_factory=dict)
-    _first_step: Optional[int] = None
+    _times: dict[int, float] = field(default_factory=dict)
+    _first_step: int | None = None
 
     def pre_train(self) -> None:
         if get_rank() != 0:
@@ -84,7 +84,7 @@ class ProgressCallback(ConsoleLoggerCallback):
             self._task = self._bar.add_task("training", total=self.total_steps, completed=self.step, figures="")
             self._bar.start()
 
-    def pre_step(self, batch: Dict[str, Any]) -> None:
+    def pre_step(self, batch: dict[str, Any]) -> None:
         if self._first_step is None:
             self._first_step = self.step
             self._times[self.step - 1] = time.monotonic()
@@ -97,7 +97,7 @@ class ProgressCallback(ConsoleLoggerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=self.step)
 
-    def _eta(self, step: int) -> Optional[float]:
+    def _eta(self, step: int) -> float | None:
         """Seconds that the remaining steps take at the pace of the last ones; the first step is slower and left out."""
         done = sorted(s for s in self._times if s <= step)[-51:]
         if self._first_step is not None and len(done) > 2 and done[0] < self._first_step:
@@ -107,7 +107,7 @@ class ProgressCallback(ConsoleLoggerCallback):
         pace = (self._times[done[-1]] - self._times[done[0]]) / (done[-1] - done[0])
         return pace * (self.total_steps - step)
 
-    def log_metrics(self, step: int, metrics: Dict[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() != 0:
             return
         figures = select(metrics)

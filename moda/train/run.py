@@ -7,9 +7,10 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import torch
 from olmo_core.distributed.utils import broadcast_object, get_rank
@@ -44,7 +45,7 @@ class Outcome:
     """How a run ended: ``stopped_by`` names the signal that ended it early."""
 
     steps: int
-    stopped_by: Optional[signal.Signals] = None
+    stopped_by: signal.Signals | None = None
 
     @property
     def exit_code(self) -> int:
@@ -102,8 +103,8 @@ def _print_data(p: Plan) -> None:
 
 def _prepare_data(p: Plan) -> TrainingData:
     """Check and, for text, tokenize the data: rank 0 first, the others once it is there. An error reaches every rank."""
-    error: Optional[UserError] = None
-    data: Optional[TrainingData] = None
+    error: UserError | None = None
+    data: TrainingData | None = None
     if get_rank() == 0:
         try:
             data = _build(p)
@@ -137,10 +138,10 @@ def _save_config(config: RunConfig) -> None:
 
 
 #: Further callbacks for a run, made once its trainer is there (the evaluation package registers its tasks so).
-ExtraCallbacks = Callable[[Plan, Trainer], Dict[str, Callback]]
+ExtraCallbacks = Callable[[Plan, Trainer], dict[str, Callback]]
 
 
-def train(config: RunConfig, extra_callbacks: Optional[ExtraCallbacks] = None) -> Outcome:
+def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> Outcome:
     """Run a configuration, resuming from the newest whole checkpoint of its save folder.
 
     :param extra_callbacks: gives further callbacks, by name, for the trainer.
@@ -162,10 +163,10 @@ def train(config: RunConfig, extra_callbacks: Optional[ExtraCallbacks] = None) -
         teardown_training_environment()
 
 
-def _train(p: Plan, extra_callbacks: Optional[ExtraCallbacks]) -> Outcome:
+def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     config = p.config
     started = time.monotonic()
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     if get_rank() == 0:
         found = find_resumable(config.save_folder)
         checkpoint = None if found is None else str(found)
@@ -235,12 +236,12 @@ def _start_from(trainer: Trainer, source: str) -> None:
     log.info("starting from the weights of %s", source)
 
 
-def _signal_of(trainer: Any) -> Optional[signal.Signals]:
+def _signal_of(trainer: Any) -> signal.Signals | None:
     reason = trainer._cancel_reason or ""
     return next((s for s in (signal.SIGTERM, signal.SIGINT) if s.name in reason), None)
 
 
-def _first_last(lines: List[Dict[str, Any]], key: str) -> Optional[tuple]:
+def _first_last(lines: list[dict[str, Any]], key: str) -> tuple | None:
     values = [line[key] for line in lines if line.get(key) is not None]
     return (values[0], values[-1]) if values else None
 

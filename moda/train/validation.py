@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class TimedEvaluator(EvaluatorCallback):
     """OLMo-core's evaluator, whose time is not counted as a training step's, and which at the end of a run leaves out what it
     has just done, and everything if the run was told to stop."""
 
-    _evaluated_at: Optional[int] = None
+    _evaluated_at: int | None = None
 
     def perform_eval(self, prefix: str = "eval") -> None:
         if self.trainer.device.type == "cuda":
@@ -52,9 +53,7 @@ class TimedEvaluator(EvaluatorCallback):
 class NextTokenEvaluator(LMEvaluator):
     """OLMo-core's evaluator, counting predicted tokens only: its own counts a document's last position too, as a loss of 0."""
 
-    def update_metrics(
-        self, batch: Dict[str, Any], ce_loss: Optional[torch.Tensor], logits: Optional[torch.Tensor]
-    ) -> None:
+    def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
         predicts = F.pad(batch["label_mask"][:, 1:], (0, 1), value=False)
         super().update_metrics({**batch, "label_mask": predicts}, ce_loss, logits)
 
@@ -77,17 +76,17 @@ class ValidationBatches:
         per_rank: int,
         rank: int,
         ranks: int,
-        limit: Optional[int],
+        limit: int | None,
     ) -> None:
         self.dataset, self.collator = dataset, collator
-        sets: Dict[str, List[int]] = {}
+        sets: dict[str, list[int]] = {}
         for metadata, (start, end) in zip(dataset.metadata, dataset.offsets):
             sets.setdefault(metadata["label"], []).extend(range(start, end))
-        self._plan: List[List[Optional[int]]] = []
+        self._plan: list[list[int | None]] = []
         together = per_rank * ranks
         for documents in sets.values():
             most = len(documents) if limit is None else min(len(documents), limit * together)
-            chosen: List[Optional[int]] = [documents[i * len(documents) // most] for i in range(most)]
+            chosen: list[int | None] = [documents[i * len(documents) // most] for i in range(most)]
             chosen += [None] * (-most % together)
             for at in range(0, len(chosen), together):
                 self._plan.append(chosen[at + rank * per_rank : at + (rank + 1) * per_rank])
@@ -95,11 +94,11 @@ class ValidationBatches:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._plan:
             yield self.collator([self._document(i) for i in batch])
 
-    def _document(self, index: Optional[int]) -> Dict[str, Any]:
+    def _document(self, index: int | None) -> dict[str, Any]:
         item = dict(self.dataset[index or 0])
         if index is None:
             item["label_mask"] = torch.zeros_like(item["label_mask"])
@@ -113,9 +112,9 @@ class ValidationConfig(LMEvaluatorCallbackConfig):
     :param max_batches: of each set at most so many batches.
     """
 
-    max_batches: Optional[int] = None
+    max_batches: int | None = None
 
-    def build(self, trainer: Trainer) -> Optional[Callback]:
+    def build(self, trainer: Trainer) -> Callback | None:
         built = super().build(trainer)
         if isinstance(built, EvaluatorCallback):
             built.__class__ = TimedEvaluator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from moda.errors import UserError
 from moda.train.plan import make_plan
 from tests.tiny import ROOT, make_text, make_tokenizer, run, write_config
 
-CASES: List[tuple] = [
+CASES: list[tuple] = [
     ("modle.d_model=64", ["modle", "did you mean 'model'?"]),
     ("model.n_layer=3", ["model.n_layer", "did you mean 'n_layers'?"]),
     ("model.depth_kv.key_nrom=writer", ["model.depth_kv.key_nrom", "did you mean 'key_norm'?"]),
@@ -66,7 +66,7 @@ def message(folder: Path, *overrides: str, world_size: int = 1) -> str:
 
 
 @pytest.mark.parametrize("override, words", CASES, ids=[c[0] for c in CASES])
-def test_one_error_names_key_allowed_and_given(folder: Path, override: str, words: List[str]) -> None:
+def test_one_error_names_key_allowed_and_given(folder: Path, override: str, words: list[str]) -> None:
     text = message(folder, override)
     assert "\n" not in text
     for word in words:
@@ -109,7 +109,7 @@ def test_missing_and_unreadable_text(folder: Path) -> None:
     assert "line 2" in data_error(folder, f"data.text=[{folder}/rows.jsonl]")
 
 
-def token_files(folder: Path, ids: List[int], manifest: Dict[str, Any]) -> Path:
+def token_files(folder: Path, ids: list[int], manifest: dict[str, Any]) -> Path:
     folder.mkdir()
     np.array(ids, dtype=np.uint16).tofile(folder / "part.npy")
     if manifest:

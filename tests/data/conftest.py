@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("datatrove")
 
 
 @pytest.fixture
-def documents() -> List[str]:
+def documents() -> list[str]:
     """Documents of several lengths, with accents, blank lines and text that looks like a special token."""
     rng = random.Random(0)
     words = "the of and model depth attention naïve café 42 <|endoftext|> zero-shot layer token\tgap".split(" ")
@@ -29,7 +30,7 @@ def prepared() -> Callable[..., Any]:
     from moda.data.prepare import PrepareOptions, prepare
 
     def run(
-        output: Path, sources: Dict[str, Any], restart: bool = False, overwrite: bool = False, **options: Any
+        output: Path, sources: dict[str, Any], restart: bool = False, overwrite: bool = False, **options: Any
     ) -> Any:
         given = {"output": str(output), "sources": sources, "tokenizer": "gpt-neox", "workers": 1, **options}
         return prepare(from_dict(PrepareOptions, given), restart=restart, overwrite=overwrite)

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import zstandard
@@ -39,7 +39,7 @@ def test_bad_records(kind: str, tmp_path: Path, prepared: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "gz-noise"])
-def test_broken_files(kind: str, tmp_path: Path, prepared: Any, documents: List[str]) -> None:
+def test_broken_files(kind: str, tmp_path: Path, prepared: Any, documents: list[str]) -> None:
     plain = "".join(json.dumps({"text": d}) + "\n" for d in documents).encode()
     path = tmp_path / f"a.jsonl.{kind.split('-')[0]}"
     if kind == "parquet":
@@ -77,7 +77,7 @@ def test_nothing_to_read(tmp_path: Path, prepared: Any) -> None:
         prepared(tmp_path / "out", {"a": str(tmp_path / "a.txt")})
 
 
-def test_finished_output_is_kept(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_finished_output_is_kept(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     done = prepared(tmp_path / "out", {"a": str(path)})
     before = tree(done.folder)
@@ -97,7 +97,7 @@ def test_finished_output_is_kept(tmp_path: Path, documents: List[str], prepared:
         prepared(tmp_path / "out", {"a": str(path)}, shard_tokens=1000)
 
 
-def test_other_options_than_the_unfinished_one(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_other_options_than_the_unfinished_one(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(BAD["invalid_json"])
     with pytest.raises(UserError, match="JSON object"):
@@ -116,7 +116,7 @@ def _hold(partial: str, held: Any) -> None:
         time.sleep(60)
 
 
-def test_two_preparations_at_once(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_two_preparations_at_once(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     context = multiprocessing.get_context("fork")
     held = context.Event()
@@ -132,7 +132,7 @@ def test_two_preparations_at_once(tmp_path: Path, documents: List[str], prepared
     assert prepared(tmp_path / "out", {"a": str(path)}).seconds > 0  # the lock went with its process
 
 
-def test_full_disk(tmp_path: Path, documents: List[str], prepared: Any, monkeypatch: Any) -> None:
+def test_full_disk(tmp_path: Path, documents: list[str], prepared: Any, monkeypatch: Any) -> None:
     from moda.data.prepare import tokenize
 
     path = write_jsonl(tmp_path / "a.jsonl", documents)
@@ -152,7 +152,7 @@ def test_full_disk(tmp_path: Path, documents: List[str], prepared: Any, monkeypa
     assert tree(prepared(tmp_path / "out", {"a": str(path)}, task_bytes=5000).folder) == tree(whole.folder)
 
 
-def test_output_that_is_something_else(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_output_that_is_something_else(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")

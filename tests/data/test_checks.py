@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from tests.data_files import write_jsonl
 
 
 @pytest.fixture
-def folder(tmp_path: Path, documents: List[str], prepared: Any) -> Path:
+def folder(tmp_path: Path, documents: list[str], prepared: Any) -> Path:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     return prepared(tmp_path / "out", {"a": str(path)}, shard_tokens=3000, validation_fraction=0.1).folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from moda.errors import UserError
 from tests.data_files import write_jsonl
 
 
-def test_prepared_folder(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_prepared_folder(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     a, b = write_jsonl(tmp_path / "a.jsonl", documents), write_jsonl(tmp_path / "b.jsonl", documents[:20])
     done = prepared(tmp_path / "out", {"a": str(a), "b": str(b)}, validation_fraction=0.2, shard_tokens=2000)
     out = io.StringIO()

@@ -6,9 +6,10 @@ import hashlib
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files: Dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
         self.stalls: Counter = Counter()
         self.cuts: Counter = Counter()
         self.fails: Counter = Counter()
         self.damages: Counter = Counter()
-        self.requests: List[tuple] = []
+        self.requests: list[tuple] = []
 
     @property
     def url(self) -> str:
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def paths() -> List[tuple]:
+def paths() -> list[tuple]:
     return mix_paths("mix", MIX, load_tokenizer(TokenizerSection("dolma2")))
 
 
@@ -116,7 +117,7 @@ def run(server: Server, folder: Path, tokens: Any = 20_000, **changes: Any) -> i
     return mirror(options, Console(quiet=True), **flags)
 
 
-def chosen(server: Server, tokens: int) -> List[str]:
+def chosen(server: Server, tokens: int) -> list[str]:
     sizes = {p: len(d) for p, d in server.files.items()}
     return [p for _, p in choose_subset(paths(), sizes, tokens, 4)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +22,9 @@ LENGTH, STEP = 16, 64  # tokens of a sequence and of a batch
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> Dict[str, List[str]]:
+def sources(tmp_path: Path) -> dict[str, list[str]]:
     """Two sources of several files; every sequence of 16 tokens repeats one number that tells file and place."""
-    made: Dict[str, List[str]] = {}
+    made: dict[str, list[str]] = {}
     for name, base, files in (("big", 0, 3), ("small", 200, 2)):
         made[name] = []
         for i in range(files):
@@ -36,7 +36,7 @@ def sources(tmp_path: Path) -> Dict[str, List[str]]:
     return made
 
 
-def build(tmp_path: Path, sources: Dict[str, List[str]], total: int, seed: int = 0, **weights: Any) -> Any:
+def build(tmp_path: Path, sources: dict[str, list[str]], total: int, seed: int = 0, **weights: Any) -> Any:
     made = {n: MixtureSource(paths, **weights[n]) for n, paths in sources.items()}
     tokenizer = make_tokenizer(tmp_path / "tokenizer.json")
     data = DataConfig(mixture=MixtureSection(made, seed), tokenizer=str(tokenizer), work_dir=str(tmp_path / "work"))
@@ -44,7 +44,7 @@ def build(tmp_path: Path, sources: Dict[str, List[str]], total: int, seed: int =
     return build_training_data(data, loaded, LENGTH, total_tokens=total, tokens_per_step=STEP)
 
 
-def contents(data: Any) -> List[int]:
+def contents(data: Any) -> list[int]:
     dataset = data.train.build()
     dataset.prepare()
     items = [dataset[i]["input_ids"] for i in range(len(dataset))]
@@ -52,7 +52,7 @@ def contents(data: Any) -> List[int]:
     return [int(ids[0]) for ids in items]
 
 
-def test_shares(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
+def test_shares(tmp_path: Path, sources: dict[str, list[str]]) -> None:
     data = build(tmp_path, sources, 64 * LENGTH, big={"ratio": 3}, small={"ratio": 1})
     found = contents(data)
     assert len(found) == 64 and len(set(found)) == 64  # no sequence twice
@@ -61,8 +61,8 @@ def test_shares(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
     assert sum(d.tokens for d in data.drawn) == 64 * LENGTH == data.tokens
 
 
-def test_seeds_choose_other_sequences(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
-    weights: Dict[str, Any] = {"big": {"ratio": 3}, "small": {"ratio": 1}}
+def test_seeds_choose_other_sequences(tmp_path: Path, sources: dict[str, list[str]]) -> None:
+    weights: dict[str, Any] = {"big": {"ratio": 3}, "small": {"ratio": 1}}
     first, again = (contents(build(tmp_path, sources, 32 * LENGTH, 0, **weights)) for _ in range(2))
     other = build(tmp_path, sources, 32 * LENGTH, 1, **weights)
     assert first == again
@@ -72,7 +72,7 @@ def test_seeds_choose_other_sequences(tmp_path: Path, sources: Dict[str, List[st
     )
 
 
-def test_repetition(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
+def test_repetition(tmp_path: Path, sources: dict[str, list[str]]) -> None:
     with pytest.raises(UserError, match=r"sources\.small.*1\.60 times through it.*max_repetition"):
         build(tmp_path, sources, 64 * LENGTH, big={"ratio": 1}, small={"ratio": 1})
     data = build(tmp_path, sources, 64 * LENGTH, big={"ratio": 1}, small={"ratio": 1, "max_repetition": 2})
@@ -81,7 +81,7 @@ def test_repetition(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
     assert abs(sum(times.values()) - 32) <= 2
 
 
-def test_budgets(tmp_path: Path, sources: Dict[str, List[str]]) -> None:
+def test_budgets(tmp_path: Path, sources: dict[str, list[str]]) -> None:
     data = build(tmp_path, sources, 64 * LENGTH, big={"tokens": 56 * LENGTH}, small={"tokens": 8 * LENGTH})
     assert {d.name: d.tokens for d in data.drawn} == {"big": 56 * LENGTH, "small": 8 * LENGTH}
     with pytest.raises(UserError, match="budgets of at least the run's"):
@@ -97,7 +97,7 @@ def test_order_is_a_permutation(count: int) -> None:
         assert sorted((i * step + offset) % count for i in range(count)) == list(range(count))
 
 
-def test_a_run_records_what_it_drew(tmp_path: Path, sources: Dict[str, List[str]], capsys: Any) -> None:
+def test_a_run_records_what_it_drew(tmp_path: Path, sources: dict[str, list[str]], capsys: Any) -> None:
     from moda.train.run import plan, print_plan, train
 
     make_tokenizer(tmp_path / "tokenizer.json")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +28,11 @@ from tests.data_files import tree, write_jsonl
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def expected(documents: List[str], fraction: float) -> Dict[str, List[int]]:
+def expected(documents: list[str], fraction: float) -> dict[str, list[int]]:
     """Token files, computed the obvious way: one document at a time."""
     tokenizer = load_tokenizer(TokenizerSection("gpt-neox")).load()
     tokenizer.encode_special_tokens = True
-    out: Dict[str, List[int]] = {"train": [], "validation": []}
+    out: dict[str, list[int]] = {"train": [], "validation": []}
     for d in documents:
         share = int.from_bytes(hashlib.sha256(d.encode()).digest()[:8], "big") / 2**64
         split = "validation" if share < fraction else "train"
@@ -44,12 +44,12 @@ def load_eos() -> int:
     return load_tokenizer(TokenizerSection("gpt-neox")).config.eos_token_id
 
 
-def tokens(folder: Path, split: str, source: str = "a") -> List[int]:
+def tokens(folder: Path, split: str, source: str = "a") -> list[int]:
     files = sorted((folder / split).glob(f"{source}-*.npy"))
     return [int(t) for f in files for t in np.fromfile(f, dtype=np.uint16)]
 
 
-def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     done = prepared(tmp_path / "out", {"a": str(path)}, validation_fraction=0.2, shard_tokens=1500, task_bytes=4000)
     want = expected(documents, 0.2)
@@ -70,10 +70,10 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, documents: List[str],
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz", "zst", "bz2", "parquet", "lines", "text", "code", "hf", "hf-streaming"])
-def test_formats(kind: str, tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_formats(kind: str, tmp_path: Path, documents: list[str], prepared: Any) -> None:
     documents = documents[:12]
     plain = "".join(json.dumps({"body": d}) + "\n" for d in documents).encode()
-    source: Dict[str, Any] = {"field": "body"}
+    source: dict[str, Any] = {"field": "body"}
     folder = tmp_path / "in"
     folder.mkdir()
     if kind in ("gz", "xz", "bz2", "zst"):
@@ -121,7 +121,7 @@ def run_cli(*arguments: str) -> int:
         signal.signal(signal.SIGTERM, before[1])
 
 
-def test_workers_make_no_difference(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_workers_make_no_difference(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     options = {"validation_fraction": 0.1, "shard_tokens": 2000, "task_bytes": 5000}
     one = prepared(tmp_path / "one", {"a": str(path)}, **options)
@@ -129,7 +129,7 @@ def test_workers_make_no_difference(tmp_path: Path, documents: List[str], prepar
     assert tree(one.folder) == tree(two.folder)
 
 
-def test_ray_makes_no_difference(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_ray_makes_no_difference(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     pytest.importorskip("ray")
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     options = {"shard_tokens": 2000, "task_bytes": 9000}
@@ -149,7 +149,7 @@ echo "Submitted batch job 1"
 """
 
 
-def test_slurm_makes_no_difference(tmp_path: Path, documents: List[str], prepared: Any, monkeypatch: Any) -> None:
+def test_slurm_makes_no_difference(tmp_path: Path, documents: list[str], prepared: Any, monkeypatch: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
@@ -168,7 +168,7 @@ def test_slurm_makes_no_difference(tmp_path: Path, documents: List[str], prepare
     assert tree(local.folder) == tree(on_slurm.folder)
 
 
-def test_resume_after_kill(tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_resume_after_kill(tmp_path: Path, documents: list[str], prepared: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents * 25)
     given = [f"sources.a={path}", "tokenizer=gpt-neox", "task_bytes=20000", "shard_tokens=200000", "workers=1"]
     out = tmp_path / "out"
@@ -194,7 +194,7 @@ def test_resume_after_kill(tmp_path: Path, documents: List[str], prepared: Any) 
 
 
 def test_finished_parts_are_not_made_again(
-    tmp_path: Path, documents: List[str], prepared: Any, monkeypatch: Any
+    tmp_path: Path, documents: list[str], prepared: Any, monkeypatch: Any
 ) -> None:
     from moda.data.prepare import pack
     from moda.data.prepare.tokenize import PartTokenizer
@@ -212,7 +212,7 @@ def test_finished_parts_are_not_made_again(
 
 
 @pytest.mark.parametrize("mode", ["exact", "minhash"])
-def test_dedup(mode: str, tmp_path: Path, documents: List[str], prepared: Any) -> None:
+def test_dedup(mode: str, tmp_path: Path, documents: list[str], prepared: Any) -> None:
     rng = np.random.default_rng(0)
     unique = [" ".join("".join(w) for w in rng.choice(list("abcdefgh"), (200, 4))) for _ in range(20)]
     repeated = unique + unique[:7]
@@ -228,7 +228,7 @@ def test_dedup(mode: str, tmp_path: Path, documents: List[str], prepared: Any) -
     assert tree(one.folder) == tree(two.folder)
 
 
-def test_long_documents_are_cut_between_tokens(documents: List[str]) -> None:
+def test_long_documents_are_cut_between_tokens(documents: list[str]) -> None:
     tokenizer = load_tokenizer(TokenizerSection("gpt-neox")).load()
     tokenizer.encode_special_tokens = True
     text = "\n\n".join(documents * 3) + " end" * 200 + "\t\n \n" + "x" * 5000
@@ -239,7 +239,7 @@ def test_long_documents_are_cut_between_tokens(documents: List[str]) -> None:
     assert ids == tokenizer.encode(exact, add_special_tokens=False).ids
 
 
-def test_command_line(tmp_path: Path, documents: List[str], capsys: Any) -> None:
+def test_command_line(tmp_path: Path, documents: list[str], capsys: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     file = tmp_path / "prepare.yaml"
     file.write_text(f"output: {tmp_path}/out\ntokenizer: gpt-neox\nsources:\n  a: {path}\n")
@@ -252,7 +252,7 @@ def test_command_line(tmp_path: Path, documents: List[str], capsys: Any) -> None
     assert "shard_tokens" in capsys.readouterr().err
 
 
-def test_throughput_benchmark(tmp_path: Path, documents: List[str]) -> None:
+def test_throughput_benchmark(tmp_path: Path, documents: list[str]) -> None:
     from rich.console import Console
 
     from moda.data.prepare.benchmark import benchmark

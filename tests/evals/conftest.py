@@ -38,6 +38,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path):
-    from evals.model import load
+    from moda_evals.model import load
 
     return load(str(checkpoint))

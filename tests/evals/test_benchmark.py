@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.benchmark import benchmark, load_spans, save_spans
-from evals.downstream import fit
-from evals.tasks import TASKS, load_questions
+from moda_evals.benchmark import benchmark, load_spans, save_spans
+from moda_evals.downstream import fit
+from moda_evals.tasks import TASKS, load_questions
 
 
 def test_benchmark_checks_and_measures(model, tmp_path: Path) -> None:

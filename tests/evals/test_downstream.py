@@ -10,10 +10,10 @@ import olmo_eval
 import pytest
 import torch
 
-from evals import downstream, scoring, tasks
-from evals.downstream import evaluate_task, standard_error
-from evals.tasks import TASKS, load_questions
 from moda.errors import UserError
+from moda_evals import downstream, scoring, tasks
+from moda_evals.downstream import evaluate_task, standard_error
+from moda_evals.tasks import TASKS, load_questions
 
 QUESTIONS = 52
 #: The lettered form has prompts of thousands of these tokens: a few, of its first part, must do here; and of the second splits.

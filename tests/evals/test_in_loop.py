@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from evals.downstream import evaluate_task
-from evals.in_loop import check_downstream
-from evals.model import load
-from evals.tasks import TASKS
 from moda.config.schema import RunConfig
 from moda.config.typed import from_dict
 from moda.errors import UserError
+from moda_evals.downstream import evaluate_task
+from moda_evals.in_loop import check_downstream
+from moda_evals.model import load
+from moda_evals.tasks import TASKS
 from tests.tiny import run, tiny_config, write_config
 
 

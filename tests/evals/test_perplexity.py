@@ -11,10 +11,10 @@ import torch
 from olmo_core.data import NumpyDatasetDType, NumpyPaddedFSLDatasetConfig, TokenizerConfig
 from olmo_core.data.utils import get_labels
 
-from evals.perplexity import Windows, evaluate_set, loss_error, windows
-from evals.sets import PAPER_SETS, paper_sets, text_set, token_set
 from moda.errors import UserError
 from moda.train.validation import NextTokenEvaluator
+from moda_evals.perplexity import Windows, evaluate_set, loss_error, windows
+from moda_evals.sets import PAPER_SETS, paper_sets, text_set, token_set
 
 
 def documents(folder: Path, lengths: list, seed: int = 0) -> Path:

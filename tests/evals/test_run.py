@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals import run as evals_run
-from evals.compare import compare
-from evals.model import load
-from evals.paper import paper_rows
 from moda.errors import UserError
 from moda.weights import load_model, open_checkpoint, read_weights
+from moda_evals import run as evals_run
+from moda_evals.compare import compare
+from moda_evals.model import load
+from moda_evals.paper import paper_rows
 from tests.small_checkpoint import run_config, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

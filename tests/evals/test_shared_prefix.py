@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from evals import scoring
-from evals.model import ScoredModel
-from evals.shared_prefix import MAX_ROW, Tree, can_share, grow, lay_out
 from moda.config.schema import ModelConfig
 from moda.config.typed import from_dict
+from moda_evals import scoring
+from moda_evals.model import ScoredModel
+from moda_evals.shared_prefix import MAX_ROW, Tree, can_share, grow, lay_out
 from tests.small_checkpoint import MODEL, randomise
 
 VOCAB = 61

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import tokenizers
@@ -28,11 +28,11 @@ IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
 TOLERANCE = 1e-9  # fp64, where a difference of the formulas cannot hide behind rounding
 
 
-def config_of(**changes: Any) -> Dict[str, Any]:
+def config_of(**changes: Any) -> dict[str, Any]:
     return {**MODEL, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 61, "n_layers": 4, **changes}
 
 
-def pair(model: Dict[str, Any]) -> tuple:
+def pair(model: dict[str, Any]) -> tuple:
     """A native model with random weights and the exported decoder with the same ones, in fp64."""
     config = run_config(Path("unused"), model).model.transformer(61)
     native = randomise(config.build(init_device="cpu"), 3).eval().double()
@@ -47,7 +47,7 @@ def pair(model: Dict[str, Any]) -> tuple:
     return native, exported
 
 
-def check(model: Dict[str, Any]) -> None:
+def check(model: dict[str, Any]) -> None:
     native, exported = pair(model)
     with torch.no_grad():
         truth, found = native(IDS), exported(IDS)
@@ -68,7 +68,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("depth", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-def test_every_depth_variant(depth: Dict[str, Any]) -> None:
+def test_every_depth_variant(depth: dict[str, Any]) -> None:
     for qk_norm in ("full", "head"):
         check(config_of(depth_kv=depth, qk_norm=qk_norm))
 
@@ -97,7 +97,7 @@ def test_norm_placements(placement: str, depth: Any) -> None:
     ],
     ids=str,
 )
-def test_other_settings(changes: Dict[str, Any]) -> None:
+def test_other_settings(changes: dict[str, Any]) -> None:
     check(config_of(**changes))
 
 
@@ -200,9 +200,9 @@ def test_import_back(exported: tuple, tmp_path: Path) -> None:
 
 
 def test_evaluation_of_an_export_agrees(exported: tuple) -> None:
-    from evals.downstream import evaluate_task
-    from evals.model import load
-    from evals.tasks import TASKS
+    from moda_evals.downstream import evaluate_task
+    from moda_evals.model import load
+    from moda_evals.tasks import TASKS
 
     native, theirs = (load(str(p), context_length=512) for p in exported)
     assert theirs.kind == "huggingface" and theirs.tokenizer.prefix == ()
@@ -216,9 +216,9 @@ def test_another_model_of_transformers(exported: tuple, tmp_path: Path) -> None:
     """Any causal language model in safetensors; pickled weights are refused."""
     import transformers
 
-    from evals.downstream import evaluate_task
-    from evals.model import load
-    from evals.tasks import TASKS
+    from moda_evals.downstream import evaluate_task
+    from moda_evals.model import load
+    from moda_evals.tasks import TASKS
 
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

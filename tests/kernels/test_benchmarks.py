@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.benchmarks.cases import TABLES
-from kernels.benchmarks.floors import Ceilings, floor_ms, pairs
-from kernels.benchmarks.plots import draw_sweeps
-from kernels.benchmarks.variants import VARIANTS
+from moda_kernels.benchmarks.cases import TABLES
+from moda_kernels.benchmarks.floors import Ceilings, floor_ms, pairs
+from moda_kernels.benchmarks.plots import draw_sweeps
+from moda_kernels.benchmarks.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = Ceilings(bandwidth=4.24e12, matrix_rate=750e12)
@@ -83,8 +83,8 @@ def test_without_a_gpu_the_script_says_so() -> None:
 
 @pytest.mark.gpu
 def test_a_variant_that_misses_parity_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.benchmarks import runner
-    from kernels.moda_attention import fused
+    from moda_kernels.benchmarks import runner
+    from moda_kernels.moda_attention import fused
 
     right = fused.forward
 

@@ -7,15 +7,16 @@ so that a slot's gradient reaches every earlier layer.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import DepthLayout, DepthStream
-from kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
-from kernels.yardstick import report, verdicts
+from moda_kernels import DepthLayout, DepthStream
+from moda_kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
+from moda_kernels.yardstick import report, verdicts
 
 pytest.importorskip("triton")
 
@@ -23,19 +24,19 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 #: On the CPU the split backend runs in Triton's interpreter: few tokens, fp16.
 DTYPE = torch.bfloat16 if GPU else torch.float16
-Model = Callable[[torch.Tensor, List[torch.Tensor]], torch.Tensor]
+Model = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
-def parts(x: torch.Tensor, w: torch.Tensor, hk: int, d: int) -> Tuple[torch.Tensor, ...]:
+def parts(x: torch.Tensor, w: torch.Tensor, hk: int, d: int) -> tuple[torch.Tensor, ...]:
     """q ``[B, T, Hq, D]`` and four ``[B, T, Hk, D]`` from ``x [B, T, Hq * D]`` and a layer's weights ``[5, Hq * D]``."""
     q = (x * w[0]).unflatten(-1, (-1, d))
     narrow = [(x * w[i]).unflatten(-1, (-1, d))[:, :, :hk] for i in range(1, 5)]
     return (q, *narrow)
 
 
-def plain(x: torch.Tensor, weights: List[torch.Tensor], layout: DepthLayout, hk: int, d: int) -> torch.Tensor:
+def plain(x: torch.Tensor, weights: list[torch.Tensor], layout: DepthLayout, hk: int, d: int) -> torch.Tensor:
     """The toy model on a list of slots, in x's dtype."""
-    slots: List[Tuple[torch.Tensor, torch.Tensor]] = []
+    slots: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer, w in enumerate(weights):
         q, k, v, fk, fv = parts(x, w, hk, d)
         group = q.shape[2] // hk
@@ -63,17 +64,17 @@ def plain(x: torch.Tensor, weights: List[torch.Tensor], layout: DepthLayout, hk:
 
 def streamed(
     x: torch.Tensor,
-    weights: List[torch.Tensor],
+    weights: list[torch.Tensor],
     stream: DepthStream,
     hk: int,
     d: int,
-    wrap: Optional[Callable[..., Any]] = None,
+    wrap: Callable[..., Any] | None = None,
 ) -> torch.Tensor:
     """The toy model on a stream; ``wrap`` runs a layer in its own way (checkpointing)."""
     layout = stream.layout
     token = stream.start(x.device)
 
-    def run(x: torch.Tensor, token: torch.Tensor, w: torch.Tensor, layer: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    def run(x: torch.Tensor, token: torch.Tensor, w: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, fk, fv = parts(x, w, hk, d)
         control = stream.control[layer]
         out, token = depth_attention(q, k, v, token, control)
@@ -89,27 +90,27 @@ def streamed(
 
 def toy(
     n_layers: int, T: int = 64 if GPU else 3, hk: int = 1, group: int = 2, d: int = 16
-) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     g = torch.Generator().manual_seed(n_layers)
     x = torch.randn(2, T, hk * group * d, generator=g).to(DEVICE, DTYPE)
     weights = [0.5 * torch.randn(5, hk * group * d, generator=g).to(DEVICE, DTYPE) for _ in range(n_layers)]
     return x, weights
 
 
-def gradients(run: Model, x: torch.Tensor, weights: List[torch.Tensor]) -> List[torch.Tensor]:
+def gradients(run: Model, x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     x, weights = x.detach().requires_grad_(), [w.detach().requires_grad_() for w in weights]
     out = run(x, weights)
     seed = torch.sin(torch.arange(out.numel(), device=out.device)).view_as(out).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, [x, *weights], seed)]
 
 
-def judge(run: Model, plain_run: Model, x: torch.Tensor, weights: List[torch.Tensor]) -> None:
+def judge(run: Model, plain_run: Model, x: torch.Tensor, weights: list[torch.Tensor]) -> None:
     """``run``'s output and gradients pass the yardstick of ``plain_run`` in the working dtype and in fp64.
 
     The layers' gradients are judged together: one layer's are few numbers, whose errors have come through all the others.
     """
 
-    def named(tensors: List[torch.Tensor]) -> Dict[str, Optional[torch.Tensor]]:
+    def named(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor | None]:
         return {"out": tensors[0], "x": tensors[1], "layers": torch.stack(tensors[2:])}
 
     result, low = gradients(run, x, weights), gradients(plain_run, x, weights)
@@ -151,7 +152,7 @@ def test_deferred_under_checkpointing_and_two_forwards_alive(defer: int) -> None
     layout = DepthLayout(5)
     x, weights = toy(5)
 
-    def run(x: torch.Tensor, w: List[torch.Tensor]) -> torch.Tensor:
+    def run(x: torch.Tensor, w: list[torch.Tensor]) -> torch.Tensor:
         def again(*args: Any) -> Any:
             return checkpoint(*args, use_reentrant=False)
 
@@ -164,13 +165,13 @@ def test_deferred_under_checkpointing_and_two_forwards_alive(defer: int) -> None
 
 def test_every_layer_and_slot_is_flushed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is flushed is what is owed: each (layer, slot) pair exactly once and before it is taken, for any layout and any b."""
-    backward = importlib.import_module("kernels.moda_attention.depth_backward")
+    backward = importlib.import_module("moda_kernels.moda_attention.depth_backward")
     for layout in (DepthLayout(9), DepthLayout(9, ffn=False), DepthLayout(9, window=5), DepthLayout(8, window=1)):
         for defer in (2, 3, 8, 20):
-            pairs: List[Tuple[int, int]] = []
+            pairs: list[tuple[int, int]] = []
             stream = DepthStream(layout, "split", defer=defer)
             stream.k = stream.v = torch.zeros(layout.n_slots, 1, 1, 1, 8)
-            kept: List[int] = []
+            kept: list[int] = []
 
             def flush(pending: Any, layers: Any, slots: Any, *rest: Any) -> None:
                 pairs.extend((kept[m], s) for m in range(*layers) for s in range(*slots))  # noqa: B023
@@ -218,7 +219,7 @@ def compiled_graphs(n_layers: int) -> int:
     torch._dynamo.reset()
     run = torch.compile(layer, backend=backend, fullgraph=True)
 
-    def model(x: torch.Tensor, w: List[torch.Tensor]) -> torch.Tensor:
+    def model(x: torch.Tensor, w: list[torch.Tensor]) -> torch.Tensor:
         stream = DepthStream(layout, "split", defer=2)
         token = stream.start(x.device)
         for i, weight in enumerate(w):

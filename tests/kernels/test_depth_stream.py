@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import pytest
 import torch
 
-from kernels import DepthLayout, DepthStream, moda_attention
-from kernels.depth_stream import _STREAMS, ATTENTION, FFN, depth_attention, depth_write
+from moda_kernels import DepthLayout, DepthStream, moda_attention
+from moda_kernels.depth_stream import _STREAMS, ATTENTION, FFN, depth_attention, depth_write
 
 B, T, HQ, HK, D = 2, 5, 4, 2, 8
-Weights = List[Tuple[torch.Tensor, ...]]
+Weights = list[tuple[torch.Tensor, ...]]
 
 
 def make_weights(n_layers: int) -> Weights:
@@ -43,8 +43,8 @@ def with_stream(x: torch.Tensor, weights: Weights, layout: DepthLayout) -> torch
     return x
 
 
-def with_lists(x: torch.Tensor, weights: Weights, ffn: bool, window: Optional[int]) -> torch.Tensor:
-    slots: List[Tuple[torch.Tensor, torch.Tensor]] = []
+def with_lists(x: torch.Tensor, weights: Weights, ffn: bool, window: int | None) -> torch.Tensor:
+    slots: list[tuple[torch.Tensor, torch.Tensor]] = []
     for wq, wk, wv, wfk, wfv in weights:
         q, k, v = heads(x, wq), heads(x, wk), heads(x, wv)
         seen = slots if window is None else slots[max(0, len(slots) - window) :]
@@ -58,13 +58,13 @@ def with_lists(x: torch.Tensor, weights: Weights, ffn: bool, window: Optional[in
     return x
 
 
-def gradients(y: torch.Tensor, leaves: List[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+def gradients(y: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor | None]:
     return list(torch.autograd.grad(y.square().sum(), leaves, allow_unused=True))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3], ids=lambda w: f"window={w}")
 @pytest.mark.parametrize("ffn", [True, False], ids=["ffn", "no-ffn"])
-def test_gradients_equal_autograd_on_a_list(ffn: bool, window: Optional[int]) -> None:
+def test_gradients_equal_autograd_on_a_list(ffn: bool, window: int | None) -> None:
     weights = make_weights(4)
     x = torch.randn(B, T, HQ * D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     leaves = [x, *(w for layer in weights for w in layer)]

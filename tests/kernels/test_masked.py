@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import DepthLayout, DepthStream, moda_attention
-from kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
-from kernels.moda_attention.masked import masked_attention
-from kernels.yardstick import compare, plain_attention
+from moda_kernels import DepthLayout, DepthStream, moda_attention
+from moda_kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
+from moda_kernels.moda_attention.masked import masked_attention
+from moda_kernels.yardstick import compare, plain_attention
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
 
 import pytest
 import torch
 
-from kernels.moda_attention import get_backend, make_problem, moda_attention
-from kernels.yardstick import compare, plain_attention, relative_error, report, verdicts
+from moda_kernels.moda_attention import get_backend, make_problem, moda_attention
+from moda_kernels.yardstick import compare, plain_attention, relative_error, report, verdicts
 
 GPU = torch.cuda.is_available()
 BACKENDS = ("reference", "fused", "split")
@@ -36,7 +35,7 @@ class Case:
     dtype: str = "fp16"
     causal: bool = True
     C: int = 1
-    docs: Tuple[int, ...] = ()
+    docs: tuple[int, ...] = ()
     sequence: bool = True
     q_depth: bool = False
     inputs: str = "normal"
@@ -55,7 +54,7 @@ class Case:
         return "-".join(parts)
 
 
-def draw(case: Case, device: str) -> Dict[str, Optional[torch.Tensor]]:
+def draw(case: Case, device: str) -> dict[str, torch.Tensor | None]:
     """Inputs and output gradients in the case's dtype; absent ones are None."""
     g = torch.Generator().manual_seed(1000 * case.T + 10 * case.S + case.G)
     B, T, Hq, Hk, D, S = case.B, case.T, case.G * case.Hk, case.Hk, case.D, case.S
@@ -71,7 +70,7 @@ def draw(case: Case, device: str) -> Dict[str, Optional[torch.Tensor]]:
 
     # 'large': rows whose biggest logit is near +-50; 'identical': all keys of a head the same, so probabilities tie.
     factor = 3.0 if case.inputs == "large" else 1.0
-    x: Dict[str, Optional[torch.Tensor]] = {n: None for n in NAMES}
+    x: dict[str, torch.Tensor | None] = {n: None for n in NAMES}
     x["q"] = normal(B, T, Hq, D, factor=factor)
     if case.sequence:
         x["k"], x["v"] = normal(B, T, Hk, D, factor=factor), normal(B, T, Hk, D)
@@ -88,17 +87,17 @@ def draw(case: Case, device: str) -> Dict[str, Optional[torch.Tensor]]:
     return x
 
 
-def options(case: Case, device: str) -> Dict[str, object]:
+def options(case: Case, device: str) -> dict[str, object]:
     cu = torch.tensor(case.docs, dtype=torch.int32, device=device) if case.docs else None
     return dict(causal=case.causal, depth_chunk=case.C, cu_seqlens=cu)
 
 
 def differentiate(
-    run, x: Dict[str, Optional[torch.Tensor]], dtype: Optional[torch.dtype] = None
-) -> Dict[str, Optional[torch.Tensor]]:
+    run, x: dict[str, torch.Tensor | None], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor | None]:
     """Output, LSE and gradients by autograd, on the inputs cast to ``dtype``."""
 
-    def cast(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
         return t if t is None or dtype is None else t.to(dtype)
 
     leaves = {n: None if x[n] is None else cast(x[n]).detach().requires_grad_() for n in NAMES}
@@ -113,7 +112,7 @@ def differentiate(
     return {"out": out.detach(), "lse": lse.detach(), **{f"d{n}": by_name.get(n) for n in NAMES}}
 
 
-def skip_unless_supported(name: str, case: Case, x: Dict[str, Optional[torch.Tensor]], device: str) -> None:
+def skip_unless_supported(name: str, case: Case, x: dict[str, torch.Tensor | None], device: str) -> None:
     """fused (but for fp32 on a GPU) and reference must take every case; split may refuse by name, and the reason is shown."""
     p = make_problem(*(x[n] for n in NAMES[:-1]), q_depth=x["q_depth"], **options(case, device))
     try:
@@ -184,7 +183,7 @@ def test_expanded_output_gradient(backend: str) -> None:
 # --- the full grid -----------------------------------------------------------------------------------------------------
 
 
-def grid() -> List[Case]:
+def grid() -> list[Case]:
     bf16 = Case(dtype="bf16", D=64)
     cases = [
         dataclasses.replace(bf16, T=333 if S != 140 else 127, S=S, G=G)
@@ -196,7 +195,7 @@ def grid() -> List[Case]:
     cases += [dataclasses.replace(bf16, T=97, S=9, G=G, Hk=1) for G in (16, 32)]
     base = dataclasses.replace(bf16, T=257, S=17, G=8)
     docs = (0, 1, 64, 130, 257)
-    switches: List[Dict[str, object]] = [
+    switches: list[dict[str, object]] = [
         dict(causal=False),
         dict(causal=False, G=1, D=128, S=3),
         dict(docs=docs),
@@ -251,14 +250,14 @@ def test_reference_equals_plain_autograd_in_fp64() -> None:
 @pytest.mark.parametrize("C", (1, 3), ids=("own", "chunk3"))
 @pytest.mark.parametrize("fresh", ((0, 4), (2, 4), (1, 3), (0, 0)), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fresh_slots_are_stored_and_others_added(backend: str, fresh: Tuple[int, int], C: int) -> None:
+def test_fresh_slots_are_stored_and_others_added(backend: str, fresh: tuple[int, int], C: int) -> None:
     """Buffers are prefixes of larger ones; fresh slots hold NaN before, the others values that must stay in the sum."""
     device = "cuda" if GPU else "cpu"
     case = Case(S=4, T=19, C=C)
     drawn = draw(case, device)
     skip_unless_supported(backend, case, drawn, device)
 
-    def run(name: str, dtype: torch.dtype) -> List[torch.Tensor]:
+    def run(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
         x = {n: None if t is None else t.to(dtype) for n, t in drawn.items()}
         p = make_problem(*(x[n] for n in NAMES[:-1]), **options(case, device))
         tensors = [x[n] for n in NAMES]
@@ -314,7 +313,7 @@ def test_same_bits_twice(backend: str, C: int) -> None:
 @pytest.mark.parametrize("kernel", ("forward", "keys", "queries"))
 def test_every_named_tile_is_right(kernel: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile that autotuning may choose, judged alone."""
-    from kernels.moda_attention import fused_forward, fused_gradients
+    from moda_kernels.moda_attention import fused_forward, fused_gradients
 
     module = fused_forward if kernel == "forward" else fused_gradients
     prefix = "" if kernel == "forward" else kernel.upper() + "_"
@@ -334,7 +333,7 @@ def test_every_named_tile_is_right(kernel: str, D: int, monkeypatch: pytest.Monk
 # --- bad input -------------------------------------------------------------------------------------------------------------
 
 
-def good() -> Dict[str, torch.Tensor]:
+def good() -> dict[str, torch.Tensor]:
     r = torch.randn
     return dict(
         q=r(1, 6, 4, 16), k=r(1, 6, 2, 16), v=r(1, 6, 2, 16), depth_k=r(3, 1, 6, 2, 16), depth_v=r(3, 1, 6, 2, 16)

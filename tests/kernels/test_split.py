@@ -9,13 +9,13 @@ import importlib
 import os
 import sys
 import types
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.moda_attention import make_problem
-from kernels.yardstick import FACTOR, FLOOR, compare, plain_attention, relative_error
+from moda_kernels.moda_attention import make_problem
+from moda_kernels.yardstick import FACTOR, FLOOR, compare, plain_attention, relative_error
 
 pytest.importorskip("triton")
 
@@ -24,10 +24,10 @@ DEVICE = "cuda" if GPU else "cpu"
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-forward_module = importlib.import_module("kernels.moda_attention.depth_forward")
-backward_module = importlib.import_module("kernels.moda_attention.depth_backward")
-sequence = importlib.import_module("kernels.moda_attention.sequence")
-split = importlib.import_module("kernels.moda_attention.split")
+forward_module = importlib.import_module("moda_kernels.moda_attention.depth_forward")
+backward_module = importlib.import_module("moda_kernels.moda_attention.depth_backward")
+sequence = importlib.import_module("moda_kernels.moda_attention.sequence")
+split = importlib.import_module("moda_kernels.moda_attention.split")
 
 Tile = forward_module.Tile
 #: The interpreter's bf16 products are not trustworthy.
@@ -41,7 +41,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=g).to(DEVICE, DTYPE)
 
 
-def depth_case(B: int = 1, T: int = 3, Hk: int = 2, G: int = 2, D: int = 32, S: int = 7) -> Dict[str, Any]:
+def depth_case(B: int = 1, T: int = 3, Hk: int = 2, G: int = 2, D: int = 32, S: int = 7) -> dict[str, Any]:
     q, do = draw(B, T, Hk * G, D), draw(B, T, Hk * G, D, seed=1)
     k, v = draw(S + 2, B, T, Hk, D, seed=2)[1 : S + 1], draw(S + 1, B, T, Hk, D, seed=3)[:S]  # two slot strides
     out, lse = forward_module.depth_forward(q, k, v, D**-0.5)
@@ -49,8 +49,8 @@ def depth_case(B: int = 1, T: int = 3, Hk: int = 2, G: int = 2, D: int = 32, S: 
 
 
 def immediate(
-    c: Dict[str, Any], fresh: Tuple[int, int], start: Optional[torch.Tensor] = None, **options: Any
-) -> List[Any]:
+    c: dict[str, Any], fresh: tuple[int, int], start: torch.Tensor | None = None, **options: Any
+) -> list[Any]:
     """dq and the depth gradients, added to ``start`` outside ``fresh``, where the buffers hold NaN."""
     grads = [torch.full_like(c["k"], float("nan"), memory_format=torch.contiguous_format) for _ in range(2)]
     if start is not None:
@@ -74,7 +74,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_packing_and_tiles_do_not_change_the_result(size: Dict[str, int]) -> None:
+def test_packing_and_tiles_do_not_change_the_result(size: dict[str, int]) -> None:
     c = depth_case(**size)
     S = c["k"].shape[0]
     truth = immediate(c, (0, S), tile=Tile(keys=16, stages=1, warps=1, heads=1))
@@ -87,7 +87,7 @@ def test_packing_and_tiles_do_not_change_the_result(size: Dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_flush_equals_immediate(size: Dict[str, int]) -> None:
+def test_flush_equals_immediate(size: dict[str, int]) -> None:
     """Three layers kept and flushed in parts, by both kernels, with stored and added slots; outside the flush nothing moves."""
     cases = [depth_case(**size) for _ in range(3)]
     for i, c in enumerate(cases):
@@ -183,7 +183,7 @@ def test_a_forced_sequence_kernel_never_falls_back(monkeypatch: pytest.MonkeyPat
     ],
     ids=["depth_chunk", "head_dim", "dtype"],
 )
-def test_what_split_cannot_do_it_refuses_by_name(options: Dict[str, Any], words: str) -> None:
+def test_what_split_cannot_do_it_refuses_by_name(options: dict[str, Any], words: str) -> None:
     reason = split.unsupported(problem(**options))
     assert reason is not None and words in reason
 
@@ -194,7 +194,7 @@ def test_flash_attn_packages_are_called_as_they_are_written(
     monkeypatch: pytest.MonkeyPatch, major: int, module: str, packed: bool
 ) -> None:
     """The packages are not installed here: stand-ins with the signatures of their sources stand for them."""
-    seen: Dict[str, Any] = {}
+    seen: dict[str, Any] = {}
 
     def forward3(
         q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None,
@@ -255,7 +255,7 @@ def test_flash_attn_packages_are_called_as_they_are_written(
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_sequence_kernels_agree_on_the_joint_softmax(monkeypatch: pytest.MonkeyPatch, name: str, causal: bool) -> None:
     """Every kernel present, given the merged pair, against the reference in fp64."""
-    reference = importlib.import_module("kernels.moda_attention.reference")
+    reference = importlib.import_module("moda_kernels.moda_attention.reference")
     monkeypatch.setenv(sequence.ENVIRONMENT, name)
     c = depth_case(B=2, T=130, Hk=2, G=4, D=64, S=11)
     k, v = draw(2, 130, 2, 64, seed=20), draw(2, 130, 2, 64, seed=21)

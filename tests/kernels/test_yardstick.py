@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.yardstick import FACTOR, compare, relative_error, report, verdicts
+from moda_kernels.yardstick import FACTOR, compare, relative_error, report, verdicts
 
 
 def test_bound_is_twice_the_plain_error() -> None:

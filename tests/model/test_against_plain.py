@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Optional
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ DEPTH = dict(attention="reuse", ffn=True, key_norm="writer", rope="same_position
 TOLERANCE = 1e-11  # fp64; the rotation's angles are fp32 on both sides
 
 
-def build(placement: str, depth: Optional[dict], **model: object) -> torch.nn.Module:
+def build(placement: str, depth: dict | None, **model: object) -> torch.nn.Module:
     section = None if depth is None else DepthKVSection(**depth)
     config = ModelConfig(norm_placement=placement, depth_kv=section, **{**SMALL, **model})
     net = config.transformer().build(init_device="cpu").double()
@@ -32,7 +31,7 @@ def build(placement: str, depth: Optional[dict], **model: object) -> torch.nn.Mo
 
 
 def check(
-    net: torch.nn.Module, placement: str, depth: Optional[dict], head_norm: bool = False, n_kv_heads: int = 2
+    net: torch.nn.Module, placement: str, depth: dict | None, head_norm: bool = False, n_kv_heads: int = 2
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 7), generator=generator)
@@ -75,7 +74,7 @@ def test_every_depth_variant(depth: dict, qk_norm: str) -> None:
 
 @pytest.mark.parametrize("depth", [None, DEPTH], ids=["plain", "depth"])
 @pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
-def test_norm_placements(placement: str, depth: Optional[dict]) -> None:
+def test_norm_placements(placement: str, depth: dict | None) -> None:
     check(build(placement, depth), placement, depth)
 
 

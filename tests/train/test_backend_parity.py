@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 import torch
 
-from kernels.yardstick import FACTOR
 from moda.backend_parity import BACKENDS, NOISE, compare, distance, draw, gradient_errors
+from moda_kernels.yardstick import FACTOR
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -19,7 +18,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @on_a_gpu
 def test_losses_agree_within_bf16_noise() -> None:
     """The median over three seeds: a run with a spike magnifies the last bit, whichever backend it comes from."""
-    over: Dict[str, List[float]] = {backend: [] for backend in BACKENDS}
+    over: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for seed in range(3):
         runs = compare(seed)
         assert runs["fp32"][-1] < 0.6 * runs["fp32"][0], "the run learns"

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from moda.train.metrics import read_metrics
 from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
 
 
-def losses(folder: Path) -> Dict[int, float]:
+def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in line}
 
 
@@ -111,7 +110,7 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert find_resumable(str(tmp_path)) is None
 
 
-def close(a: Dict[int, float], b: Dict[int, float]) -> None:
+def close(a: dict[int, float], b: dict[int, float]) -> None:
     assert a.keys() == b.keys()
     for step in a:
         assert a[step] == pytest.approx(b[step], rel=2e-5), step
@@ -206,10 +205,10 @@ def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatc
     """Without wandb itself: what the callback hands to it."""
     from moda.train.build import _WandB
 
-    logged: List[Dict[str, float]] = []
+    logged: list[dict[str, float]] = []
 
     class Fake:
-        def log(self, figures: Dict[str, float], step: int) -> None:
+        def log(self, figures: dict[str, float], step: int) -> None:
             logged.append({**figures, "at": step})
 
     monkeypatch.setattr(_WandB, "wandb", Fake())

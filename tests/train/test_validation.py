@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Dict, List
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def batches(
     )
 
 
-def means(found: List[ValidationBatches]) -> Dict[str, float]:
+def means(found: list[ValidationBatches]) -> dict[str, float]:
     """What the evaluator makes of it when the loss of predicting a token is its id, and where nothing is predicted 0."""
     evaluator = NextTokenEvaluator(name="lm", batches=[], labels=list(SETS), device=torch.device("cpu"))
     for of_rank in found:

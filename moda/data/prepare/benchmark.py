@@ -11,16 +11,16 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kernels.benchmarks.provenance import commit
 from moda.config.schema import TokenizerSection
 from moda.data.text import PYTHON_STDLIB, read_documents
 from moda.data.tokenizer import load_tokenizer
 from moda.errors import UserError
+from moda_kernels.benchmarks.provenance import commit
 
 from .options import PrepareOptions
 from .run import prepare
@@ -44,7 +44,7 @@ def _write_text(path: Path, megabytes: float) -> None:
                     break
 
 
-def _alone(tokenizer: str, texts: List[str]) -> float:
+def _alone(tokenizer: str, texts: list[str]) -> float:
     """Seconds of the library with its own threads; the text is in memory and the ids are dropped."""
     encoder = load(tokenizer)
     began = time.perf_counter()
@@ -62,15 +62,15 @@ def _cpu() -> str:
 
 
 def benchmark(
-    text: Optional[str],
+    text: str | None,
     out: str,
     console: Console,
     *,
     tokenizer: str = "gpt-neox",
-    workers: Optional[int] = None,
+    workers: int | None = None,
     megabytes: float = 200.0,
     repeats: int = 5,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Time the library alone and a whole preparation, in turns, and write a CSV.
 
     The library alone runs a thread a core, gets the text in memory and drops its ids. A preparation is timed from the call to the
@@ -91,7 +91,7 @@ def benchmark(
     cores = workers or len(os.sched_getaffinity(0))
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     quiet = Console(quiet=True)
-    seconds: Dict[str, List[float]] = {_ALONE: [], _OURS: []}
+    seconds: dict[str, list[float]] = {_ALONE: [], _OURS: []}
     tokens = 0
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(text) if text is not None else Path(scratch) / "text.jsonl"
@@ -121,7 +121,7 @@ def benchmark(
                 tokens = done.manifest["sources"]["text"]["tokens"]
     alone = seconds[_ALONE]
     share = statistics.median((a + b) / 2 / ours for a, ours, b in zip(alone, seconds[_OURS], alone[1:]))
-    rows: List[Dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {
             "variant": v, "workers": cores, "documents": len(texts), "bytes": size, "tokens": tokens,
             "seconds_median": round(statistics.median(s), 3), "seconds_min": round(min(s), 3),

@@ -11,8 +11,9 @@ import errno
 import os
 import signal
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -37,7 +38,7 @@ def _quiet() -> Iterator[None]:
 
 def _note_error(state: str, stage: str, rank: int, e: BaseException) -> None:
     if isinstance(e, UserError):
-        note: Dict[str, Any] = {"key": e.key, "expected": e.expected, "got": None if e.got is None else str(e.got)}
+        note: dict[str, Any] = {"key": e.key, "expected": e.expected, "got": None if e.got is None else str(e.got)}
         note["hint"] = e.hint
     elif isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some and run the same command again: it goes on from here"
@@ -55,7 +56,7 @@ class _Noted:
 
     state: str
     stage: str
-    pipeline: List[Any]
+    pipeline: list[Any]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a task: no threads inside
@@ -78,7 +79,7 @@ class _Local(_Noted, LocalPipelineExecutor):
         ranks = self.get_incomplete_ranks()
         self.save_executor_as_json()
         if self.workers == 1:
-            pipeline: List[Any] = self.pipeline
+            pipeline: list[Any] = self.pipeline
             try:
                 for rank in ranks:
                     self.pipeline = copy.deepcopy(pipeline)
@@ -101,7 +102,7 @@ class _Slurm(_Noted, SlurmPipelineExecutor):
 
 
 def make_executor(
-    kind: str, pipeline: List[PipelineStep], tasks: int, *, state: str, stage: str, workers: int, slurm: Dict[str, Any]
+    kind: str, pipeline: list[PipelineStep], tasks: int, *, state: str, stage: str, workers: int, slurm: dict[str, Any]
 ) -> Any:
     """datatrove's executor of a stage.
 
@@ -110,7 +111,7 @@ def make_executor(
     :param slurm: further settings of datatrove's ``SlurmPipelineExecutor``.
     """
     logs = f"{state}/stages/{stage}"
-    common: Dict[str, Any] = dict(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
+    common: dict[str, Any] = dict(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
     executor: Any
     if kind == "local":
         executor = _Local(**common)
@@ -138,7 +139,7 @@ def run_stage(executor: Any) -> None:
 
     :raises UserError: with the reason of the first task that failed.
     """
-    failure: Optional[Exception] = None
+    failure: Exception | None = None
     try:
         with _quiet():
             executor.run()
@@ -151,7 +152,7 @@ def run_stage(executor: Any) -> None:
         raise failure
 
 
-def start_ray(address: Optional[str]) -> None:
+def start_ray(address: str | None) -> None:
     """Join the Ray cluster at ``address``, or start one on this machine; its workers find this project's packages.
 
     :raises UserError: where Ray is not installed or the cluster cannot be reached.

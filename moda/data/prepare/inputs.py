@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 from moda.data.text import TEXT_SUFFIXES
 from moda.errors import UserError
@@ -58,12 +59,12 @@ def _in_folder(folder: str, format: Format) -> Iterator[str]:
                 yield path
 
 
-def find_inputs(name: str, source: SourceOptions) -> List[Tuple[str, int]]:
+def find_inputs(name: str, source: SourceOptions) -> list[tuple[str, int]]:
     """The files of a source and their sizes, in a stable order, each once.
 
     :raises UserError: for a path that gives none.
     """
-    found: Dict[str, int] = {}
+    found: dict[str, int] = {}
     for pattern in source.path:
         pattern = os.path.expanduser(pattern)
         if os.path.isdir(pattern):
@@ -114,17 +115,17 @@ def _row_groups(path: str, size: int, target: int) -> Iterator[Piece]:
             first, held = i + 1, 0.0
 
 
-def _hf_options(source: SourceOptions) -> Dict[str, Any]:
+def _hf_options(source: SourceOptions) -> dict[str, Any]:
     """How ``datasets`` loads a source; a folder written by ``save_to_disk`` is told by its files."""
     path = Path(str(source.path[0])).expanduser()
-    load: Dict[str, Any] = {"split": source.split}
+    load: dict[str, Any] = {"split": source.split}
     if source.config is not None:
         load["name"] = source.config
     saved = path.is_dir() and (path / "state.json").is_file()
     return {"load": load, "streaming": source.streaming and not saved, "from_disk": saved}
 
 
-def make_tasks(options: PrepareOptions) -> Tuple[List[Task], Dict[str, Dict[str, int]]]:
+def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str, int]]]:
     """All tasks in order, and for each source its input files and bytes.
 
     Nothing here depends on workers or executor, so neither does the result.
@@ -135,11 +136,11 @@ def make_tasks(options: PrepareOptions) -> Tuple[List[Task], Dict[str, Dict[str,
     }
     total = sum(size for files in found.values() for _, size in files)
     target = options.task_bytes or min(max(total // _SHARES, _SMALLEST), _LARGEST)
-    tasks: List[Task] = []
-    inputs: Dict[str, Dict[str, int]] = {}
+    tasks: list[Task] = []
+    inputs: dict[str, dict[str, int]] = {}
     for name, files in found.items():
         source = options.source(name)
-        hf: Dict[str, Any] = {}
+        hf: dict[str, Any] = {}
         if source.format == Format.huggingface:
             hf, count = _hf_options(source), source.shards or 8
             groups = [[Piece("hf", str(source.path[0]), i, count, 0)] for i in range(count)]

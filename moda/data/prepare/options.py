@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -61,13 +62,13 @@ class SourceOptions:
     :param shards: tasks that share it.
     """
 
-    path: Union[str, List[str]]
+    path: str | list[str]
     format: Format = Format.auto
     field: str = "text"
-    config: Optional[str] = None
-    split: Optional[str] = None
+    config: str | None = None
+    split: str | None = None
     streaming: bool = False
-    shards: Optional[int] = None
+    shards: int | None = None
 
     def __post_init__(self) -> None:
         self.format = Format(self.format)
@@ -117,19 +118,19 @@ class PrepareOptions:
     """
 
     output: str
-    sources: Dict[str, Union[SourceOptions, str, List[str]]]
-    tokenizer: Union[TokenizerSection, str] = "dolma2"
+    sources: dict[str, SourceOptions | str | list[str]]
+    tokenizer: TokenizerSection | str = "dolma2"
     validation_fraction: float = 0.005
     shard_tokens: int = 1 << 27
-    task_bytes: Optional[int] = None
+    task_bytes: int | None = None
     dedup: Dedup = Dedup.none
     minhash: MinHashOptions = field(default_factory=MinHashOptions)
     bad_input: Policy = Policy.error
     empty: Policy = Policy.skip
     executor: ExecutorKind = ExecutorKind.local
-    workers: Optional[int] = None
-    ray_address: Optional[str] = None
-    slurm: Optional[Dict[str, Any]] = None
+    workers: int | None = None
+    ray_address: str | None = None
+    slurm: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -160,7 +161,7 @@ class PrepareOptions:
         return found
 
 
-def load_options(path: Optional[str], overrides: Sequence[str]) -> PrepareOptions:
+def load_options(path: str | None, overrides: Sequence[str]) -> PrepareOptions:
     """Options from a YAML file, ``key=value`` pairs, or both.
 
     :raises UserError: naming the key that is wrong.

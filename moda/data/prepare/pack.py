@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
@@ -17,12 +18,12 @@ __all__ = ["ShardWriter", "plan_shards"]
 _BLOCK = 1 << 24
 
 
-def plan_shards(parts: Path, ranks: List[int], split: str, shard_tokens: int) -> Iterator[Dict[str, Any]]:
+def plan_shards(parts: Path, ranks: list[int], split: str, shard_tokens: int) -> Iterator[dict[str, Any]]:
     """Shards of one source and split, as ``{"documents", "tokens", "stretches": [[rank, first token, last token], ...]}``.
 
     A shard holds as many whole documents as fit; a document longer than a shard is one by itself.
     """
-    stretches: List[List[int]] = []
+    stretches: list[list[int]] = []
     documents = tokens = 0
     for rank in ranks:
         path = parts / f"{rank:05d}.{split}.ends"

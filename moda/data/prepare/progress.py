@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import Any
 
 import orjson
 from rich.console import Console
@@ -39,17 +39,17 @@ class Watch:
     :param tasks: the stage's tasks.
     """
 
-    def __init__(self, title: str, state: Path, stage: str, total: Optional[int], tasks: int, console: Console) -> None:
+    def __init__(self, title: str, state: Path, stage: str, total: int | None, tasks: int, console: Console) -> None:
         self.title, self.total, self.tasks, self.console = title, total, tasks, console
         self._notes = state / "progress" / stage
         self._marks = state / "stages" / stage / "completions"
-        self._seen: Dict[str, Tuple[int, int]] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
         self._finished: set = set()
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
-    def read(self) -> Tuple[int, int, int]:
+    def read(self) -> tuple[int, int, int]:
         """(bytes, documents, finished tasks) so far."""
         finished = {p.name for p in self._marks.iterdir()} if self._marks.is_dir() else set()
         names = [p for p in self._notes.iterdir()] if self._notes.is_dir() else []
@@ -66,7 +66,7 @@ class Watch:
         return done, sum(d for _, d in self._seen.values()), len(finished)
 
     def _loop(self) -> None:
-        bar: Optional[Progress] = None
+        bar: Progress | None = None
         task: Any = None
         first, _, first_tasks = self.read()  # of an interrupted run: not part of this one's pace
         if self.console.is_terminal:
@@ -102,8 +102,6 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], tb: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()

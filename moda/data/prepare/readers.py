@@ -13,8 +13,9 @@ import lzma
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, Optional, Tuple
+from typing import IO, Any
 
 import orjson
 import zstandard
@@ -96,7 +97,7 @@ class _Rows(HuggingFaceDatasetReader):
         )
         self.reader, self.task = reader, task
 
-    def get_document_from_dict(self, data: dict, source_file: str, id_in_file: int | str) -> Optional[Document]:
+    def get_document_from_dict(self, data: dict, source_file: str, id_in_file: int | str) -> Document | None:
         where = f"row {id_in_file} of dataset {source_file}"
         text = self.reader.field_of(self.task, data, where)
         return None if text is None else Document(text=text, id=f"{source_file}#{id_in_file}")
@@ -121,7 +122,7 @@ class TaskReader(BaseReader):
 
     # -- records -----------------------------------------------------------------------------------------------
 
-    def _bad(self, task: Task, kind: str, expected: str, where: str, hint: Optional[str] = None) -> None:
+    def _bad(self, task: Task, kind: str, expected: str, where: str, hint: str | None = None) -> None:
         """Stop at something unreadable, or count it."""
         policy, option = (task.empty, "empty") if kind == "empty" else (task.bad, "bad_input")
         if policy == "error":
@@ -131,7 +132,7 @@ class TaskReader(BaseReader):
             )
         self.counts[kind] += 1
 
-    def checked(self, task: Task, text: Any, where: str) -> Optional[str]:
+    def checked(self, task: Task, text: Any, where: str) -> str | None:
         """A document's text if it is one, else None."""
         if not isinstance(text, str):
             self._bad(
@@ -143,7 +144,7 @@ class TaskReader(BaseReader):
             return None
         return text
 
-    def field_of(self, task: Task, record: Any, where: str) -> Optional[str]:
+    def field_of(self, task: Task, record: Any, where: str) -> str | None:
         """The text field of a record."""
         if not isinstance(record, dict) or task.field not in record:
             fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -151,14 +152,14 @@ class TaskReader(BaseReader):
             return None
         return self.checked(task, record[task.field], where)
 
-    def _decoded(self, task: Task, data: bytes, where: str) -> Optional[str]:
+    def _decoded(self, task: Task, data: bytes, where: str) -> str | None:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as e:
             self._bad(task, "invalid_utf8", "UTF-8 text", where, f"byte {e.start} of it: {e.reason}")
             return None
 
-    def _line(self, task: Task, kind: str, line: bytes, where: str) -> Optional[str]:
+    def _line(self, task: Task, kind: str, line: bytes, where: str) -> str | None:
         if kind == "lines":
             text = self._decoded(task, line.rstrip(b"\r\n"), where)
             return None if text is None else self.checked(task, text, where)
@@ -174,7 +175,7 @@ class TaskReader(BaseReader):
 
     # -- files -------------------------------------------------------------------------------------------------
 
-    def _lines(self, task: Task, piece: Piece, raw: IO[bytes]) -> Iterator[Tuple[str, str]]:
+    def _lines(self, task: Task, piece: Piece, raw: IO[bytes]) -> Iterator[tuple[str, str]]:
         """Documents of a line each. A piece owns the lines that begin in it."""
         position = 0
         if piece.start > 0:
@@ -194,12 +195,12 @@ class TaskReader(BaseReader):
                 yield text, where
             self._within = (position - piece.start) if piece.end >= 0 else raw.tell()
 
-    def _text(self, task: Task, piece: Piece, raw: IO[bytes]) -> Iterator[Tuple[str, str]]:
+    def _text(self, task: Task, piece: Piece, raw: IO[bytes]) -> Iterator[tuple[str, str]]:
         text = self._decoded(task, open_stream(raw, piece.path).read(), piece.path)
         if text is not None and (text := self.checked(task, text, piece.path)) is not None:
             yield text, piece.path
 
-    def _parquet(self, task: Task, piece: Piece) -> Iterator[Tuple[str, str]]:
+    def _parquet(self, task: Task, piece: Piece) -> Iterator[tuple[str, str]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -228,7 +229,7 @@ class TaskReader(BaseReader):
                 kind = "invalid_utf8" if isinstance(e, UnicodeDecodeError) else "broken_file"
                 self._bad(task, kind, "readable data", f"{piece.path} after row {row}", str(e).split("\n")[0])
 
-    def _file(self, task: Task, piece: Piece) -> Iterator[Tuple[str, str]]:
+    def _file(self, task: Task, piece: Piece) -> Iterator[tuple[str, str]]:
         try:
             raw = open(piece.path, "rb", buffering=_BLOCK)
         except OSError as e:
@@ -245,7 +246,7 @@ class TaskReader(BaseReader):
                     raise UserError(f"sources.{task.source}", f"a readable file {piece.path}", hint=str(e)) from None
                 self._bad(task, "broken_file", "a whole bz2 file", piece.path, str(e))
 
-    def documents(self, task: Task) -> Iterator[Tuple[str, str]]:
+    def documents(self, task: Task) -> Iterator[tuple[str, str]]:
         """Text and place of every document of a task, in order."""
         for piece in task.pieces:
             if piece.kind == "hf":
@@ -264,7 +265,7 @@ class TaskReader(BaseReader):
         now = time.monotonic()
         if force or now - self._noted > _PROGRESS_SECONDS:
             self._noted = now
-            note: Dict[str, int] = {"bytes": self._done + self._within, "documents": self.counts["documents"]}
+            note: dict[str, int] = {"bytes": self._done + self._within, "documents": self.counts["documents"]}
             path = Path(self.state) / "progress" / self.stage / f"{self._rank:05d}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(orjson.dumps(note))

@@ -13,9 +13,10 @@ import shutil
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
@@ -56,7 +57,7 @@ class Preparation:
     """
 
     folder: Path
-    manifest: Dict[str, Any]
+    manifest: dict[str, Any]
     seconds: float
 
 
@@ -89,15 +90,15 @@ def _locked(partial: Path) -> Iterator[None]:
             raise UserError("output", f"enough disk space under {partial}", hint=hint) from None
 
 
-def _result_options(options: PrepareOptions) -> Dict[str, Any]:
+def _result_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that the output depends on; they are part of the manifest."""
     plain = to_dict(options)
     return {k: v for k, v in plain.items() if k not in _NOT_IN_RESULT}
 
 
-def _plan(options: PrepareOptions, tokenizer: Tokenizer, tasks: List[Task], inputs: Dict[str, Any]) -> Dict[str, Any]:
+def _plan(options: PrepareOptions, tokenizer: Tokenizer, tasks: list[Task], inputs: dict[str, Any]) -> dict[str, Any]:
     """What identifies a preparation: the same plan gives the same bytes."""
-    files: List[List[Any]] = []
+    files: list[list[Any]] = []
     for task in tasks:
         for p in task.pieces:
             stamp = None if p.kind == "hf" else os.stat(p.path).st_mtime_ns
@@ -113,7 +114,7 @@ def _plan(options: PrepareOptions, tokenizer: Tokenizer, tasks: List[Task], inpu
     }
 
 
-def _open_plan(state: Path, plan: Dict[str, Any], tasks: List[Task]) -> None:
+def _open_plan(state: Path, plan: dict[str, Any], tasks: list[Task]) -> None:
     """Start a preparation, or check that the one that was interrupted is this one."""
     file = state / "plan.json"
     if file.is_file():
@@ -159,10 +160,10 @@ class _Stages:
         self,
         title: str,
         stage: str,
-        pipeline: List[PipelineStep],
+        pipeline: list[PipelineStep],
         tasks: int,
-        total: Optional[int] = None,
-        workers: Optional[int] = None,
+        total: int | None = None,
+        workers: int | None = None,
     ) -> None:
         """Run a stage until all its tasks are complete.
 
@@ -191,12 +192,12 @@ class _Stages:
                 time.sleep(_POLL_SECONDS)
 
 
-def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: List[Task], dtype: str) -> None:
+def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: list[Task], dtype: str) -> None:
     """Everything up to the parts."""
     options, state = stages.options, str(stages.state)
     total = sum(t.size for t in tasks) or None
-    found: List[dedup.Stage] = []
-    make_filter: Optional[Callable[[], PipelineStep]] = None
+    found: list[dedup.Stage] = []
+    make_filter: Callable[[], PipelineStep] | None = None
     if options.dedup == Dedup.exact:
         found, make_filter = dedup.exact(state, len(tasks))
     elif options.dedup == Dedup.minhash:
@@ -227,10 +228,10 @@ def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: List[Task], dtype: s
     stages.run("tokenizing", "tokenize", pipeline, len(tasks), total)
 
 
-def _pack(stages: _Stages, tasks: List[Task], dtype: str) -> List[Dict[str, Any]]:
+def _pack(stages: _Stages, tasks: list[Task], dtype: str) -> list[dict[str, Any]]:
     """Shards of all sources, written and hashed; what each holds, in order."""
     state = stages.state
-    plans: List[Dict[str, Any]] = []
+    plans: list[dict[str, Any]] = []
     for name in stages.options.sources:
         ranks = [r for r, t in enumerate(tasks) if t.source == name]
         for split in SPLITS:
@@ -253,10 +254,10 @@ def _pack(stages: _Stages, tasks: List[Task], dtype: str) -> List[Dict[str, Any]
     return [read_json(state / "packed" / f"{rank:05d}.json") for rank in range(len(plans))]
 
 
-def _source_summary(state: Path, tasks: List[Task], name: str, shards: List[Dict[str, Any]]) -> Dict[str, Any]:
+def _source_summary(state: Path, tasks: list[Task], name: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents, tokens, bytes and hash of one source, and what was left out of it."""
     counts: Counter = Counter()
-    splits: Dict[str, Counter] = {split: Counter() for split in SPLITS}
+    splits: dict[str, Counter] = {split: Counter() for split in SPLITS}
     for rank, task in enumerate(tasks):
         if task.source == name:
             counts.update(read_json(state / "reads" / f"{rank:05d}.json"))
@@ -278,7 +279,7 @@ def _source_summary(state: Path, tasks: List[Task], name: str, shards: List[Dict
 
 def _finish(partial: Path, out: Path) -> None:
     """Turn the folder of an unfinished preparation into the output; one that is being replaced goes last."""
-    old: Optional[Path] = None
+    old: Path | None = None
     if out.exists():
         old = out.with_name(f".{out.name}.{os.getpid()}.old")
         out.rename(old)
@@ -290,7 +291,7 @@ def _finish(partial: Path, out: Path) -> None:
 
 
 def prepare(
-    options: PrepareOptions, *, restart: bool = False, overwrite: bool = False, console: Optional[Console] = None
+    options: PrepareOptions, *, restart: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Preparation:
     """Tokenize text into shards with a manifest.
 
@@ -329,7 +330,7 @@ def prepare(
         stages = _Stages(options, state, console)
         _tokenize(stages, tokenizer, tasks, dtype)
         shards = _pack(stages, tasks, dtype)
-        manifest: Dict[str, Any] = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "tokenizer": tokenizer.describe(),
             "dtype": dtype,
@@ -343,7 +344,7 @@ def prepare(
     return Preparation(out, manifest, time.monotonic() - started)
 
 
-def _already_there(out: Path, plan: Dict[str, Any]) -> Preparation:
+def _already_there(out: Path, plan: dict[str, Any]) -> Preparation:
     """A finished output, if it is what is asked for and whole.
 
     :raises UserError: otherwise.

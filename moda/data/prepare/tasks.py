@@ -19,7 +19,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 __all__ = ["STATE", "Piece", "Task", "read_json", "read_task", "write_json"]
 
@@ -57,11 +57,11 @@ class Task:
     """
 
     source: str
-    pieces: List[Piece]
+    pieces: list[Piece]
     field: str
     bad: str
     empty: str
-    hf: Dict[str, Any]
+    hf: dict[str, Any]
 
     @property
     def size(self) -> int:

@@ -8,10 +8,11 @@ import itertools
 import os
 import re
 from array import array
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
@@ -99,7 +100,7 @@ class _Part:
         self._ends.write(self._pending.tobytes())
         self._pending = array("Q")
 
-    def finish(self) -> Dict[str, int]:
+    def finish(self) -> dict[str, int]:
         """Put the files in place; what they hold."""
         self._flush()
         for file, scratch, kind in zip((self._tokens, self._ends), self._scratch, ("tokens", "ends")):
@@ -146,7 +147,7 @@ class PartTokenizer(DocumentTokenizer):
     def tokenizer(self) -> tokenizers.Tokenizer:  # type: ignore[override]
         return load(self.tokenizer_name_or_path)
 
-    def _stretches(self, data: Any) -> Iterator[Tuple[str, int, str]]:
+    def _stretches(self, data: Any) -> Iterator[tuple[str, int, str]]:
         """(text, size of the document in bytes or -1 if it goes on, split)."""
         document: Document
         for document in data:
@@ -165,8 +166,8 @@ class PartTokenizer(DocumentTokenizer):
             assert last is not None
             yield last, size, split
 
-    def _batches(self, data: Any) -> Iterator[List[Tuple[str, int, str]]]:
-        batch: List[Tuple[str, int, str]] = []
+    def _batches(self, data: Any) -> Iterator[list[tuple[str, int, str]]]:
+        batch: list[tuple[str, int, str]] = []
         chars = 0
         for item in self._stretches(data):
             batch.append(item)
@@ -177,10 +178,10 @@ class PartTokenizer(DocumentTokenizer):
         if batch:
             yield batch
 
-    def _encode(self, batch: List[Tuple[str, int, str]]) -> Any:
+    def _encode(self, batch: list[tuple[str, int, str]]) -> Any:
         return self.tokenizer.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
 
-    def _write(self, batch: List[Tuple[str, int, str]], encoded: Any, parts: Dict[str, _Part]) -> None:
+    def _write(self, batch: list[tuple[str, int, str]], encoded: Any, parts: dict[str, _Part]) -> None:
         for (_, size, split), e in zip(batch, encoded):
             ids = np.asarray(e.ids if size < 0 else [*e.ids, self.eos_token_id], dtype=np.int64)
             if len(ids) and ids.max() >= self.vocab_size:
@@ -194,7 +195,7 @@ class PartTokenizer(DocumentTokenizer):
         try:
             # The C library's memory for a process's first thread makes the tokenizer half again as slow as in any other.
             with ThreadPoolExecutor(1) as encoder:
-                previous: List[Tuple[str, int, str]] = []
+                previous: list[tuple[str, int, str]] = []
                 running = encoder.submit(self._encode, previous)
                 for batch in itertools.chain(self._batches(data), [[]]):
                     with self.track_time(unit="batch"):

@@ -1,0 +1,178 @@
+"""Perplexity of documents longer than the model's context: a sliding window with a stated stride.
+
+A document t_0 .. t_{n-1} (its end token included) is read through windows of W tokens that begin at 0, s, 2s, ... Each token
+after the first is predicted once, in the first window that has it; with s < W it then has at least W - s tokens before it.
+With s = W a token that begins a window has none and is left out, as is the first token of a document.
+``head``: only the first W tokens of each document count, which is what OLMo-core's in-loop validation measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moda.errors import UserError
+
+from .model import ScoredModel
+from .scoring import Progress, Span, score
+from .sets import DocumentSet, TokenDocument
+
+__all__ = ["Windows", "average", "evaluate_set", "loss_error", "windows"]
+
+_CHUNK = 1 << 20  # tokens whose windows are planned together
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How documents are cut.
+
+    :param size: W, tokens in a window.
+    :param stride: s.
+    :param head: whether only a document's first window counts.
+    """
+
+    size: int
+    stride: int
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise UserError("--window", "at least 2 tokens", self.size)
+        if not 1 <= self.stride <= self.size:
+            raise UserError("--stride", f"1 to the window's {self.size} tokens", self.stride)
+
+
+def windows(n: int, cut: Windows) -> Iterator[tuple[int, int, int]]:
+    """Windows ``(begin, end, first)`` of a document of ``n`` tokens: tokens first .. end - 1 are predicted in it."""
+    begin, predicted = 0, 1
+    while predicted < n:
+        end = min(n, begin + cut.size)
+        first = max(predicted, begin + 1)
+        if first < end:
+            yield begin, end, first
+        if cut.head or end == n:
+            return
+        predicted = end
+        begin += cut.stride
+
+
+def _spans(ids: np.ndarray, cut: Windows) -> list[Span]:
+    tokens = tuple(ids.tolist())
+    return [Span(tokens[b : e - 1], f - 1 - b, tokens[f:e]) for b, e, f in windows(len(tokens), cut)]
+
+
+def loss_error(losses: np.ndarray, tokens: np.ndarray) -> float | None:
+    """Standard error of a token-weighted mean loss when documents are drawn independently (linearised ratio)."""
+    n = len(tokens)
+    if n < 2:
+        return None
+    residuals = losses - losses.sum() / tokens.sum() * tokens
+    return float(math.sqrt(n / (n - 1) * float((residuals**2).sum())) / tokens.sum())
+
+
+def _read(documents: Iterator[TokenDocument], limit: int | None, cut: Windows) -> Iterator[list[TokenDocument]]:
+    """Documents with something to predict, in groups of about ``_CHUNK`` tokens."""
+    group: list[TokenDocument] = []
+    held, count = 0, 0
+    for document in documents:
+        if limit is not None and count == limit:
+            break
+        if len(document.ids) < 2:
+            continue
+        group.append(document)
+        count += 1
+        held += min(len(document.ids), cut.size) if cut.head else len(document.ids)
+        if held >= _CHUNK:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def evaluate_set(
+    model: ScoredModel,
+    documents: DocumentSet,
+    cut: Windows,
+    *,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
+    per_example: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Loss of a model on a set.
+
+    :param limit: only the first so many documents.
+    :param per_example: keep every token's log-probability sum by document id (``documents`` is always there).
+
+    :returns: ``loss`` (nats a token, all tokens weighing the same), ``perplexity`` (its exponential), ``bits_per_byte`` (None
+        where the text's bytes are not known), standard errors over documents, counts.
+    """
+    if cut.size > model.context_length:
+        raise UserError(
+            "--window",
+            f"at most the model's context of {model.context_length} tokens",
+            cut.size,
+            "or --context-length N",
+        )
+    losses: list[float] = []
+    tokens: list[int] = []
+    lengths: list[int] = []
+    n_bytes: int | None = 0
+    used, padded, seconds, done = 0, 0, 0.0, 0
+    for group in _read(documents.documents(), limit, cut):
+        spans = [_spans(d.ids, cut) for d in group]
+        flat = [s for per_document in spans for s in per_document]
+
+        def report(now: int, total: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + now, before + total)
+
+        scores = score(model, flat, batch_tokens=batch_tokens, progress=report)
+        done += sum(len(s.ids) for s in flat)
+        used, padded, seconds = used + scores.tokens, padded + scores.padded, seconds + scores.seconds
+        at = 0
+        for document, own in zip(group, spans):
+            arrays = scores.log_probs[at : at + len(own)]
+            at += len(own)
+            losses.append(-float(sum(a.sum(dtype=np.float64) for a in arrays)))
+            tokens.append(sum(len(a) for a in arrays))
+            lengths.append(len(document.ids))
+            whole = not cut.head or len(document.ids) <= cut.size
+            if n_bytes is not None:
+                n_bytes = None if document.n_bytes is None or not whole else n_bytes + document.n_bytes
+    if not tokens:
+        raise UserError(documents.name, f"documents of two tokens or more in {documents.source}", "none")
+    total, count = float(np.sum(losses)), int(np.sum(tokens))
+    loss = total / count
+    error = loss_error(np.asarray(losses), np.asarray(tokens))
+    result: dict[str, Any] = {
+        "title": documents.title,
+        "source": documents.source,
+        "loss": loss,
+        "loss_standard_error": error,
+        "perplexity": math.exp(loss),
+        "standard_error": None if error is None else error * math.exp(loss),
+        "bits_per_byte": total / math.log(2) / n_bytes if n_bytes else None,
+        "n": len(tokens),
+        "tokens_scored": count,
+        "tokens_in_documents": int(np.sum(lengths)),
+        "window": {"size": cut.size, "stride": cut.stride, "head": cut.head},
+        "documents": {"loss": [round(x, 4) for x in losses], "tokens": tokens},
+        "tokens": used,
+        "padding": padded / max(1, used),
+        "seconds": seconds,
+    }
+    if per_example:
+        result["examples"] = [
+            {"id": i, "loss": x, "tokens": t, "length": n} for i, (x, t, n) in enumerate(zip(losses, tokens, lengths))
+        ]
+    return result
+
+
+def average(results: Sequence[dict[str, Any]]) -> float:
+    """The mean of the sets' perplexities, as the paper takes it."""
+    return sum(r["perplexity"] for r in results) / len(results)

@@ -1,0 +1,203 @@
+"""Scoring many short sequences at the speed of few long ones: the same for perplexity and for downstream tasks.
+
+Sequences are sorted by length and cut into batches of a bounded number of tokens, so that hardly anything is padding. Equal
+sequences run once: the choices of a question that differ in their last token only (yes/no, A/B/C/D) share one row. Longer
+continuations of one context share the context's run (:mod:`.shared_prefix`) where the model can do that. Batches
+depend on the sequences and the batch size alone, never on the number of ranks, which take them in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .model import MAX_LOGITS, ScoredModel
+from .shared_prefix import Tree, can_share, grow, lay_out
+
+__all__ = ["Scores", "Span", "continuation", "default_batch_tokens", "plan_batches", "score", "world"]
+
+#: Called with tokens done and tokens in all.
+Progress = Callable[[int, int], None]
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens in a batch where none is given: enough that a GPU takes longer than its launches, few on a CPU."""
+    return 32768 if device.type == "cuda" else 4096
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to score in one sequence: ``targets[i]`` is what should follow ``ids[: start + i + 1]``."""
+
+    ids: tuple[int, ...]
+    start: int
+    targets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start and 0 < len(self.targets) <= len(self.ids) - self.start):
+            raise ValueError(f"Span: {len(self.targets)} targets do not fit {len(self.ids)} ids from {self.start}")
+
+
+def continuation(context: Sequence[int], tokens: Sequence[int]) -> Span:
+    """The span of ``tokens`` after a context that is not empty."""
+    if not context or not tokens:
+        raise ValueError("continuation: context and tokens must not be empty")
+    return Span((*context, *tokens[:-1]), len(context) - 1, tuple(tokens))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities, one fp32 array a span, and what they cost.
+
+    :param tokens: tokens that went through the model, ``padded`` of them padding; ``seconds`` on the slowest rank.
+    """
+
+    log_probs: list[np.ndarray]
+    tokens: int
+    padded: int
+    seconds: float
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, positions: Sequence[int] | None = None, max_positions: int = 1 << 62
+) -> list[list[int]]:
+    """Indices of sequences, longest first, in batches of at most ``batch_tokens`` tokens with padding (one sequence at least).
+
+    :param positions: scored positions of each sequence; a batch has at most ``max_positions`` of them.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    held = 0
+    for i in order:
+        scored = 0 if positions is None else positions[i]
+        if batches:
+            longest, size = lengths[batches[-1][0]], len(batches[-1])
+            full = (size + 1) * longest > batch_tokens
+            # A batch of some size ends where the rest would be padded by more than a third.
+            full = full or (size * longest * 8 > batch_tokens and lengths[i] * 3 < longest * 2)
+        if not batches or full or held + scored > max_positions:
+            batches.append([])
+            held = 0
+        batches[-1].append(i)
+        held += scored
+    return batches
+
+
+def _merge(spans: Sequence[Span]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """Distinct sequences in a fixed order, and the spans that each of them answers."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for i, span in enumerate(spans):
+        answers.setdefault(span.ids, []).append(i)
+    rows = sorted(answers, key=lambda ids: (-len(ids), ids))
+    return rows, [answers[ids] for ids in rows]
+
+
+class _Batch:
+    """A batch on its way: launched when made, waited for when read, so that the next one can be prepared meanwhile.
+
+    :param spans: the spans of every tree, leaf by leaf.
+    """
+
+    def __init__(self, model: ScoredModel, trees: list[Tree], spans: list[list[list[Span]]]) -> None:
+        layout = lay_out(trees, 8 if model.device.type == "cuda" else 1)
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        for r, (tree, of_tree) in enumerate(zip(trees, spans)):
+            for leaf, of_leaf in enumerate(of_tree):
+                for s in of_leaf:
+                    rows += [r] * len(s.targets)
+                    columns += tree.columns(leaf, s.start, len(s.targets))
+                    targets += s.targets
+        self.tokens = layout.ids.numel()
+        self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
+        flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
+        self._ready: torch.cuda.Event | None = None
+        if flat.is_cuda:  # a copy asked for later would wait for the next batch, which is then on the same stream
+            self._found = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._found.copy_(flat, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(flat.device))
+        else:
+            self._found = flat
+
+    def read(self) -> list[np.ndarray]:
+        """Log-probabilities of each span, in the order in which they were given."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return np.split(self._found.numpy(), np.cumsum(self._lengths)[:-1])
+
+
+def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, max_positions: int) -> list[list[int]]:
+    """Batches of trees; those with continuations apart from ordinary sequences, whose attention needs no mask."""
+    batches: list[list[int]] = []
+    for shared in (False, True):
+        chosen = [i for i, t in enumerate(trees) if (len(t.leaves) > 1) == shared]
+        planned = plan_batches(
+            [trees[i].length for i in chosen], batch_tokens, [positions[i] for i in chosen], max_positions
+        )
+        batches += [[chosen[i] for i in batch] for batch in planned]
+    return batches
+
+
+def score(
+    model: ScoredModel,
+    spans: Sequence[Span],
+    *,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score spans, shared among all ranks; every rank gets all results.
+
+    :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
+    """
+    started = time.monotonic()
+    rows, answers = _merge(spans)
+    by_row = dict(zip(rows, answers))
+    stems = [min(spans[i].start for i in a) + 1 for a in answers]
+    trees = grow(rows, stems, can_share(model.module))
+    owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
+    positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
+    most = max(1, MAX_LOGITS // model.vocab_size)
+    in_batch = batch_tokens or default_batch_tokens(model.device)
+    if model.head is None:  # it gives the logits of all tokens
+        in_batch = min(in_batch, most)
+    batches = _plan(trees, positions, in_batch, 1 << 62 if model.ends_with_head else most)
+    rank, ranks = world()
+    total = sum(t.length for t in trees)
+    results: dict[int, np.ndarray] = {}
+    done, used = 0, 0
+    ahead: list[tuple[list[int], _Batch]] = []
+    mine = batches[rank::ranks]
+    for number in range(len(mine) + 1):
+        if number < len(mine):
+            batch = mine[number]
+            asked = [[[spans[j] for j in leaf] for leaf in owners[i]] for i in batch]
+            ahead.append((batch, _Batch(model, [trees[i] for i in batch], asked)))
+        if number and ahead:
+            batch, running = ahead.pop(0)
+            results.update(zip((j for i in batch for leaf in owners[i] for j in leaf), running.read()))
+            used += running.tokens
+            done += sum(trees[i].length for i in batch)
+            if progress is not None:
+                progress(min(total, done * ranks), total)
+    if ranks > 1:
+        gathered: list[tuple[dict[int, np.ndarray], int] | None] = [None] * ranks
+        dist.all_gather_object(gathered, (results, used))
+        results = {k: v for part in gathered if part is not None for k, v in part[0].items()}
+        used = sum(part[1] for part in gathered if part is not None)
+    if progress is not None:
+        progress(total, total)
+    return Scores([results[i] for i in range(len(spans))], used, used - total, time.monotonic() - started)

@@ -1,0 +1,193 @@
+"""Depth forward: every token attends to its own depth slots, merged with what the sequence branch already found.
+
+For a token t and query head h of key/value head k = h // G, with the sequence branch's output o_s and log-sum-exp l_s:
+
+    x_s = scale * q . K_depth[s, t, k]              s = 0 .. S-1
+    lse = log(exp(l_s) + sum_s exp(x_s))
+    out = exp(l_s - lse) * o_s + sum_s exp(x_s - lse) * V_depth[s, t, k]
+
+This is an online softmax over the slots that starts from (o_s, l_s), or from nothing for depth-only attention. The work is bound
+by memory: a slot's K and V are read once, and one warp owns a few heads of one token, so that many independent rows
+are in flight. Both products run on the matrix units, whose tiles have 16 query rows: they are filled with the G queries of as
+many key/value heads of the token as fit (and padded), logits between different heads being masked. What the masked
+part costs is arithmetic that is idle anyway; products on the vector units were measured 8 times slower at G = 8.
+
+Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["Tile", "depth_forward", "depth_logits", "forward_tile", "packed_heads", "rows_of_program", "slot_layout"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """How a depth kernel is cut: K rows (slots times packed heads) of one step, software pipeline depth, warps of a program."""
+
+    keys: int
+    stages: int
+    warps: int
+    registers: int | None = None  # cap a thread's registers, so that more programs fit on a multiprocessor
+    heads: int | None = None  # kv heads of a program; as many as fill 16 query rows if None
+
+
+@triton.jit
+def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
+    """(first row, batch, token in its sequence, first kv head) of this program's HEADS rows, all of one token, as int64."""
+    row = tl.program_id(0) * HEADS
+    token = row // N_KV_HEADS
+    return row.to(tl.int64), (token // T).to(tl.int64), (token % T).to(tl.int64), (row % N_KV_HEADS).to(tl.int64)
+
+
+@triton.jit
+def depth_logits(q, k, m, n, slots, n_slots, scale_log2, G: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr):
+    """``[BLOCK_M, BLOCK_N]`` logits in base 2: query row m is query head m % G of packed head m // G, key row n is a slot of
+    packed head n % HEADS. -inf past the last slot and where the heads differ."""
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    seen = (slots < n_slots)[None, :]
+    if HEADS > 1:
+        seen = seen & ((m // G)[:, None] == (n % HEADS)[None, :])
+    return tl.where(seen, x, float("-inf"))
+
+
+@triton.jit
+def _depth_forward_kernel(
+    q_ptr, k_ptr, v_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
+    T, n_slots, scale_log2, k_slot_stride, v_slot_stride,
+    q_stride_b, q_stride_t, q_stride_h,
+    seq_stride_b, seq_stride_t, seq_stride_h,
+    out_stride_b, out_stride_t, out_stride_h,
+    N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    if ONE_STRIDE:
+        v_slot_stride = k_slot_stride
+    row, batch, t, head = rows_of_program(T, N_KV_HEADS, HEADS)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    m_mask = m < HEADS * G
+    md_mask = m_mask[:, None] & (d < D)[None, :]
+    heads = head * G + m
+
+    q_offset = batch * q_stride_b + t * q_stride_t + heads[:, None] * q_stride_h + d[None, :]
+    q = tl.load(q_ptr + q_offset, mask=md_mask, other=0.0)
+    lse_offset = (batch * (N_KV_HEADS * G) + heads) * T + t
+    if HAS_SEQUENCE:
+        top = tl.load(seq_lse_ptr + lse_offset, mask=m_mask, other=0.0) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        seq_offset = batch * seq_stride_b + t * seq_stride_t + heads[:, None] * seq_stride_h + d[None, :]
+        acc = tl.load(seq_out_ptr + seq_offset, mask=md_mask, other=0.0).to(tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+
+    STEP: tl.constexpr = BLOCK_N // HEADS
+    in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
+    slot = (n // HEADS).to(tl.int64)[:, None]
+    k_offset = in_slot + slot * k_slot_stride
+    v_offset = in_slot + slot * v_slot_stride
+    k_slot = tl.cast(k_slot_stride, tl.int64)
+    v_slot = tl.cast(v_slot_stride, tl.int64)
+    for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
+        slots = start + n // HEADS
+        kv_mask = (slots < n_slots)[:, None]
+        if BLOCK_D != D:
+            kv_mask = kv_mask & (d < D)[None, :]
+        k = tl.load(k_ptr + start * k_slot + k_offset, mask=kv_mask, other=0.0, eviction_policy="evict_first")
+        v = tl.load(v_ptr + start * v_slot + v_offset, mask=kv_mask, other=0.0, eviction_policy="evict_first")
+        x = depth_logits(q, k, m, n, slots, n_slots, scale_log2, G, HEADS, PRECISION)
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        if not HAS_SEQUENCE:  # padded rows never see anything
+            base = tl.where(m_mask, new_top, 0.0)
+        else:
+            base = new_top
+        p = tl.exp2(x - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    out_offset = batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
+    tl.store(out_ptr + out_offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=md_mask)
+    tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * LN_2, mask=m_mask)
+
+
+def slot_layout(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A depth tensor whose slots are each contiguous (copied only if they are not), and the distance between slots."""
+    if not x[0].is_contiguous():
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def packed_heads(n_kv_heads: int, group: int) -> int:
+    """How many kv heads of a token share a program: a power of two that divides Hk and gives at most 16 query rows."""
+    heads = 1
+    while 2 * heads * group <= 16 and n_kv_heads % (2 * heads) == 0:
+        heads *= 2
+    return heads
+
+
+def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
+    """The forward tile of a dtype and padded head dim."""
+    if dtype == torch.float32:
+        return Tile(keys=16, stages=2, warps=2)
+    return Tile(keys=16, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=3, warps=1, registers=128)
+
+
+def depth_forward(
+    q: torch.Tensor,
+    depth_k: torch.Tensor,
+    depth_v: torch.Tensor,
+    scale: float,
+    *,
+    seq_out: torch.Tensor | None = None,
+    seq_lse: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over depth slots, merged with a sequence part if one is given.
+
+    :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
+    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1.
+    :param depth_v: ``[S, B, T, Hk, D]``.
+    :param seq_out: ``[B, T, Hq, D]`` normalised output of the sequence branch, or None for depth-only attention.
+    :param seq_lse: ``[B, Hq, T]`` contiguous fp32 natural-log LSE of the sequence branch.
+    :param out: where the output goes; may be ``seq_out`` itself. A new tensor if None.
+
+    :returns: the merged output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]`` fp32 (natural log).
+    """
+    B, T, Hq, D = q.shape
+    S, Hk = depth_k.shape[0], depth_k.shape[3]
+    depth_k, k_slot_stride = slot_layout(depth_k)
+    depth_v, v_slot_stride = slot_layout(depth_v)
+    if out is None:
+        out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
+    so = out if seq_out is None else seq_out
+    sl = lse if seq_lse is None else seq_lse
+    block_d = max(16, triton.next_power_of_2(D))
+    tile = tile or forward_tile(q.dtype, block_d)
+    G = Hq // Hk
+    heads = tile.heads or packed_heads(Hk, G)
+    _depth_forward_kernel[(B * T * Hk // heads,)](
+        q, depth_k, depth_v, so, sl, out, lse,
+        T, S, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
+        q.stride(0), q.stride(1), q.stride(2),
+        so.stride(0), so.stride(1), so.stride(2),
+        out.stride(0), out.stride(1), out.stride(2),
+        N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
+        BLOCK_D=block_d, HAS_SEQUENCE=seq_out is not None, ONE_STRIDE=k_slot_stride == v_slot_stride, PRECISION="ieee",
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
+    return out, lse

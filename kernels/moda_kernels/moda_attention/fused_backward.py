@@ -1,0 +1,201 @@
+"""Backward of the fused backend: three kernels, no atomics, the same bits in every run.
+
+With p = exp(s - lse), dp = do v^T and delta = rowsum(do * o) - grad_lse (FlashAttention-2, section 3.1, and its extension
+to a gradient of the LSE), ds = p * (dp - delta):
+
+    dq = ds k * scale,   dk = ds^T q * scale,   dv = p^T do          k, v: of the sequence and of the depth slots alike
+
+* ``rows_kernel``, one program for each token and key/value head: delta; the depth slots of that token, whose gradients it
+  owns (stored or added); and the first term of dq. Memory-bound.
+* ``keys_kernel``, one program for each tile of keys: dk and dv stay in registers over all queries of the group's G heads and
+  are written once. With chunk-visible depth the same kernel walks tiles of depth slots: a chunk's slots are seen as a
+  document's keys are.
+* ``queries_kernel``, one program for each tile of rows: dq, arranged as in the forward kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import fused_gradients
+from .fused_forward import device_of, strides
+from .problem import Problem
+from .tiles import LOG2_E, next_power_of_two, probabilities, score_gradients
+
+__all__ = ["backward", "rows_kernel"]
+
+
+@triton.jit
+def rows_kernel(
+    q, depth_k, depth_v, out, grad_out, lse, grad_lse, lse_rows, delta, grad_q_start, grad_q, grad_depth_k,
+    grad_depth_v,
+    stride_qb, stride_qt, stride_qh,
+    stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
+    stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
+    stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
+    length, row_stride, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    DEPTH: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    """One program: one token and key/value head. Grid (T * Hk, B), heads fastest: neighbours read neighbouring rows.
+
+    ``STATS``: LSE and delta are kept for the other kernels. ``DIRECT``: the depth term of dq is final and is written
+    scaled, in dq's dtype (depth-only attention, or a depth query's gradient); else ``queries_kernel`` starts from it.
+    """
+    token = tl.program_id(0) // n_kv_heads
+    head = tl.program_id(0) % n_kv_heads
+    batch = tl.program_id(1)
+    b64 = batch.to(tl.int64)
+    t64 = token.to(tl.int64)
+    h64 = head.to(tl.int64)
+    member = tl.arange(0, BLOCK_G)
+    q_head = head * GROUP + member
+    real = member < GROUP
+    d = tl.arange(0, BLOCK_DIM)
+    inside = real[:, None] & (d < DIM)[None, :]
+
+    o_at = b64 * stride_ob + t64 * stride_ot + q_head[:, None] * stride_oh + d[None, :]
+    g_at = b64 * stride_gb + t64 * stride_gt + q_head[:, None] * stride_gh + d[None, :]
+    do = tl.load(grad_out + g_at, mask=inside, other=0.0)
+    o = tl.load(out + o_at, mask=inside, other=0.0)
+    row = (b64 * n_heads + q_head) * length + token
+    dl = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if LSE_GRADIENT:
+        dl -= tl.load(grad_lse + row, mask=real, other=0.0)
+    row_lse = tl.load(lse + row, mask=real, other=float("inf"))
+    lse_log2 = row_lse * 1.4426950408889634
+    if STATS:
+        saved = (b64 * n_heads + q_head) * row_stride + token
+        tl.store(delta + saved, dl, mask=real)
+        tl.store(lse_rows + saved, lse_log2, mask=real)
+
+    dq = tl.zeros([BLOCK_G, BLOCK_DIM], dtype=tl.float32)
+    if DEPTH:
+        q_at = b64 * stride_qb + t64 * stride_qt + q_head[:, None] * stride_qh + d[None, :]
+        qt = tl.load(q + q_at, mask=inside, other=0.0)
+        k_base = depth_k + b64 * stride_akb + t64 * stride_akt + h64 * stride_akh
+        v_base = depth_v + b64 * stride_avb + t64 * stride_avt + h64 * stride_avh
+        gk_base = grad_depth_k + b64 * stride_gkb + t64 * stride_gkt + h64 * stride_gkh
+        gv_base = grad_depth_v + b64 * stride_gvb + t64 * stride_gvt + h64 * stride_gvh
+        for s0 in tl.range(0, n_slots, BLOCK_S):
+            slot = s0 + tl.arange(0, BLOCK_S)
+            s64 = slot.to(tl.int64)[:, None]
+            there = (slot < n_slots)[:, None] & (d < DIM)[None, :]
+            kt = tl.load(k_base + s64 * stride_aks + d[None, :], mask=there, other=0.0)
+            vt = tl.load(v_base + s64 * stride_avs + d[None, :], mask=there, other=0.0)
+            gk_at = gk_base + s64 * stride_gks + d[None, :]
+            gv_at = gv_base + s64 * stride_gvs + d[None, :]
+            if ADDS:
+                stored = there & ((slot < fresh_lo) | (slot >= fresh_hi))[:, None]
+                old_k = tl.load(gk_at, mask=stored, other=0.0).to(tl.float32)
+                old_v = tl.load(gv_at, mask=stored, other=0.0).to(tl.float32)
+            s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
+            p = probabilities(s, lse_log2[:, None], scale_log2)
+            dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
+            ds = score_gradients(p, dp, dl[:, None])
+            dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
+            gk = tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision="ieee") * scale
+            gv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            if ADDS:
+                gk += old_k
+                gv += old_v
+            tl.store(gk_at, gk.to(kt.dtype), mask=there)
+            tl.store(gv_at, gv.to(kt.dtype), mask=there)
+
+    if DEPTH:
+        at = ((b64 * length + t64) * n_heads + q_head[:, None]) * DIM + d[None, :]
+        if DIRECT:
+            tl.store(grad_q + at, (dq * scale).to(grad_q.dtype.element_ty), mask=inside)
+        else:
+            tl.store(grad_q_start + at, dq, mask=inside)
+
+
+def backward(
+    p: Problem,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    depth_k: torch.Tensor | None,
+    depth_v: torch.Tensor | None,
+    q_depth: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_depth_k: torch.Tensor | None,
+    grad_depth_v: torch.Tensor | None,
+    fresh: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dq, dk, dv and the depth query's gradient; depth gradients go into the buffers (see ``Backend.backward``)."""
+    own = p.n_slots > 0 and p.depth_chunk == 1  # a token's slots are its own: rows_kernel does them
+    shared = p.n_slots > 0 and p.depth_chunk > 1  # keys_kernel and queries_kernel do them
+    like_q = (p.batch, p.length, p.n_heads, p.head_dim)
+    direct = own and (q_depth is not None or not p.has_sequence)
+    dqd = None if q_depth is None else torch.empty(like_q, dtype=p.dtype, device=p.device)
+    only_depth_query = q_depth is not None and not p.has_sequence
+    dq = (torch.zeros if only_depth_query else torch.empty)(like_q, dtype=p.dtype, device=p.device)
+    start = torch.empty(like_q, dtype=torch.float32, device=p.device) if own and not direct else None
+    stats = None
+    if p.has_sequence or shared:  # rows padded to the 16 bytes that the tensor copy engine asks for
+        columns = triton.cdiv(p.length, 4) * 4
+        stats = torch.empty(2, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device)
+    _rows(
+        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, stats, start,
+        dq if dqd is None else dqd, grad_depth_k, grad_depth_v, fresh, own, direct,
+    )  # fmt: skip
+    if stats is None:
+        return dq, None, None, dqd
+
+    dk = dv = None
+    if k is not None and v is not None:
+        dk = torch.empty(k.shape, dtype=p.dtype, device=p.device)
+        dv = torch.empty(k.shape, dtype=p.dtype, device=p.device)
+        fused_gradients.keys(p, q, k[None], v[None], grad_out, stats, dk[None], dv[None], False, (0, 1))
+    if shared:
+        assert depth_k is not None and depth_v is not None and grad_depth_k is not None and grad_depth_v is not None
+        qd = q if q_depth is None else q_depth
+        fused_gradients.keys(p, qd, depth_k, depth_v, grad_out, stats, grad_depth_k, grad_depth_v, True, fresh)
+    else:
+        depth_k = depth_v = q_depth = None
+    fused_gradients.queries(p, q, k, v, depth_k, depth_v, q_depth, grad_out, stats, start, dq, dqd)
+    return dq, dk, dv, dqd
+
+
+def _rows(
+    p: Problem,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    depth_k: torch.Tensor | None,
+    depth_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    stats: torch.Tensor | None,
+    grad_q_start: torch.Tensor | None,
+    grad_q: torch.Tensor,
+    grad_depth_k: torch.Tensor | None,
+    grad_depth_v: torch.Tensor | None,
+    fresh: tuple[int, int],
+    own: bool,
+    direct: bool,
+) -> None:
+    """Launch :func:`rows_kernel`; ``q`` and ``grad_q`` are those of the depth branch."""
+    block_dim = max(16, next_power_of_two(p.head_dim))
+    adds = fresh[0] > 0 or fresh[1] < p.n_slots
+    wide = block_dim > 64
+    saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
+    tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
+    with device_of(q):
+        rows_kernel[(p.length * p.n_kv_heads, p.batch)](
+            q, depth_k, depth_v, out, grad_out, lse, grad_lse, saved_lse, delta,
+            grad_q_start, grad_q, grad_depth_k, grad_depth_v, *strides(q, tbh), *strides(depth_k, sbth), *strides(depth_v, sbth),
+            *strides(grad_depth_k, sbth), *strides(grad_depth_v, sbth), *strides(out, tbh), *strides(grad_out, tbh),
+            p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
+            p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
+            GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
+            BLOCK_S=32 if wide and adds else 16, DEPTH=own, LSE_GRADIENT=grad_lse is not None, STATS=stats is not None,
+            DIRECT=direct, ADDS=adds,
+            num_warps=2 if wide else 1, num_stages=2 if wide else 3,
+        )  # fmt: skip

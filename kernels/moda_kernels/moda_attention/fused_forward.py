@@ -1,0 +1,260 @@
+"""Forward of the fused backend: one Triton kernel walks sequence blocks and depth slots under one online softmax.
+
+MoDA paper, algorithm 1. A tile holds ``BLOCK_M`` rows: TOKENS consecutive tokens, each with the GROUP query heads of one
+key/value head side by side, so K and V, of the sequence and of the depth slots alike, are read once for the whole group.
+
+    for every block of sequence keys:   (acc, m, l) <- softmax_step(q K^T, V)
+    for every block of depth keys:      (acc, m, l) <- softmax_step(q_depth Kd^T hidden unless visible, Vd)
+    out = acc / l,  lse = m ln 2 + ln l
+
+Depth keys are flattened to (slot, token of the tile's window); a row sees the columns of its own token (``CHUNKED``: of the
+tokens from its chunk's start to itself, the window then reaches back to the first chunk of the tile). With TOKENS = BLOCK_M / G
+the share of a block that is used is G / BLOCK_M (the paper's depth utilisation); at 64 rows the matrix work spent on
+depth stays below the time its bytes take, so the masked product is not what limits it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .problem import Problem
+from .tiles import (
+    LOG2_E,
+    Tile,
+    TileChooser,
+    depth_columns,
+    key_range,
+    load_tile,
+    natural_lse,
+    next_power_of_two,
+    sees,
+    softmax_step,
+    tma_descriptor,
+    tma_ready,
+)
+
+__all__ = ["device_of", "forward", "forward_kernel", "problem_kind", "row_bounds", "strides"]
+
+
+@triton.jit
+def _walk_sequence(
+    acc, m, den, q, k, v, batch, head, token, start, end, lo, hi,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, dim, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys lo..hi, a multiple of BLOCK_N apart; ``start`` and ``end`` are each row's document."""
+    for n in tl.range(lo, hi, BLOCK_N):
+        n = tl.multiple_of(n, BLOCK_N)
+        kt = load_tile(k, batch, head, n, stride_kb, stride_kh, stride_kt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
+        s = tl.dot(q, tl.trans(kt), input_precision="ieee")
+        if MASKED:
+            visible = sees(token, n + tl.arange(0, BLOCK_N), start, end, length, CAUSAL, DOCUMENTS)
+            s = tl.where(visible, s, float("-inf"))
+        vt = load_tile(v, batch, head, n, stride_vb, stride_vh, stride_vt, length, dim, BLOCK_N, BLOCK_DIM, TMA)
+        acc, m, den = softmax_step(s, vt, acc, m, den, scale_log2, MASKED)
+    return acc, m, den
+
+
+@triton.jit
+def forward_kernel(
+    q, q_depth, k, v, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
+    stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
+    stride_ob, stride_ot, stride_oh,
+    length, n_slots, n_heads, scale_log2,
+    GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of rows of one key/value head. Grid (tiles, Hk, B); later (longer) tiles start first."""
+    TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    first = tile * TOKENS
+    last = tl.minimum(first + TOKENS, length) - 1
+
+    rows = tl.arange(0, BLOCK_M)
+    token = first + rows // PADDED_GROUP
+    member = rows % PADDED_GROUP
+    d = tl.arange(0, BLOCK_DIM)
+    real = (token < length) & (member < GROUP)
+    inside = real[:, None] & (d < DIM)[None, :]
+    q_head = head * GROUP + member
+    b64 = batch.to(tl.int64)
+    t64 = token.to(tl.int64)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    den = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    q_at = b64 * stride_qb + t64[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :]
+    qt = tl.load(q + q_at, mask=inside, other=0.0)
+
+    if SEQUENCE:
+        start = token
+        end = token
+        lo, inner, plain, hi = key_range(seq_start, seq_end, first, last, length, BLOCK_N, CAUSAL, DOCUMENTS)
+        if DOCUMENTS:
+            start = tl.load(seq_start + token, mask=token < length, other=0)
+            end = tl.load(seq_end + token, mask=token < length, other=0)
+            acc, m, den = _walk_sequence(
+                acc, m, den, qt, k, v, batch, head, token, start, end, lo, inner,
+                stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+                True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
+            )  # fmt: skip
+        acc, m, den = _walk_sequence(
+            acc, m, den, qt, k, v, batch, head, token, start, end, inner, plain,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+            False, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
+        )  # fmt: skip
+        acc, m, den = _walk_sequence(
+            acc, m, den, qt, k, v, batch, head, token, start, end, plain, hi,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
+            True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
+        )  # fmt: skip
+
+    if DEPTH:
+        if DEPTH_QUERY:
+            d_at = b64 * stride_db + t64[:, None] * stride_dt + q_head[:, None] * stride_dh + d[None, :]
+            qt = tl.load(q_depth + d_at, mask=inside, other=0.0)
+        if CHUNKED:
+            since = tl.load(chunk_start + token, mask=token < length, other=0)
+            base = tl.load(chunk_start + first)
+            width = last + 1 - base
+        else:
+            since = token
+            base = first
+            width = TOKENS
+        key_base = depth_k + b64 * stride_akb + head.to(tl.int64) * stride_akh
+        value_base = depth_v + b64 * stride_avb + head.to(tl.int64) * stride_avh
+        for n in tl.range(0, n_slots * width, BLOCK_N):
+            slot, u, exists, visible = depth_columns(n, base, width, n_slots, length, token, since, BLOCK_N, CHUNKED)
+            s64 = slot.to(tl.int64)
+            u64 = u.to(tl.int64)
+            there = exists[:, None] & (d < DIM)[None, :]
+            k_at = s64[:, None] * stride_aks + u64[:, None] * stride_akt + d[None, :]
+            kt = tl.load(key_base + k_at, mask=there, other=0.0)
+            s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
+            s = tl.where(visible, s, float("-inf"))
+            v_at = s64[:, None] * stride_avs + u64[:, None] * stride_avt + d[None, :]
+            vt = tl.load(value_base + v_at, mask=there, other=0.0)
+            acc, m, den = softmax_step(s, vt, acc, m, den, scale_log2, True)
+
+    acc = acc / den[:, None]
+    o_at = b64 * stride_ob + t64[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
+    tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=inside)
+    l_at = (b64 * n_heads + q_head) * length + token
+    tl.store(lse + l_at, natural_lse(m, den), mask=real)
+
+
+# Rows x keys, fastest first at the paper's shapes. Fewer rows waste less on depth, more rows re-read K and V less; the caps on
+# registers let two or three programs share a multiprocessor, so that one's softmax hides behind another's products.
+HALF_TILES = (
+    Tile("rows64_keys128", 64, 128, 4, 2),
+    Tile("rows128_keys128", 128, 128, 8, 2, max_registers=128),
+    Tile("rows128_keys64", 128, 64, 4, 3),
+    Tile("rows64_keys64", 64, 64, 4, 3),
+)
+WIDE_HEAD_TILES = (
+    Tile("rows64_keys64", 64, 64, 4, 3, max_registers=168),
+    Tile("rows128_keys64", 128, 64, 8, 2, max_registers=128),
+    Tile("rows128_keys128", 128, 128, 8, 2),
+)
+INTERPRETER_TILES = (Tile("rows32_keys32", 32, 32, 1, 1),)
+
+_chooser = TileChooser("fused forward")
+
+
+def tiles_for(p: Problem) -> tuple[Tile, ...]:
+    """The forward's short list for a problem."""
+    if p.device.type != "cuda":
+        return INTERPRETER_TILES
+    return HALF_TILES if p.head_dim <= 64 else WIDE_HEAD_TILES
+
+
+def row_bounds(p: Problem, depth: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """int32 ``[T]`` first and past-the-last token that each token's row may see.
+
+    For the sequence these are its document's, None without ``cu_seqlens``. With ``depth`` they are its chunk's (chunks restart at
+    documents), None unless ``depth_chunk > 1``. A chunk's slots are seen exactly as a document's keys are, under a causal mask.
+    """
+    if depth and p.depth_chunk == 1 or not depth and p.cu_seqlens is None:
+        return None, None
+    token = torch.arange(p.length, device=p.device, dtype=torch.int32)
+    start, end = torch.zeros_like(token), torch.full_like(token, p.length)
+    if p.cu_seqlens is not None:
+        index = torch.searchsorted(p.cu_seqlens, token, right=True, out_int32=True)
+        start, end = p.cu_seqlens[index - 1], p.cu_seqlens[index]
+    if depth:
+        first = start + (token - start) // p.depth_chunk * p.depth_chunk
+        start, end = first, torch.minimum(first + p.depth_chunk, end)
+    return start, end
+
+
+def strides(x: torch.Tensor | None, order: tuple[int, ...]) -> list[int]:
+    return [0] * len(order) if x is None else [x.stride(i) for i in order]
+
+
+def forward(
+    p: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    depth_k: torch.Tensor | None,
+    depth_v: torch.Tensor | None,
+    q_depth: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, T, Hq, D]`` and natural-log LSE ``[B, Hq, T]`` (fp32). Every tensor has a contiguous last dimension."""
+    out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
+    lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
+    block_dim = max(16, next_power_of_two(p.head_dim))
+    padded = next_power_of_two(p.group)
+    seq_start, seq_end = row_bounds(p, depth=False)
+    chunk_start, _ = row_bounds(p, depth=True)
+    tma = k is not None and v is not None and tma_ready(k, v)
+    tbh = (0, 1, 2)
+    sbth = (0, 1, 2, 3)
+
+    def launch(tile: Tile) -> None:
+        keys: Any = k
+        values: Any = v
+        if tma:
+            assert k is not None and v is not None
+            keys, values = (tma_descriptor(x, tile.block_n, block_dim) for x in (k, v))
+        rows = tile.block_m
+        grid = (triton.cdiv(p.length, rows // padded), p.n_kv_heads, p.batch)
+        with device_of(q):
+            forward_kernel[grid](
+                q, q_depth, keys, values, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
+                *strides(q, tbh), *strides(q_depth, tbh), *strides(k, tbh), *strides(v, tbh),
+                *strides(depth_k, sbth), *strides(depth_v, sbth), *strides(out, tbh),
+                p.length, p.n_slots, p.n_heads, p.scale * LOG2_E,
+                GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
+                BLOCK_M=rows, BLOCK_N=tile.block_n,
+                SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
+                DEPTH=p.n_slots > 0, CHUNKED=chunk_start is not None, DEPTH_QUERY=q_depth is not None, TMA=tma,
+                **tile.options,
+            )  # fmt: skip
+
+    launch(_chooser.choose(problem_kind(p, q_depth is not None), tiles_for(p), launch, p.device))
+    return out, lse
+
+
+def problem_kind(p: Problem, depth_query: bool) -> tuple[Any, ...]:
+    """What a tile choice depends on: everything compiled into the kernel, and the sizes up to a factor of two."""
+    sizes = (next_power_of_two(p.length), next_power_of_two(p.n_slots + 1), next_power_of_two(p.batch * p.n_kv_heads))
+    switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, depth_query)
+    return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)
+
+
+def device_of(x: torch.Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,345 @@
+"""The sequence branch of the ``split`` backend: every flash attention it can be plugged into, in one place.
+
+A sequence kernel computes ordinary attention of ``q [B, T, Hq, D]`` over ``k, v [B, T, Hk, D]`` with native GQA and returns the
+natural-log LSE. Its backward is given the output and the LSE *merged* with the depth branch: flash attention's backward
+recomputes p = exp(x - lse) and needs delta = do . out, so with the merged pair it yields the sequence part of the joint
+softmax exactly (the same merge as in torch's ring attention).
+
+The best one present is chosen by capability; ``MODA_SEQUENCE_KERNEL`` forces one by name, and a forced one runs or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .problem import Problem
+
+__all__ = ["SequenceKernel", "choose", "names", "why_none"]
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+ENVIRONMENT = "MODA_SEQUENCE_KERNEL"
+HALF = (torch.float16, torch.bfloat16)
+
+
+class SequenceKernel:
+    """One flash attention. Tensors are ``[B, T, H, D]`` with the last dimension contiguous; LSE is ``[B, Hq, T]`` fp32."""
+
+    name: str
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why this machine does not have the kernel, or None."""
+        raise NotImplementedError
+
+    def unsupported(self, p: Problem) -> str | None:
+        """Why the kernel cannot solve ``p``, naming the argument, or None."""
+        if p.dtype not in HALF:
+            return f"dtype {p.dtype}: {self.name} takes float16 and bfloat16"
+        if p.head_dim % 8 or p.head_dim > 128:
+            return f"head dim {p.head_dim}: {self.name} takes multiples of 8 up to 128"
+        return None
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        """Order of preference on a device of this capability: the lowest that can run is taken."""
+        raise NotImplementedError
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        raise NotImplementedError
+
+
+@functools.cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random state that the aten backward operators ask for and, without dropout, do not look at."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+
+
+class CudnnAttention(SequenceKernel):
+    """cuDNN's fused attention through aten."""
+
+    name = "cudnn"
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"device {device.type}: {self.name} needs CUDA"
+        if torch.cuda.get_device_capability(device)[0] < 8:
+            return f"{self.name} needs compute capability 8.0"
+        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        if version is None or version < 90000:
+            return f"{self.name} needs cuDNN 9 or later, found {version}"
+        return None
+
+    def unsupported(self, p: Problem) -> str | None:
+        if p.cu_seqlens is not None:
+            return f"cu_seqlens: {self.name} is used without packed documents"
+        if p.length == 1:
+            return f"T = 1: {self.name} needs at least two keys"
+        return super().unsupported(p)
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        return 0 if capability[0] >= 9 else 3
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, p.causal, False, scale=p.scale
+        )
+        return out.transpose(1, 2), lse.view(lse.shape[:3])
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        _, scalar = _no_dropout(q.device)
+        if grad_out.stride() != out.stride():  # cuDNN reads both with one set of strides
+            grad_out, out = grad_out.contiguous(), out.contiguous()
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
+            lse.unsqueeze(-1), scalar, scalar, None, None, None, p.length, p.length, 0.0, p.causal, scale=p.scale,
+        )  # fmt: skip
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _packed(p: Problem, *tensors: Tensor) -> list[Tensor]:
+    """``[B, T, H, D]`` as they are, or ``[T, H, D]`` for packed documents."""
+    return list(tensors) if p.cu_seqlens is None else [x[0] for x in tensors]
+
+
+def _unpacked(p: Problem, *tensors: Tensor) -> list[Tensor]:
+    return list(tensors) if p.cu_seqlens is None else [x.unsqueeze(0) for x in tensors]
+
+
+class AtenFlash(SequenceKernel):
+    """FlashAttention 2 as built into PyTorch; packed documents too."""
+
+    name = "flash"
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"device {device.type}: {self.name} needs CUDA"
+        if torch.cuda.get_device_capability(device)[0] < 8:
+            return f"{self.name} needs compute capability 8.0"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return f"this PyTorch was built without {self.name} attention"
+        return None
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        return 4
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = _packed(p, q, k, v)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, False, scale=p.scale
+        )
+        out, lse = _unpacked(p, out, lse)
+        return out, lse
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        rng, scalar = _no_dropout(q.device)
+        grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad_out, q, k, v, out, lse, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, rng,
+            scalar, scale=p.scale,
+        )  # fmt: skip
+        dq, dk, dv = _unpacked(p, *grads)
+        return dq, dk, dv
+
+
+class FlashAttnPackage(SequenceKernel):
+    """The flash-attn packages: FlashAttention 3 (``flash_attn_interface``) or 2 (``flash_attn``), imported when first used."""
+
+    def __init__(self, name: str, module: str, major: int) -> None:
+        self.name = name
+        self.module = module
+        self.major = major
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"device {device.type}: {self.name} needs CUDA"
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] < 8 or (self.major == 3 and capability[0] != 9):
+            return f"{self.name} does not run on compute capability {capability[0]}.{capability[1]}"
+        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            return f"{self.name}: the package {self.module.partition('.')[0]} is not installed"
+        return None
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        return 1 if self.major == 3 else 2
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        fa = importlib.import_module(self.module)
+        q, k, v = _packed(p, q, k, v)
+        cu, longest = p.cu_seqlens, p.max_seqlen
+        if self.major == 3:
+            options: dict[str, Any] = dict(softmax_scale=p.scale, causal=p.causal)
+            if cu is not None:
+                options.update(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            out, lse, *_ = fa._flash_attn_forward(q, k, v, **options)
+        else:
+            packing = () if cu is None else (cu, cu, longest, longest)
+            function = fa._flash_attn_forward if cu is None else fa._flash_attn_varlen_forward
+            out, lse, *_ = function(
+                q, k, v, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal, window_size_left=-1,
+                window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+            )  # fmt: skip
+        out, lse = _unpacked(p, out, lse)
+        return out, lse
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        fa = importlib.import_module(self.module)
+        grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        cu, longest = p.cu_seqlens, p.max_seqlen
+        if self.major == 3:
+            packing3 = (None,) * 6 if cu is None else (cu, cu, None, None, longest, longest)
+            fa._flash_attn_backward(grad_out, q, k, v, out, lse, *packing3, *grads, p.scale, p.causal)
+        else:
+            packing = () if cu is None else (cu, cu, longest, longest)
+            function = fa._flash_attn_backward if cu is None else fa._flash_attn_varlen_backward
+            function(
+                grad_out, q, k, v, out, lse, *grads, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal,
+                window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
+            )  # fmt: skip
+        dq, dk, dv = _unpacked(p, *grads)
+        return dq, dk, dv
+
+
+class TritonAttention(SequenceKernel):
+    """This project's own fused kernels without depth slots; packed documents too."""
+
+    name = "triton"
+
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"device {device.type}: {self.name} needs CUDA"
+
+    def unsupported(self, p: Problem) -> str | None:
+        return super().unsupported(p) or fused.unsupported(p)
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        return 3 if capability[0] >= 9 else 5  # ahead of FlashAttention 2 where it was measured: kernels/results
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return fused.forward(replace(p, n_slots=0), q, k, v, None, None, None)
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        sizes = replace(p, n_slots=0)
+        dq, dk, dv, _ = fused.backward(sizes, grad_out, None, q, k, v, None, None, None, out, lse, None, None, (0, 0))
+        assert dk is not None and dv is not None
+        return dq, dk, dv
+
+
+class CpuFlash(SequenceKernel):
+    """PyTorch's flash attention for CPUs in fp64, so that ``split`` runs where Triton's interpreter stands in for a GPU."""
+
+    name = "cpu"
+
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"device {device.type}: {self.name} needs a CPU"
+
+    def unsupported(self, p: Problem) -> str | None:
+        return f"cu_seqlens: {self.name} does not pack documents" if p.cu_seqlens is not None else None
+
+    def rank(self, capability: tuple[int, int]) -> int:
+        return 6
+
+    @staticmethod
+    def _heads_first(p: Problem, *tensors: Tensor) -> list[Tensor]:
+        """``[B, Hq, T, D]`` in fp64, key/value heads repeated."""
+        return [x.double().repeat_interleave(p.n_heads // x.shape[2], dim=2).transpose(1, 2) for x in tensors]
+
+    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *self._heads_first(p, q, k, v), 0.0, p.causal, scale=p.scale
+        )
+        return out.transpose(1, 2).to(p.dtype).contiguous(), lse.float().contiguous()
+
+    def backward(
+        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        tensors = self._heads_first(p, grad_out, q, k, v, out)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, lse.double(), 0.0, p.causal, scale=p.scale
+        )
+        dk, dv = (x.transpose(1, 2).unflatten(2, (p.n_kv_heads, p.group)).sum(3).to(p.dtype) for x in (dk, dv))
+        return dq.transpose(1, 2).to(p.dtype).contiguous(), dk, dv
+
+
+_KERNELS: dict[str, SequenceKernel] = {
+    kernel.name: kernel
+    for kernel in (
+        CudnnAttention(),
+        FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
+        FlashAttnPackage("flash_attn_2", "flash_attn.flash_attn_interface", 2),
+        TritonAttention(),
+        AtenFlash(),
+        CpuFlash(),
+    )
+}
+
+
+def names() -> list[str]:
+    """The names that ``MODA_SEQUENCE_KERNEL`` may have."""
+    return list(_KERNELS)
+
+
+@functools.cache
+def _present(device: torch.device) -> tuple[tuple[SequenceKernel, ...], dict[str, str]]:
+    """The kernels that a device has, best first, and why it does not have the others."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    reasons = {k.name: reason for k in _KERNELS.values() if (reason := k.missing(device)) is not None}
+    present = [k for k in _KERNELS.values() if k.name not in reasons]
+    return tuple(sorted(present, key=lambda k: k.rank(capability))), reasons
+
+
+def _select(p: Problem, name: str | None) -> tuple[SequenceKernel | None, str]:
+    name = name or os.environ.get(ENVIRONMENT) or None
+    present, reasons = _present(p.device)
+    if name is not None:
+        if name not in _KERNELS:
+            raise ValueError(f"moda_attention: {ENVIRONMENT} must be one of {', '.join(_KERNELS)}, got {name!r}")
+        reason = reasons.get(name) or _KERNELS[name].unsupported(p)
+        return (None, f"sequence kernel {name!r} was asked for: {reason}") if reason else (_KERNELS[name], "")
+    refused = []
+    for kernel in present:
+        reason = kernel.unsupported(p)
+        if reason is None:
+            return kernel, ""
+        refused.append(reason)
+    return None, "no sequence kernel: " + "; ".join(refused or reasons.values())
+
+
+def why_none(p: Problem, name: str | None = None) -> str | None:
+    """Why no sequence kernel (or not the forced one) can solve ``p``, or None if one can.
+
+    :raises ValueError: for a forced name that does not exist.
+    """
+    kernel, reason = _select(p, name)
+    return None if kernel is not None else reason
+
+
+def choose(p: Problem, name: str | None = None) -> SequenceKernel:
+    """The sequence kernel for ``p``: the forced one, or the best that the device has and that can solve it.
+
+    :raises ValueError: if there is none, saying why.
+    """
+    kernel, reason = _select(p, name)
+    if kernel is None:
+        raise ValueError(f"moda_attention: backend 'split' cannot run this: {reason}")
+    return kernel

@@ -1,0 +1,62 @@
+"""Small files, read and written in one way: whole or not at all, and with one clear error for what cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moda.errors import UserError
+
+__all__ = ["read_json", "write_json", "write_text", "writing"]
+
+
+@contextlib.contextmanager
+def writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name, on disk, once the block is left without an error; until then the old one stays.
+
+    :param mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with scratch.open(mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with writing(path) as f:
+        f.write(text)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(data, indent=1))
+
+
+def read_json(path: Path, key: str, kind: type = dict) -> Any:
+    """The contents of a JSON file that may come from anywhere.
+
+    :param key: what an error is about (``checkpoint``, ``results``).
+    :param kind: the type that the outermost value must have.
+
+    :raises UserError: for a file that is missing, unreadable, no JSON, nested too deeply, or of another type.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e).split("\n")[0][:200]
+        raise UserError(key, f"a readable JSON file {path}", hint=reason) from None
+    if not isinstance(data, kind):
+        expected = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        raise UserError(key, f"{expected} in {path}", type(data).__name__)
+    return data
