@@ -19,8 +19,9 @@ import torch
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 
 from moda.config.schema import ModelConfig, TokenizerSection
-from moda.config.typed import from_dict
 from moda.errors import UserError
+from moda.model import transformer_config
+from moda.typed import from_dict
 
 __all__ = ["Checkpoint", "load_model", "open_checkpoint", "read_weights"]
 
@@ -176,7 +177,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if vocab is None:
         vocab = load_tokenizer(section).config.vocab_size
     length = (settings.get("train") or {}).get("sequence_length")
-    return Checkpoint(folder, "moda", architecture.transformer(vocab), section, length, settings)
+    return Checkpoint(folder, "moda", transformer_config(architecture, vocab), section, length, settings)
 
 
 def _check_classes(file: Path, node: Any) -> None:

@@ -98,7 +98,7 @@ def plain_logits(
         if depth is not None and layer < n_layers - 1:
             gain = p[f"{name}.k_norm.weight"]
             if depth["attention"] == "project":
-                d = f"{name}.depth_projection"
+                d = f"{name.removesuffix('.attention')}.depth.attention_slot"
                 if f"{d}.w_k.weight" in p:
                     slots.append(make_slot(linear(x, f"{d}.w_k"), linear(x, f"{d}.w_v"), gain, True))
                 else:  # no layer reads it
@@ -125,7 +125,7 @@ def plain_logits(
             h = rms(h, na)
         u = rms(h, nf) if enters else h
         if depth is not None and depth["ffn"] and layer < n_layers - 1:
-            d = f"{b}.ffn_depth_projection"
+            d = f"{b}.depth.ffn_slot"
             slots.append(
                 make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), p[f"{b}.attention.k_norm.weight"], True)
             )

@@ -22,8 +22,8 @@ from olmo_core.train.callbacks import Callback
 from olmo_core.train.checkpoint import Checkpointer
 
 from moda.config.schema import ModelConfig
-from moda.config.typed import from_dict, to_dict
 from moda.errors import UserError
+from moda.typed import from_dict, to_dict
 
 __all__ = [
     "ChecksumCallback",

@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from moda.config.schema import RunConfig
-from moda.config.typed import to_dict
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
+from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .checkpoints import changed_settings, check_same_model, find_resumable

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moda.config.schema import ModelConfig
-from moda.config.typed import from_dict
+from moda.typed import from_dict
 from moda_evals import scoring
 from moda_evals.model import ScoredModel
 from moda_evals.shared_prefix import MAX_ROW, Tree, can_share, grow, lay_out

@@ -8,7 +8,8 @@ import pytest
 import torch
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Mode
 
-from moda.config.schema import DepthKVSection, ModelConfig
+from moda.config.model import ModelConfig
+from moda.model import transformer_config
 from tests.plain_model import plain_logits
 
 SMALL = dict(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, ffn_hidden_size=48, vocab_size=61)
@@ -17,9 +18,12 @@ TOLERANCE = 1e-11  # fp64; the rotation's angles are fp32 on both sides
 
 
 def build(placement: str, depth: dict | None, **model: object) -> torch.nn.Module:
-    section = None if depth is None else DepthKVSection(**depth)
-    config = ModelConfig(norm_placement=placement, depth_kv=section, **{**SMALL, **model})
-    net = config.transformer().build(init_device="cpu").double()
+    if depth is not None:
+        window = depth["slots"]
+        read = "all" if window is None else {"recent": window}
+        depth = {"mechanism": "moda", "read": read, **{k: v for k, v in depth.items() if k != "slots"}}
+    config = ModelConfig(norm_placement=placement, depth=depth, **{**SMALL, **model})
+    net = transformer_config(config).build(init_device="cpu").double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
