@@ -147,6 +147,8 @@ class DepthAttention(Attention):
     def output(self, out: torch.Tensor) -> torch.Tensor:
         return self.w_out(out.flatten(2))
 
-    def forward(self, x: torch.Tensor, **context: Any) -> torch.Tensor:  # type: ignore[override]
-        """Plain attention, ``[B, T, d_model]``."""
-        return DepthLayer().attend(self, x, (), context)[0]
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, *, depth: DepthLayer, state: State, **context: Any
+    ) -> tuple[torch.Tensor, State]:
+        """What the mechanism makes of these steps: ``[B, T, d_model]`` and the next state. Checkpointing may wrap it."""
+        return depth("attend", self, x, state, context)

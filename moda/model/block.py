@@ -117,7 +117,7 @@ class DepthBlock(PlacedBlock):
             norms, add = self.norms(name), functools.partial(self.depth, "add", name)
             x = self.placement.receive(self.depth("receive", name, stream), norms)
             if name == "attention":
-                out, state = self.depth("attend", self.attention, x, state, context)
+                out, state = self.attention(x, depth=self.depth, state=state, **context)
             else:
                 out, state = self.depth("feed_forward", self.feed_forward, self.attention, x, state, context)
             stream = self.placement.combine(stream, out, norms, add)
