@@ -87,6 +87,8 @@ def plain_logits(
                 own, first = p[f"blocks.{layer}.depth.weights"]
                 v = own * v + first * first_values[0]
         seen = slots if depth is None or depth["slots"] is None else slots[max(0, len(slots) - depth["slots"]) :]
+        if depth is not None and "reads" in depth:  # any slots: a function of the layer and the kinds of slots
+            seen = [slots[i] for i in depth["reads"](layer, 2 if depth["ffn"] else 1)]
         out = torch.zeros(B, T, n_heads, head_dim, dtype=x.dtype)
         for head in range(n_heads):
             kv = head // group
@@ -138,9 +140,11 @@ def plain_logits(
         u = rms(h, nf) if enters else h
         if depth is not None and depth["ffn"] and layer < n_layers - 1:
             d = f"{b}.depth.ffn_slot"
-            slots.append(
-                make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), p[f"{b}.attention.k_norm.weight"], True)
-            )
+            if f"{d}.w_k.weight" in p:
+                gain = p[f"{b}.attention.k_norm.weight"]
+                slots.append(make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), gain, True))
+            else:  # no layer reads it
+                slots.append((torch.full((B, T, n_kv_heads, head_dim), math.nan), h, None))
         f = ffn(u, b)
         if placement == "reordered":
             f = rms(f, nf)

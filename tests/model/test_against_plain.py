@@ -53,7 +53,9 @@ def check(
     leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
     if net.tie_word_embeddings:
         leaves["lm_head.w_out.weight"] = leaves["embeddings.weight"]
-    shape = dict(n_kv_heads=n_kv_heads, **{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")})
+    shape = {**{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")}, "n_kv_heads": n_kv_heads}
+    if "n_layers" in other:
+        shape["n_layers"] = other.pop("n_layers")
     plain = plain_logits(leaves, ids, placement=placement, head_norm=head_norm, depth=depth, **shape, **other)
     (plain * weights).sum().backward()
 

@@ -128,3 +128,29 @@ def test_parallelism_that_would_split_the_stream_is_refused() -> None:
         model.apply_pp(None)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="wrapping strategies full and blocks"):
         model.apply_fsdp(wrapping_strategy="fine_grained")
+
+
+@pytest.mark.parametrize(
+    "depth", [MODA, {"mechanism": "value_residual"}, {"mechanism": "denseformer"}], ids=lambda d: d["mechanism"]
+)
+def test_blocks_share_compiled_graphs(depth: dict) -> None:
+    """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
+    from torch._dynamo.utils import counters
+
+    model = build(depth={"mechanism": mechanism}, n_layers=6)
+    ids = torch.randint(0, 211, (2, 9))
+    eager = model(ids, labels=ids)
+    eager.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compiler.reset()
+    counters.clear()
+    for block in model.blocks.values():
+        block.compile(fullgraph=True, backend="aot_eager")
+    model._compile_enabled = True  # as apply_compile does, which also asks for a C++ compiler
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert counters["stats"]["unique_graphs"] <= 2
+    torch.testing.assert_close(out.logits, eager.logits)
+    for g, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(p.grad, g)
