@@ -17,11 +17,11 @@ __all__ = ["TaskProgress"]
 
 log = logging.getLogger(__name__)
 
-_INTERVAL = 15.0  # seconds between two lines
+_INTERVAL = 10.0  # seconds between two lines
 
 
 class TaskProgress:
-    """One bar a task.
+    """One bar per task.
 
     :param title: the checkpoint's label.
     :param enabled: False on all ranks but the first.
