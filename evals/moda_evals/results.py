@@ -125,7 +125,7 @@ def _is_whole(suite: Suite, entry: Any) -> bool:
     figures = [entry.get(key) for item in suite.figures.items() for key in item if key is not None]
     if suite is PERPLEXITY:
         documents = entry.get("documents")
-        rows = [documents.get(key) for key in ("loss", "tokens")] if isinstance(documents, dict) else [None]
+        rows: list[Any] = [documents.get(key) for key in ("loss", "tokens")] if isinstance(documents, dict) else [None]
         sound = all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
         sound = sound and isinstance(entry.get("source"), str) and isinstance(entry.get("window"), dict)
     else:
@@ -133,7 +133,7 @@ def _is_whole(suite: Suite, entry: Any) -> bool:
         sound = isinstance(rows[0], str) and isinstance(entry.get("metric"), str) and "truncated" in entry
     return (
         sound
-        and all(len(row) == entry.get("n") > 0 for row in rows)
+        and all(len(row) == entry.get("n") != 0 for row in rows)
         and isinstance(entry.get("title"), str)
         and all(value is None or _is_number(value) for value in figures)
         and _is_number(entry.get(suite.figure))

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from olmo_core.data import NumpyDatasetDType, NumpyPaddedFSLDatasetConfig, TokenizerConfig
 from olmo_core.data.utils import get_labels
 
+from moda.data.text import prepare_text
 from moda.errors import UserError
 from moda.train.validation import NextTokenEvaluator
-from moda_evals.model import ScoredModel
+from moda_evals.model import ScoredModel, load
 from moda_evals.perplexity import Windows, evaluate_set, loss_error, windows
 from moda_evals.sets import PAPER_SETS, SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
+from moda_evals.tasks import TASKS, load_questions
+from tests.small_checkpoint import run_config, save_checkpoint
 
 
 def documents(folder: Path, lengths: list, seed: int = 0) -> Path:
@@ -105,6 +109,33 @@ def test_text_and_bits_per_byte(model, tmp_path: Path) -> None:
     n_bytes = sum(len(t.encode()) for t in texts)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens_scored"] / math.log(2) / n_bytes)
     assert found["n"] == 2
+
+
+def test_text_is_tokenized_as_training_data_is(tokenizer_file: Path, tmp_path: Path) -> None:
+    """Nothing is put before a text, nor read out of it, whatever the tokenizer's post-processor would do."""
+    tok = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tok.post_processor = tokenizers.processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tok.save(str(tmp_path / "tokenizer.json"))
+    assert tok.encode("a").ids[0] == 0
+    checkpoint = tmp_path / "run" / "step1"
+    save_checkpoint(checkpoint, run_config(tmp_path / "tokenizer.json"))
+    model = load(str(checkpoint))
+    texts = [f"Text {i}: not an <|endoftext|> token, naïve as it looks. " * (i + 1) for i in range(5)]
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
+    sources = [str(tmp_path / "text")]
+    assert model.tokenizer_info is not None
+    prepare_text(sources, model.tokenizer_info, validation_fraction=0.3, work_dir=tmp_path / "work")
+    sets = [Text("text", "text", tuple(sources)), TokenFiles("tokens", "tokens", (str(tmp_path / "work/*/*/*.npy"),))]
+    opened, _ = open_sets(sets, model)
+    ours, prepared = (evaluate_set(model, entry, Windows(64, 32)) for entry in opened)
+    assert ours["n"] == prepared["n"] == 5 and ours["tokens_scored"] == prepared["tokens_scored"]
+    assert ours["perplexity"] == pytest.approx(prepared["perplexity"], rel=1e-6)
+    question = load_questions(TASKS["copa"], model.tokenizer, 1)[0]
+    assert 0 not in question.choices[0].context and model.tokenizer.decode([0, 70, 0]) == tok.decode([70])
 
 
 def test_does_not_depend_on_the_batch_size(model, tmp_path: Path) -> None:

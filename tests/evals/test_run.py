@@ -39,7 +39,9 @@ def text(tmp_path: Path) -> str:
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(6):
-        (folder / f"{i}.txt").write_text(f"Document {i} has a few words and then some more of them. " * (i + 1))
+        (folder / f"{i}.txt").write_text(
+            f"Document {i} has a few words and then naïve ones. " * (i + 1), encoding="utf-8"
+        )
     return str(folder)
 
 
@@ -103,6 +105,8 @@ def test_two_ranks_give_the_same_figures(checkpoint: Path, text: str, tmp_path: 
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line += [str(ROOT / "scripts" / "eval.py"), str(checkpoint), *arguments, "--output", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A locale that is not UTF-8 changes nothing; what a terminal can show is not what is tested here.
+    environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="utf-8")
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     label = f"{checkpoint.parent.name}-step10"
