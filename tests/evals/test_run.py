@@ -104,7 +104,8 @@ def test_two_ranks_give_the_same_figures(checkpoint: Path, text: str, tmp_path: 
     assert command(str(checkpoint), *arguments, "--output", str(tmp_path / "one")) == 0
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line += [str(ROOT / "scripts" / "eval.py"), str(checkpoint), *arguments, "--output", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "evals"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages}
     # A locale that is not UTF-8 changes nothing; what a terminal can show is not what is tested here.
     environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="utf-8")
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
