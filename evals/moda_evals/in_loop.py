@@ -9,7 +9,6 @@ own in-loop tasks are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -69,37 +68,30 @@ class TaskEvaluator(Evaluator):
         device: torch.device | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(name="downstream", batches=[], device=device)
         self.task, self.questions, self.spans, self.group = task, questions, spans, group
         self.flat = [s for q in spans for s in q]
         planned = plan_batches([len(s.ids) for s in self.flat], batch_tokens)
         rank, ranks = get_rank(group), get_world_size(group)
-        rounds = -(-len(planned) // ranks)
         # A rank that has no batch left repeats the first one: under FSDP all ranks run the same number of times.
-        self.planned = [planned[i] if (i := r * ranks + rank) < len(planned) else planned[0] for r in range(rounds)]
+        own = [planned[i if i < len(planned) else 0] for i in range(rank, -(-len(planned) // ranks) * ranks, ranks)]
+        super().__init__(name="downstream", batches=[self._batch(indices) for indices in own], device=device)
         self._sums: dict[int, float] = {}
-        self._current: list[int] = []
+
+    def _batch(self, indices: list[int]) -> dict[str, Any]:
+        trees = [Tree(self.flat[i].ids, ((),)) for i in indices]
+        return {"input_ids": lay_out(trees).ids, "index": torch.tensor(indices)}
 
     @property
     def display_name(self) -> str:
         return f"downstream {self.task.name}"
 
-    @property
-    def total_batches(self) -> int:
-        return len(self.planned)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.planned:
-            self._current = batch
-            yield {"input_ids": lay_out([Tree(self.flat[i].ids, ((),)) for i in batch]).ids}
-
     def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
         """Note the log-likelihoods of the batch just run."""
-        del batch, ce_loss
+        del ce_loss
         if logits is None:
             expected = "a model that gives whole logits (no tensor or context parallelism)"
             raise UserError("eval.downstream", expected, "none")
-        for row, i in enumerate(self._current):
+        for row, i in enumerate(batch["index"].tolist()):
             span = self.flat[i]
             chosen = logits[row, span.start : span.start + len(span.targets)].float()
             targets = torch.tensor(span.targets, device=chosen.device)

@@ -210,15 +210,13 @@ def _choose_tokenizer(option: str | None, section: TokenizerSection | None, voca
         raise UserError(key, expected, f"{chosen.name} with {config.vocab_size:,}")
     if option is None or own is None or chosen.fingerprint == own.fingerprint:
         return chosen
-    if own.path is not None:
-        expected = f"the tokenizer that the model was trained with: {own.name} ({own.fingerprint[:20]})"
-        raise UserError(key, expected, f"{chosen.name} ({chosen.fingerprint[:20]})")
-    if (config.vocab_size, config.eos_token_id) != (own.config.vocab_size, own.config.eos_token_id):
-        raise UserError(
-            key,
-            f"a tokenizer like {own.name}: {own.config.vocab_size:,} tokens, document end {own.config.eos_token_id}",
-            f"{config.vocab_size:,} tokens, document end {config.eos_token_id} ({chosen.name})",
+    same_numbers = (config.vocab_size, config.eos_token_id) == (own.config.vocab_size, own.config.eos_token_id)
+    if own.path is not None or not same_numbers:
+        expected, got = (
+            f"{t.name}, {t.config.vocab_size:,} tokens, document end {t.config.eos_token_id} ({t.fingerprint[:20]})"
+            for t in (own, chosen)
         )
+        raise UserError(key, f"the tokenizer that the model was trained with: {expected}", got)
     return chosen
 
 

@@ -18,7 +18,7 @@ from moda.files import read_json, write_json
 from .scoring import world
 from .suites import PERPLEXITY, SUITES, Suite
 
-__all__ = ["FORMAT", "RESULTS", "Parts", "check_writable", "fingerprint", "merge_earlier", "read_results"]
+__all__ = ["FORMAT", "RESULTS", "check_writable", "fingerprint", "merge_earlier", "read_results", "reuse"]
 
 log = logging.getLogger(__name__)
 
@@ -48,40 +48,29 @@ def check_writable(folder: Path) -> None:
         raise UserError("--output", "a folder that can be written", str(folder), e.strerror) from None
 
 
-class Parts:
-    """Finished tasks and sets on disk: an interrupted evaluation finds them again if nothing that matters has changed.
+def reuse(file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A finished part of an evaluation from its file, or computed on all ranks and written by rank 0.
 
-    :param folder: where the results go.
-    :param common: what every part's figures depend on.
-    :param fresh: measure again what is there.
+    :param key: all that the figures depend on; the file counts only if it says the same.
+    :param fresh: compute in any case.
     """
-
-    def __init__(self, folder: Path, common: dict[str, Any], fresh: bool) -> None:
-        self.folder, self.common, self.fresh = folder / "parts", common, fresh
-
-    def get(self, name: str, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a part, from disk or computed on all ranks.
-
-        :param key: what else the figures depend on.
-        """
-        path = self.folder / f"{name}.json"
-        key = json.loads(json.dumps({**self.common, **key}))
-        rank, ranks = world()
-        part: dict[str, Any] = {}
-        if not self.fresh and path.is_file():
-            try:
-                part = read_json(path, name)
-            except UserError as e:
-                log.warning("measured again: %s", e)
-        if part.get("key") == key and isinstance(part.get("result"), dict):
-            log.info("%s: already finished", name)
-            return part["result"]
-        if ranks > 1:
-            torch.distributed.barrier()  # all ranks have looked before rank 0 writes
-        result = compute()
-        if rank == 0:
-            write_json(path, {"key": key, "result": result})
-        return result
+    key = json.loads(json.dumps(key))
+    rank, ranks = world()
+    part: dict[str, Any] = {}
+    if not fresh and file.is_file():
+        try:
+            part = read_json(file, file.stem)
+        except UserError as e:
+            log.warning("measured again: %s", e)
+    if part.get("key") == key and isinstance(part.get("result"), dict):
+        log.info("%s: already finished", file.stem)
+        return part["result"]
+    if ranks > 1:
+        torch.distributed.barrier()  # all ranks have looked before rank 0 writes
+    result = compute()
+    if rank == 0:
+        write_json(file, {"key": key, "result": result})
+    return result
 
 
 def merge_earlier(results: dict[str, Any], file: Path) -> None:

@@ -23,7 +23,7 @@ from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
 from .progress import TaskProgress
-from .results import FORMAT, RESULTS, Parts, check_writable, fingerprint, merge_earlier, read_results
+from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, read_results, reuse
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
@@ -171,11 +171,12 @@ def _run(job: _Job, options: Options) -> dict[str, Any]:
     }
     for name, reason in job.missing.items():
         log.warning("%s is left out: %s", name, reason)
-    finished = Parts(job.output, {**measured_with, "per_example": options.per_example}, options.fresh)
     with TaskProgress(model.label, enabled=rank == 0) as bar:
         for suite, name, title, key, compute in _parts(job, model, options):
-            with bar.task(title) as report:
-                result = finished.get(f"{suite.name}-{name}", key, partial(compute, progress=report))
+            with bar.measure(title) as report:
+                key = {**measured_with, "per_example": options.per_example, **key}
+                file = job.output / "parts" / f"{suite.name}-{name}.json"
+                result = reuse(file, key, options.fresh, partial(compute, progress=report))
             examples = result.pop("examples", None)
             results[suite.name][name] = result
             if rank == 0 and examples is not None:

@@ -153,11 +153,7 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
 
 
 def score(
-    model: ScoredModel,
-    spans: Sequence[Span],
-    *,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
+    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int | None = None, progress: Progress | None = None
 ) -> Scores:
     """Score spans, shared among all ranks; every rank gets all results.
 

@@ -14,17 +14,9 @@ from .token_files import TokenFiles
 from .validation_mix import TABLE_5
 
 __all__ = [
-    "PAPER_SETS",
-    "SETS",
-    "DocumentSet",
-    "MissingData",
-    "OpenSet",
-    "Text",
-    "TokenDocument",
-    "TokenFiles",
-    "open_sets",
+    "PAPER_SETS", "SETS", "DocumentSet", "MissingData", "OpenSet", "Text", "TokenDocument", "TokenFiles", "open_sets",
     "resolve_sets",
-]
+]  # fmt: skip
 
 #: Every set by name, in the order of tables. This is where a new one is registered.
 SETS: dict[str, DocumentSet] = {entry.name: entry for entry in (*TABLE_5,)}

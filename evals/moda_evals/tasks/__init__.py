@@ -12,27 +12,12 @@ from .jsonl import JsonlTask
 from .olmo_eval import MMLU, TABLE_4, OlmoEvalTask
 
 __all__ = [
-    "DEFAULT_TASKS",
-    "METRICS",
-    "PAPER_TASKS",
-    "TASKS",
-    "Choice",
-    "JsonlTask",
-    "OlmoEvalTask",
-    "Question",
-    "Task",
-    "load_questions",
-    "resolve_tasks",
-]
+    "DEFAULT_TASKS", "METRICS", "PAPER_TASKS", "TASKS", "Choice", "JsonlTask", "OlmoEvalTask", "Question", "Task",
+    "load_questions", "resolve_tasks",
+]  # fmt: skip
 
 #: Every task by name, in the order of tables. This is where a new one is registered.
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        *TABLE_4,
-        *MMLU,
-    )
-}
+TASKS: dict[str, Task] = {task.name: task for task in (*TABLE_4, *MMLU)}
 PAPER_TASKS = tuple(task.name for task in TABLE_4)
 #: What ``--suite downstream`` runs.
 DEFAULT_TASKS = (*PAPER_TASKS, "mmlu")
