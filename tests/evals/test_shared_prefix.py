@@ -27,7 +27,7 @@ VARIANTS = {
 def make_model(**changes) -> ScoredModel:
     config = from_dict(ModelConfig, {**MODEL, "pad_vocab_to": 1, "vocab_size": VOCAB, **changes})
     module = randomise(config.transformer(VOCAB).build(init_device="cpu"), 3).eval()
-    return ScoredModel("m", "m", "moda", module, module.lm_head, None, 512, VOCAB)
+    return ScoredModel("m", "m", "moda", None, 512, VOCAB, module=module, head=module.lm_head)
 
 
 def make_spans(seed: int = 0) -> list[scoring.Span]:
@@ -113,7 +113,8 @@ def test_what_a_hugging_face_model_does_after_its_head_counts(kind: str) -> None
     else:
         module = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5))
     module = randomise(module, 0).eval()
-    model = ScoredModel("m", "m", "huggingface", module, module.get_output_embeddings(), None, 512, VOCAB)
+    head = module.get_output_embeddings()
+    model = ScoredModel("m", "m", "huggingface", None, 512, VOCAB, module=module, head=head)
     spans = make_spans(1)
     found = scoring.score(model, spans, batch_tokens=200).log_probs
     for span, ours in zip(spans, found, strict=True):
