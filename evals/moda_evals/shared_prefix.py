@@ -116,14 +116,6 @@ def lay_out(trees: Sequence[Tree], multiple: int = 1) -> Layout:
     return Layout(torch.tensor(ids), torch.tensor(positions), torch.tensor(parts))
 
 
-def _shares_prefix(module: nn.Module) -> bool | None:
-    """What a model of this project says: whether it takes ``mask``, with several continuations per row. None for any other."""
-    # until the model says so
-    if type(module).__name__ == "MoDATransformer" and not hasattr(module, "shares_prefix"):
-        return True
-    return getattr(module, "shares_prefix", None)
-
-
 def can_share(module: nn.Module) -> bool:
     """Whether a model can run trees: one of this project that says so or of OLMo-core with ordinary attention, not compiled."""
     if not isinstance(module, Transformer) or module.compile_enabled:
@@ -131,7 +123,7 @@ def can_share(module: nn.Module) -> bool:
     mixers = [part for part in module.modules() if isinstance(part, SequenceMixer)]
     if any(type(getattr(mixer, "rope", None)) not in (RotaryEmbedding, type(None)) for mixer in mixers):
         return False
-    says = _shares_prefix(module)
+    says = getattr(module, "shares_prefix", None)
     return bool(mixers) and all(map(_is_ordinary, mixers)) if says is None else says
 
 
@@ -180,4 +172,4 @@ def shared_attention(module: nn.Module, layout: Layout, device: torch.device) ->
                 hooks.callback(part.register_forward_hook(after).remove)
             elif isinstance(part, TorchAttentionBackend):
                 hooks.callback(part.register_forward_hook(functools.partial(_attention_output, mask)).remove)
-        yield {"mask": mask} if _shares_prefix(module) else {}
+        yield {"mask": mask} if getattr(module, "shares_prefix", False) else {}

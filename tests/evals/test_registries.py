@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moda.config.schema import RunConfig
-from moda.config.typed import from_dict
 from moda.errors import UserError
+from moda.typed import from_dict
 from moda_evals.in_loop import check_downstream
 from moda_evals.model import ModelInfo
 from moda_evals.report import markdown
