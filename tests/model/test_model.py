@@ -130,10 +130,8 @@ def test_parallelism_that_would_split_the_stream_is_refused() -> None:
         model.apply_fsdp(wrapping_strategy="fine_grained")
 
 
-@pytest.mark.parametrize(
-    "depth", [MODA, {"mechanism": "value_residual"}, {"mechanism": "denseformer"}], ids=lambda d: d["mechanism"]
-)
-def test_blocks_share_compiled_graphs(depth: dict) -> None:
+@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer"])
+def test_blocks_share_compiled_graphs(mechanism: str) -> None:
     """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
     from torch._dynamo.utils import counters
 
