@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
+from moda.checkpoints import kind_of, open_checkpoint, read_weights
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
-from moda.files import read_json
 from moda.hf import read_export, section_of, to_hf
 from moda.typed import to_dict
-from moda.weights import STATE, open_checkpoint, read_weights
 
 __all__ = ["Sampling", "generate", "load_decoder", "stream_text"]
 
@@ -67,8 +66,7 @@ def load_decoder(
     except ImportError:
         raise UserError("generate", "transformers to be installed", hint="pip install -e '.[hf]'") from None
     section: TokenizerSection | None
-    exported = (folder / "config.json").is_file() and not (folder / STATE).is_dir()
-    if exported and "model_type" in read_json(folder / "config.json", "checkpoint"):
+    if kind_of(folder) in ("export", "huggingface"):
         export = read_export(folder)
         described, weights, length = export.model, export.weights, export.sequence_length
         section = TokenizerSection(str(folder)) if (folder / "tokenizer.json").is_file() else None

@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from moda.checkpoints import open_checkpoint
     from moda.errors import UserError
     from moda.hf import write_checkpoint, write_export
-    from moda.weights import open_checkpoint
 
     try:
         if args.back:

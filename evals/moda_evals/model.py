@@ -13,11 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from moda.checkpoints import kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.files import read_json
-from moda.weights import STATE, load_model, open_checkpoint
 
 from .shared_prefix import Layout, shared_attention
 
@@ -282,13 +282,8 @@ def open_model(path: str, tokenizer: str | None = None, context_length: int | No
     :raises UserError: for a folder that is no checkpoint of a known kind.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError("checkpoint", "an existing folder", path)
-    settings: dict[str, Any] = {}
-    if (folder / "config.json").is_file() and not (folder / STATE).is_dir():
-        settings = read_json(folder / "config.json", "checkpoint")
-    if "model_type" in settings:
-        info, build = _open_huggingface(folder, tokenizer, settings)
+    if kind_of(folder) in ("export", "huggingface"):
+        info, build = _open_huggingface(folder, tokenizer, read_json(folder / "config.json", "checkpoint"))
     else:
         info, build = _open_trained(folder, tokenizer)
     info.context_length = context_length or info.context_length

@@ -14,6 +14,7 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.transformer import TransformerConfig
 
+from moda.checkpoints import STATE, Checkpoint, read_weights
 from moda.config.choices import QKNorm
 from moda.config.model import ModelConfig
 from moda.config.schema import RunConfig
@@ -23,7 +24,6 @@ from moda.files import read_json, write_json, write_text
 from moda.model import ModelTransformerConfig, transformer_config
 from moda.placements import NormPlacement
 from moda.typed import from_dict, to_dict
-from moda.weights import STATE, Checkpoint, read_weights
 
 from .bundle import bundle
 

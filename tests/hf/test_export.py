@@ -17,6 +17,7 @@ import tokenizers
 import torch
 from transformers import DynamicCache
 
+from moda.checkpoints import load_model, open_checkpoint, read_weights
 from moda.errors import UserError
 from moda.hf import section_of, to_hf, write_checkpoint, write_export
 from moda.hf.bundle import bundle
@@ -24,7 +25,6 @@ from moda.hf.configuration_moda import MoDAConfig
 from moda.hf.modeling_moda import MoDAForCausalLM
 from moda.model import transformer_config
 from moda.typed import to_dict
-from moda.weights import load_model, open_checkpoint, read_weights
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
 from tests.tiny import make_tokenizer
 
