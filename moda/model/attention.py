@@ -13,7 +13,8 @@ from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
 
 from moda.depth.mechanism import Context, DepthLayer, State
-from moda_kernels import depth_attention, depth_write, masked_attention, moda_attention
+from moda_kernels import depth_attention, depth_write, moda_attention
+from moda_kernels.depth.masked import masked_attention
 
 from .linear import joint_linear
 

@@ -178,7 +178,7 @@ class _StreamSlots:
         self.order = self.stream.start(device)
 
     def enter(self, layer: int) -> State:
-        return self.order, self.stream.rows[layer]
+        return self.order, self.stream.layer_rows[layer]
 
     def leave(self, layer: int, state: State) -> None:
         self.order = state[0]
