@@ -19,8 +19,8 @@ from .tasks import METRICS
 __all__ = ["lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
 
 
-def _cell(value: float | None, error: float | None = None) -> str:
-    return "" if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
+def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:
+    return "" if value is None else f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
 
 
 def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) -> list[list[str]]:
@@ -32,18 +32,14 @@ def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) 
     out: list[list[str]] = []
     for name in suite.order(results):
         entries = [r[suite.name].get(name) for r in results]
-        errors = [None if e is None else e["standard_error"] for e in entries]
-        cells = [
-            "" if e is None else _cell(suite.value(e), None if error is None else suite.scale * error)
-            for e, error in zip(entries, errors)
-        ]
+        cells = ["" if e is None else _cell(e[suite.figure], e["standard_error"], suite.scale) for e in entries]
         cells += [_cell(row.figures[suite.name].get(name)) for row in rows]
         present = [e for e in entries if e is not None]
         counts = "/".join(dict.fromkeys(str(e["n"]) for e in present))
         out.append([present[0]["title"], counts, *cells])
     averages = [suite.average(r[suite.name]) for r in results]
     if any(a is not None for a in averages):
-        cells = [_cell(None if a is None else suite.scale * a) for a in averages]
+        cells = [_cell(a, scale=suite.scale) for a in averages]
         out.append(["mean of the ten", "", *cells, *(_cell(row.averages[suite.name]) for row in rows)])
     return out
 
