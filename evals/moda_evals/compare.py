@@ -94,7 +94,7 @@ def _differences(
 ) -> list[Difference]:
     rng = np.random.default_rng(_SEED)
     resample = _perplexity_draws if suite is PERPLEXITY else _accuracy_draws
-    printed = [] if paper is None else [paper_rows()[name] for name in paper]
+    paper_pair = [] if paper is None else [paper_rows()[name] for name in paper]
     out: list[Difference] = []
     samples: dict[str, _Draws | None] = {}
 
@@ -109,7 +109,7 @@ def _differences(
             continue
         x, y = left[name], right[name]
         samples[name] = resample(x, y, draws, rng) if _paired(suite, x, y) else None
-        rows = [row.figures[suite.name][name] for row in printed if name in suite.paper]
+        rows = [row.figures[suite.name][name] for row in paper_pair if name in suite.paper]
         add(name, x["title"], x["n"], suite.value(x), suite.value(y), samples[name], rows)
     x_mean, y_mean = suite.average(left), suite.average(right)
     if x_mean is not None and y_mean is not None:
@@ -117,7 +117,7 @@ def _differences(
         drawn = None
         if len(parts) == len(suite.paper):
             drawn = np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0)
-        rows = [row.averages[suite.name] for row in printed]
+        rows = [row.averages[suite.name] for row in paper_pair]
         add("average", "mean of ten", 0, suite.scale * x_mean, suite.scale * y_mean, drawn, rows)
     return out
 

@@ -32,6 +32,10 @@ class TaskProgress(Progress):
         columns = (*Progress.get_default_columns(), TimeElapsedColumn())
         super().__init__(*columns, console=console, disable=not enabled or self._lines)
 
+    def stop(self) -> None:
+        if not self.disable:  # otherwise it would print an empty line
+            super().stop()
+
     @contextmanager
     def measure(self, name: str) -> Iterator[Report]:
         """Report a task's progress through the function that this gives."""

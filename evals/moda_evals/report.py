@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,31 @@ from .paper import SOURCE, paper_rows
 from .suites import DOWNSTREAM, SUITES, Suite
 from .tasks import METRICS
 
-__all__ = ["Line", "lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
+__all__ = ["lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a table: a title, how many questions or documents, and one cell per checkpoint."""
-
-    title: str
-    n: str
-    cells: list[str]
+def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:
+    return "" if value is None else f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
 
 
-def _cell(value: float | None, error: float | None = None) -> str:
-    return "" if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
-
-
-def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) -> list[Line]:
-    """The rows of a suite, and the paper's average where one is whole.
+def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) -> list[list[str]]:
+    """A suite's rows: title, questions or documents, a cell per checkpoint; and the paper's average where one is whole.
 
     :param paper: add the paper's printed rows as further columns.
     """
     rows = list(paper_rows().values()) if paper else []
-    out: list[Line] = []
+    out: list[list[str]] = []
     for name in suite.order(results):
         entries = [r[suite.name].get(name) for r in results]
-        errors = [None if e is None else e["standard_error"] for e in entries]
-        cells = [
-            "" if e is None else _cell(suite.value(e), None if error is None else suite.scale * error)
-            for e, error in zip(entries, errors)
-        ]
+        cells = ["" if e is None else _cell(e[suite.figure], e["standard_error"], suite.scale) for e in entries]
         cells += [_cell(row.figures[suite.name].get(name)) for row in rows]
         present = [e for e in entries if e is not None]
         counts = "/".join(dict.fromkeys(str(e["n"]) for e in present))
-        out.append(Line(present[0]["title"], counts, cells))
+        out.append([present[0]["title"], counts, *cells])
     averages = [suite.average(r[suite.name]) for r in results]
     if any(a is not None for a in averages):
-        cells = [_cell(None if a is None else suite.scale * a) for a in averages]
-        out.append(Line("mean of the ten", "", cells + [_cell(row.averages[suite.name]) for row in rows]))
+        cells = [_cell(a, scale=suite.scale) for a in averages]
+        out.append(["mean of the ten", "", *cells, *(_cell(row.averages[suite.name]) for row in rows)])
     return out
 
 
@@ -117,7 +103,7 @@ def table(results: Sequence[dict[str, Any]], paper: bool = False) -> Table:
             out.add_section()
             out.add_row(f"[bold]{suite.heading}")
         for row in rows:
-            out.add_row(row.title, row.n, *row.cells)
+            out.add_row(*row)
     return out
 
 
@@ -131,7 +117,7 @@ def markdown(results: Sequence[dict[str, Any]], paper: bool = False) -> str:
     """The table and its notes."""
     out = []
     for suite in SUITES:
-        rows = [[row.title, row.n, *row.cells] for row in lines(suite, results, paper)]
+        rows = lines(suite, results, paper)
         if rows:
             out.append(markdown_table([suite.heading, "n", *_headings(results, paper)], rows))
     return "\n".join([*out, *(f"{note}\n" for note in notes(results, paper))])

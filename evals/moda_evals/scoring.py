@@ -95,13 +95,12 @@ def plan_batches(
     return batches
 
 
-def _merge(spans: Sequence[Span]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+def _merge(spans: Sequence[Span]) -> dict[tuple[int, ...], list[int]]:
     """Distinct sequences in a fixed order, and the spans that each of them answers."""
     answers: dict[tuple[int, ...], list[int]] = {}
     for i, span in enumerate(spans):
         answers.setdefault(span.ids, []).append(i)
-    rows = sorted(answers, key=lambda ids: (-len(ids), ids))
-    return rows, [answers[ids] for ids in rows]
+    return dict(sorted(answers.items(), key=lambda item: (-len(item[0]), item[0])))
 
 
 class _Batch:
@@ -160,11 +159,10 @@ def score(
     :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
     """
     started = time.monotonic()
-    rows, answers = _merge(spans)
-    by_row = dict(zip(rows, answers))
-    stems = [min(spans[i].start for i in a) + 1 for a in answers]
-    trees = grow(rows, stems, can_share(model.module))
-    owners = [[by_row[ids] for ids in tree.sequences] for tree in trees]
+    answers = _merge(spans)
+    stems = [min(spans[i].start for i in indices) + 1 for indices in answers.values()]
+    trees = grow(list(answers), stems, can_share(model.module))
+    owners = [[answers[ids] for ids in tree.sequences] for tree in trees]
     positions = [sum(len(spans[i].targets) for leaf in o for i in leaf) for o in owners]
     most = max(1, MAX_LOGITS // model.vocab_size)
     in_batch = batch_tokens or default_batch_tokens(model.device)
@@ -175,20 +173,19 @@ def score(
     total = sum(t.length for t in trees)
     results: dict[int, np.ndarray] = {}
     done, used = 0, 0
-    ahead: list[tuple[list[int], _Batch]] = []
-    mine = batches[rank::ranks]
-    for number in range(len(mine) + 1):
-        if number < len(mine):
-            batch = mine[number]
-            asked = [[[spans[j] for j in leaf] for leaf in owners[i]] for i in batch]
-            ahead.append((batch, _Batch(model, [trees[i] for i in batch], asked)))
-        if number and ahead:
-            batch, running = ahead.pop(0)
-            results.update(zip((j for i in batch for leaf in owners[i] for j in leaf), running.read()))
-            used += running.tokens
-            done += sum(trees[i].length for i in batch)
+    before: tuple[list[int], _Batch] | None = None
+    for indices in (*batches[rank::ranks], None):
+        launched = None
+        if indices is not None:
+            of_trees = [[[spans[j] for j in leaf] for leaf in owners[i]] for i in indices]
+            launched = indices, _Batch(model, [trees[i] for i in indices], of_trees)
+        if before is not None:  # read only now that the next one is running
+            results.update(zip((j for i in before[0] for leaf in owners[i] for j in leaf), before[1].read()))
+            used += before[1].tokens
+            done += sum(trees[i].length for i in before[0])
             if progress is not None:
                 progress(min(total, done * ranks), total)
+        before = launched
     if ranks > 1:
         gathered: list[tuple[dict[int, np.ndarray], int] | None] = [None] * ranks
         dist.all_gather_object(gathered, (results, used))

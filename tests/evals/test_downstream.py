@@ -39,8 +39,8 @@ def first_questions(monkeypatch: pytest.MonkeyPatch):
             return taken
 
         def requests(path, name=None, split=None):
-            config, found = load_requests(path, name, split)
-            return config, [r for r in found if r["doc_id"] < n]
+            config, rows = load_requests(path, name, split)
+            return config, [r for r in rows if r["doc_id"] < n]
 
         left["rows"] = -(-n // subjects)
         monkeypatch.setattr(source, "load_hf_dataset", dataset)
@@ -52,7 +52,7 @@ def first_questions(monkeypatch: pytest.MonkeyPatch):
 def slow_predictions(model, label: str, tokenizer_file: Path, metric: str) -> list:
     """Argmax of each question's choices, from full logits of one choice at a time."""
     tokenizer = olmo_eval.HFTokenizer(str(tokenizer_file), pad_token_id=0, eos_token_id=0)
-    found: dict = {}
+    scores: dict = {}
     with torch.no_grad():
         for sample in olmo_eval.build_task(label, tokenizer, model_ctx_len=8192).samples:
             ids = sample["ctx"] + sample["continuation"]
@@ -60,9 +60,9 @@ def slow_predictions(model, label: str, tokenizer_file: Path, metric: str) -> li
             n = len(sample["continuation"])
             total = sum(log_probs[len(ids) - n - 1 + i, t].item() for i, t in enumerate(sample["continuation"]))
             value = total / sample["cont_str_len"] if metric == "len_norm" else total
-            found.setdefault(sample["doc_id"], {})[sample["cont_id"]] = (value, sample["label_id"])
+            scores.setdefault(sample["doc_id"], {})[sample["cont_id"]] = (value, sample["label_id"])
     out = []
-    for choices in found.values():
+    for choices in scores.values():
         values = [choices[i][0] for i in range(len(choices))]
         out.append((values.index(max(values)), choices[0][1]))
     return out
@@ -92,8 +92,8 @@ def test_metric_is_that_of_olmo_eval() -> None:
         for label in task.labels:
             entry = LABEL_TO_TASK_MAP[label]
             cls, kwargs = entry if isinstance(entry, tuple) else (entry, {})
-            theirs = kwargs.get("metric_type") or cls.metric_type
-            assert theirs == task.metric or "_mc_" in label
+            metric = kwargs.get("metric_type") or cls.metric_type
+            assert metric == task.metric or "_mc_" in label
 
 
 def test_does_not_depend_on_batches_or_order(model) -> None:

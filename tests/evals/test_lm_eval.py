@@ -65,7 +65,7 @@ def test_question_by_question(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
 
     folder = tmp_path / "hf"
     write_export(open_checkpoint(checkpoint), folder)
-    theirs = lm_eval.simple_evaluate(
+    harness = lm_eval.simple_evaluate(
         model=HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=8),
         tasks=local_tasks(tmp_path),
         log_samples=True,
@@ -74,7 +74,7 @@ def test_question_by_question(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     ours = load(str(folder))
     for name in ("arc_easy", "copa"):
         result = evaluate_task(ours, TASKS[name], limit=QUESTIONS, per_example=True)
-        samples = sorted(theirs["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
+        samples = sorted(harness["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
         assert len(samples) == QUESTIONS
         for mine, sample in zip(result["examples"], samples):
             scores = [float(r[0]) for r in sample["filtered_resps"]]
@@ -84,5 +84,5 @@ def test_question_by_question(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
             lengths = [n - 1 for n in mine["characters"]]
             best = max(range(len(scores)), key=lambda i: mine["log_likelihoods"][i] / lengths[i])
             assert int(sample["acc_norm"]) == int(best == mine["label"])
-        assert theirs["results"][f"local_{name}"]["acc,none"] == pytest.approx(result["accuracy"])
+        assert harness["results"][f"local_{name}"]["acc,none"] == pytest.approx(result["accuracy"])
         assert math.isfinite(result["bits_per_byte"])

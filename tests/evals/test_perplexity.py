@@ -69,13 +69,13 @@ def slow_loss(model, ids: np.ndarray, cut: Windows) -> tuple:
 @pytest.mark.parametrize("cut", [Windows(12, 5), Windows(12, 12), Windows(12, 6, head=True)], ids=str)
 def test_against_one_token_at_a_time(cut: Windows, model, tmp_path: Path) -> None:
     path = documents(tmp_path, [3, 12, 29, 13, 2])
-    found = evaluate_set(model, token_set(path, model), cut, batch_tokens=64)
+    result = evaluate_set(model, token_set(path, model), cut, batch_tokens=64)
     tokens = np.fromfile(path, dtype=np.uint16)
     parts = [slow_loss(model, d, cut) for d in np.split(tokens, np.flatnonzero(tokens == 0) + 1)[:-1]]
-    assert found["tokens_scored"] == sum(n for _, n in parts)
-    assert found["loss"] == pytest.approx(sum(x for x, _ in parts) / sum(n for _, n in parts), rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-    assert found["documents"]["tokens"] == [n for _, n in parts]
+    assert result["tokens_scored"] == sum(n for _, n in parts)
+    assert result["loss"] == pytest.approx(sum(x for x, _ in parts) / sum(n for _, n in parts), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["documents"]["tokens"] == [n for _, n in parts]
 
 
 def test_head_is_olmo_core_in_loop_validation(model, tmp_path: Path) -> None:
@@ -96,19 +96,19 @@ def test_head_is_olmo_core_in_loop_validation(model, tmp_path: Path) -> None:
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         in_loop.update_metrics({**batch, "metadata": [{"label": "x"}]}, losses, None)
         count += int((labels >= 0).sum())
-    found = evaluate_set(model, token_set(path, model), Windows(16, 16, head=True), batch_tokens=64)
-    assert found["tokens_scored"] == count
-    assert found["loss"] == pytest.approx(in_loop.compute_metrics()["x/CE loss"].item(), rel=1e-5)
+    result = evaluate_set(model, token_set(path, model), Windows(16, 16, head=True), batch_tokens=64)
+    assert result["tokens_scored"] == count
+    assert result["loss"] == pytest.approx(in_loop.compute_metrics()["x/CE loss"].item(), rel=1e-5)
 
 
 def test_text_and_bits_per_byte(model, tmp_path: Path) -> None:
     texts = ["Ein Satz über Käse.", "and another one, longer than the first by some words"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    found = evaluate_set(model, Text("t", "t", (str(tmp_path),)).open(model), Windows(64, 32))
+    result = evaluate_set(model, Text("t", "t", (str(tmp_path),)).open(model), Windows(64, 32))
     n_bytes = sum(len(t.encode()) for t in texts)
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens_scored"] / math.log(2) / n_bytes)
-    assert found["n"] == 2
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens_scored"] / math.log(2) / n_bytes)
+    assert result["n"] == 2
 
 
 def test_text_is_tokenized_as_training_data_is(tokenizer_file: Path, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_the_paper_sets_and_what_is_missing(model, tmp_path: Path) -> None:
         documents(base / entry.label / "val", [9, 5])
     with pytest.raises(UserError, match="stack: expected the token file .*dolma_stack.*prepare_data.py mirror"):
         open_sets(paper, model, str(tmp_path))
-    found, missing = open_sets(paper, model, str(tmp_path), skip_missing=True)
-    assert [s.name for s in found] == list(PAPER_SETS[:-1]) and list(missing) == ["stack"]
+    opened, missing = open_sets(paper, model, str(tmp_path), skip_missing=True)
+    assert [s.name for s in opened] == list(PAPER_SETS[:-1]) and list(missing) == ["stack"]
     assert [SETS[name].title for name in PAPER_SETS] == [
         "C4", "ICE", "m2d2-s2orc", "Pile", "Wiki-text", "Books", "CC", "peS2o", "Reddit", "Stack",
     ]  # fmt: skip

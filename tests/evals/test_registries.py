@@ -76,6 +76,19 @@ def test_lines_that_are_no_questions(line: str, model, tmp_path: Path) -> None:
         JsonlTask("bad", "Bad", "acc", "", file).questions(model.tokenizer, None)
 
 
+def test_a_file_that_is_missing_or_empty(model, tmp_path: Path) -> None:
+    task = JsonlTask("bad", "Bad", "acc", "", tmp_path / "bad.jsonl")
+    for read in (task.describe, lambda: task.questions(model.tokenizer, None)):
+        with pytest.raises(UserError, match="bad: expected a readable file"):
+            read()
+    task.path.write_text("\n\n")
+    with pytest.raises(UserError, match="at least one question"):
+        task.questions(model.tokenizer, None)
+    task.path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="line 1"):
+        task.questions(model.tokenizer, None)
+
+
 class Counting(DocumentSet):
     """Documents 1 2 3 .. n."""
 

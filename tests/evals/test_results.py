@@ -69,8 +69,8 @@ def test_sets_with_different_windows_have_no_average_and_say_so(whole: dict) -> 
     assert PERPLEXITY.average(entries) == pytest.approx(entry["perplexity"])
     entries["pile"] = {**entries["pile"], "window": {"size": 16, "stride": 8, "head": False}}
     assert PERPLEXITY.average(entries) is None
-    said = notes([{**whole, "perplexity": entries}], False)[0]
-    assert "window 16, stride 8 for pile" in said and "window 32, stride 16 for c4, ice" in said
+    note = notes([{**whole, "perplexity": entries}], False)[0]
+    assert "window 16, stride 8 for pile" in note and "window 32, stride 16 for c4, ice" in note
 
 
 def change(results: dict, suite: str, name: str, **changes: Any) -> dict:

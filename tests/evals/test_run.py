@@ -53,8 +53,8 @@ def test_two_checkpoints_side_by_side_and_their_comparison(
     out = tmp_path / "out"
     arguments = ["--tasks", "copa", "sciq", "--limit", "20", "--text", f"mine={text}", "--window", "64"]
     assert command(str(checkpoint), str(other), *arguments, "--output", str(out), "--per-example", "--paper") == 0
-    printed = capsys.readouterr().out
-    assert "COPA" in printed and "MoDA-700M (paper)" in printed and "window 64, stride 32" in printed
+    output = capsys.readouterr().out
+    assert "COPA" in output and "MoDA-700M (paper)" in output and "window 64, stride 32" in output
     labels = [f"{p.parent.name}-step10" for p in (checkpoint, other)]
     results = [json.loads((out / label / "results.json").read_text()) for label in labels]
     assert results[0]["versions"]["torch"] == torch.__version__ and results[0]["settings"]["limit"] == 20
@@ -69,14 +69,14 @@ def test_two_checkpoints_side_by_side_and_their_comparison(
     folders = [str(out / label) for label in labels]
     assert command("compare", *folders, "--paper", "--plot", str(plot), "--output", str(tmp_path / "c.md")) == 0
     assert plot.stat().st_size > 5000 and "COPA" in (tmp_path / "c.md").read_text()
-    found = {d.name: d for d in compare(*results, draws=4000)}
-    for d in found.values():
+    differences = {d.name: d for d in compare(*results, draws=4000)}
+    for d in differences.values():
         assert d.low is not None and d.high is not None and d.low <= d.difference <= d.high
     pairs = list(zip(results[0]["downstream"]["copa"]["correct"], results[1]["downstream"]["copa"]["correct"]))
     steps = [int(b) - int(a) for a, b in pairs]
     mean = sum(steps) / 20
     error = 100 * (sum((s - mean) ** 2 for s in steps) / 20**2) ** 0.5
-    assert found["copa"].high - found["copa"].low == pytest.approx(2 * 1.96 * error, rel=0.2)
+    assert differences["copa"].high - differences["copa"].low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
 def test_resumes_by_task(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

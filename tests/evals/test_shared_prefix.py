@@ -121,9 +121,16 @@ def test_what_a_hugging_face_model_does_after_its_head_counts(kind: str) -> None
     head = module.get_output_embeddings()
     model = ScoredModel("m", "m", "huggingface", None, 512, VOCAB, module=module, head=head)
     spans = make_spans(1)
-    found = scoring.score(model, spans, batch_tokens=200).log_probs
-    for span, ours in zip(spans, found, strict=True):
+    log_probs = scoring.score(model, spans, batch_tokens=200).log_probs
+    for span, ours in zip(spans, log_probs, strict=True):
         with torch.no_grad():
             logits = module(torch.tensor([span.ids])).logits[0].float().log_softmax(-1)
         truth = [logits[span.start + i, t].item() for i, t in enumerate(span.targets)]
         assert ours.tolist() == pytest.approx(truth, abs=2e-4)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_model_of_this_project_says_itself_whether_it_shares(says: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_model().module
+    monkeypatch.setattr(type(module), "shares_prefix", says, raising=False)
+    assert can_share(module) is says

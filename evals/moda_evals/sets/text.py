@@ -22,7 +22,6 @@ class Text(DocumentSet):
     sources: tuple[str, ...]
 
     def open(self, model: ModelInfo, base_dir: str | None = None) -> OpenSet:
-        """See :meth:`DocumentSet.open`."""
         tokenizer = model.tokenizer
         for source in self.sources:
             next(read_documents([source]), None)  # complains about a source that does not exist

@@ -65,7 +65,6 @@ class TokenFiles(DocumentSet):
     patterns: tuple[str, ...]
 
     def open(self, model: ModelInfo, base_dir: str | None = None) -> OpenSet:
-        """See :meth:`DocumentSet.open`."""
         globs = [str(Path(pattern).expanduser()) for pattern in self.patterns]
         paths = [Path(p) for pattern in globs for p in sorted(glob.glob(pattern, recursive=True))]
         if not paths:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +32,21 @@ class JsonlTask(Task):
 
         :raises UserError: for a file that is missing, or a line that is no question.
         """
-        try:
-            with self.path.open(encoding="utf-8", newline="\n") as f:
-                lines = list(itertools.islice(f, limit))
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(self.name, f"a readable file {self.path}", hint=str(e)) from None
+        lines = [(number, line) for number, line in enumerate(self._read().split(b"\n"), 1) if line.strip()]
         if not lines:
             raise UserError(self.name, f"at least one question in {self.path}", "none")
-        return [self._question(tokenizer, number, line) for number, line in enumerate(lines, 1)]
+        return [self._question(tokenizer, number, line) for number, line in lines[:limit]]
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {**super().describe(), "path": str(self.path), "sha256": digest}
+        return {**super().describe(), "path": str(self.path), "sha256": hashlib.sha256(self._read()).hexdigest()}
 
-    def _question(self, tokenizer: TextTokenizer, number: int, line: str) -> Question:
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as e:
+            raise UserError(self.name, f"a readable file {self.path}", hint=e.strerror) from None
+
+    def _question(self, tokenizer: TextTokenizer, number: int, line: bytes) -> Question:
         try:
             row = json.loads(line)
             context, texts, label = row["context"], row["choices"], row["label"]
@@ -56,5 +56,5 @@ class JsonlTask(Task):
             choices = [Choice(ids, tuple(tokenizer.encode(t)), len(t), len(t.encode())) for t in texts]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             expected = f"an object with context, choices and label in {self.path}, line {number}"
-            raise UserError(self.name, expected, line[:60].rstrip(), str(e)[:100]) from None
+            raise UserError(self.name, expected, line[:60].decode(errors="replace"), str(e)[:100]) from None
         return Question(f"{self.path.stem}/{number}", tuple(choices), label)
