@@ -72,6 +72,6 @@ def read_json(path: Path, key: str, kind: type = dict) -> Any:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e).split("\n")[0][:200]
         raise UserError(key, f"a readable JSON file {path}", hint=reason) from None
     if not isinstance(data, kind):
-        expected = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        expected = "an object" if kind is dict else "a list" if kind is list else kind.__name__
         raise UserError(key, f"{expected} in {path}", type(data).__name__)
     return data

@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def benchmark(
             raise UserError("--text", "a .jsonl file with the field text", str(path), str(e)) from None
         size = sum(len(t.encode()) for t in texts)
         options = PrepareOptions(str(Path(scratch) / "out"), {"text": str(path)}, tokenizer, workers=workers)
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             _ALONE: functools.partial(_encode, encoder, texts),
             _OURS: functools.partial(prepare, options, console=Console(quiet=True)),
         }

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,8 +76,8 @@ def time_steps(
 
 
 def training_table(
-    configs: Path, rounds: int = 2, batch: int = 8, length: int = 4096, **options: bool | int
-) -> list[dict]:
+    configs: Path, rounds: int = 2, batch: int = 8, length: int = 4096, **options: Any
+) -> list[dict[str, Any]]:
     """Time every model of :data:`MODELS`, all of them ``rounds`` times over: a GPU's clock changes under load.
 
     :param configs: the folder of their configurations.

@@ -73,9 +73,8 @@ def _read_trainer_state(folder: Path) -> dict[str, Any] | None:
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         return None
-    numpy_state = np.random.get_state()[1]
-    assert isinstance(numpy_state, np.ndarray)
-    names = [numpy_state.__reduce__()[0], np.ndarray, np.dtype, type(numpy_state.dtype)]
+    array = np.zeros(1, np.uint32)  # numpy's random state is one
+    names: list[Any] = [array.__reduce__()[0], np.ndarray, np.dtype, type(array.dtype)]
     try:
         with torch.serialization.safe_globals(names):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -95,20 +94,15 @@ class OwnCheckpointer(Checkpointer):
         *,
         load_trainer_state: bool | None = None,
         load_optim_state: bool | None = None,
-        reset_optimizer_states_on_load: bool | None = None,
+        **options: Any,
     ) -> dict[str, Any] | None:
         """Load weights, optimizer and, unless ``load_trainer_state`` is false, return the trainer's state.
 
         :raises UserError: for a folder that cannot be read without running what it names.
         """
         if is_url(dir):
-            return super().load(
-                dir,
-                train_module,
-                load_trainer_state=load_trainer_state,
-                load_optim_state=load_optim_state,
-                reset_optimizer_states_on_load=reset_optimizer_states_on_load,
-            )
+            options.update(load_trainer_state=load_trainer_state, load_optim_state=load_optim_state)
+            return super().load(dir, train_module, **options)
         folder = Path(dir)
         trainer_state = None if load_trainer_state is False else _read_trainer_state(folder)
         if load_trainer_state and trainer_state is None:

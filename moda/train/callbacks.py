@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,7 +50,7 @@ class SignalCallback(Callback):
             # The trainer has just installed its handler, and puts back the one before when it is done.
             signal.signal(number, functools.partial(self._receive, signal.getsignal(number)))
 
-    def _receive(self, handler: Callable[[int, Any], None], number: int, frame: Any) -> None:
+    def _receive(self, handler: Any, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
         handler(number, frame)
 

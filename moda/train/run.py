@@ -253,7 +253,7 @@ def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrain
         log.warning("%s is read by OLMo-core, which unpickles its table of contents: use what you trust alone", source)
         trainer.load_checkpoint(source, load_trainer_state=False, load_optim_state=False)
     else:
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, Any] = {}
         _on_first_rank(lambda: weights.update(match_weights(Path(source), p.transformer.build(init_device="meta"))))
         # Not strict: of a tied pair only the embedding is there. match_weights has compared all names.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)

@@ -128,18 +128,26 @@ def test_changes_since_the_run_was_begun_are_told_and_other_data_is_refused(whol
     assert "Traceback" not in refused.stderr
 
 
-def test_starting_from_the_weights_of_another_run(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_starting_from_the_weights_of_another_run(processes: int | None, whole: Path, tmp_path: Path) -> None:
     first = whole / "run" / "step8"
     shutil.copytree(first, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "train")  # weights alone will do
     options = ["train.max_steps=3", "optim.lr=1e-12", f"train.load_path={tmp_path / 'weights'}"]
-    begun = run(write_config(tmp_path), *options)
+    begun = run(write_config(tmp_path), *options, processes=processes)
     assert begun.returncode == 0 and "starting from the weights of" in begun.stdout, begun.stdout + begun.stderr
     assert list(losses(tmp_path)) == [1, 2, 3]
     ours, theirs = weights(tmp_path / "run" / "step3"), weights(first)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
-    refused = run(write_config(tmp_path), f"train.load_path={tmp_path}", f"train.save_folder={tmp_path / 'other'}")
-    assert refused.returncode == 2 and "train.load_path" in refused.stderr, refused.stderr
+    forged = shutil.copytree(tmp_path / "weights", tmp_path / "forged")
+    (forged / "model_and_optim" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")
+    (forged / "checksums.json").unlink()
+    for bad, message in ((tmp_path, "train.load_path"), (forged, "a readable table of contents")):
+        line = (f"train.load_path={bad}", f"train.save_folder={tmp_path / 'other'}")
+        refused = run(write_config(tmp_path), *line, processes=processes)
+        assert refused.returncode != 0 and message in refused.stderr, refused.stderr
+        assert processes is not None or refused.returncode == 2
+    assert not Path("harmed").exists()
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ The CSV is written after every case, so that a run that is stopped leaves what i
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import dataclasses
+import itertools
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,24 +38,24 @@ Progress = Callable[[str], None]
 Truth = tuple[Tensors, gate.Values, gate.Values]
 
 
-def warm(table: str, jobs: int, variants: Sequence[str], only: str | None) -> None:
-    """Compile in ``jobs`` processes what the table's cases launch; Triton's disk cache hands it to this process."""
-    if jobs < 2:
-        return
-    work = [
-        (i, v)
-        for i, case in enumerate(_cases(table, only))
-        for v in variants
-        if VARIANTS[v].backend in ("fused", "split")
-    ]
-    command = [sys.executable, "-m", "moda_kernels.benchmarks.warm", table, only or ""]
-    processes = [subprocess.Popen([*command, json.dumps(work[n::jobs])]) for n in range(min(jobs, len(work)))]
-    for process in processes:
-        process.wait()
+def _compile(case: Case, name: str) -> None:
+    """Launch the kernels of a variant on a short copy of a case; what is left is Triton's compilation cache."""
+    try:
+        bound = bind(VARIANTS[name], case, draw(case))
+        saved = bound.forward()
+        bound.backward(saved)
+        if not case.sequence and bound.backward_add is not None:
+            bound.backward_add(saved)
+    except Exception as error:  # met again, and recorded, when it is measured
+        print(f"{case.name} {name}: {error}")
 
 
-def _cases(table: str, only: str | None) -> list[Case]:
-    return [c for c in TABLES[table] if only is None or only in c.name]
+def _compile_all(cases: Sequence[Case], variants: Sequence[str], jobs: int) -> None:
+    """Compile in ``jobs`` processes what the cases launch; Triton's disk cache hands it to this process."""
+    short = [dataclasses.replace(case, T=gate.GATE_LENGTH) for case in cases]
+    ours = [v for v in variants if VARIANTS[v].backend in ("fused", "split")]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool.starmap(_compile, itertools.product(short, ours), chunksize=1)
 
 
 def run_table(
@@ -76,13 +76,14 @@ def run_table(
 
     :raises NotMeasured: where no case's name contains ``only``.
     """
-    cases = _cases(table, only)
+    cases = [c for c in TABLES[table] if only is None or only in c.name]
     if not cases:
         raise NotMeasured(
             f"--only: expected part of a case's name ({', '.join(c.name for c in TABLES[table])}), got {only}"
         )
     started = time.time()
-    warm(table, jobs, variants, only)
+    if jobs > 1:
+        _compile_all(cases, variants, jobs)
     progress(f"table {table}: compiled in {time.time() - started:.0f} s")
     ceilings, where = measure_ceilings(), results.provenance()
     progress(
