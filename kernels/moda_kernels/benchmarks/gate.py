@@ -14,8 +14,8 @@ import dataclasses
 
 import torch
 
-from moda_kernels.moda_attention import moda_attention
-from moda_kernels.yardstick import Verdict, plain_attention, verdicts
+from moda_kernels.moda_attention.naive import naive_attention
+from moda_kernels.yardstick import Verdict, verdicts
 
 from .cases import Case, draw
 from .variants import INPUTS, Tensors, Variant, bind
@@ -30,15 +30,12 @@ Values = dict[str, torch.Tensor | None]
 
 
 def _differentiate(case: Case, x: Tensors, depth: bool, dtype: torch.dtype) -> Values:
-    """Output, LSE and gradients by autograd: the plain computation in bf16, the reference in fp64."""
+    """Output, LSE and gradients by autograd of the plain computation: in bf16 the yardstick's, in fp64 the truth."""
     names = [n for n in INPUTS if x[n] is not None and (depth or not n.startswith("depth"))]
     leaves = {n: x[n].detach().to(dtype).requires_grad_() for n in names}  # type: ignore[union-attr]
     options = dict(causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"])
     arguments = [leaves.get(n) for n in INPUTS]
-    if dtype == torch.float64:
-        out, lse = moda_attention(*arguments, backend="reference", return_lse=True, **options)  # type: ignore[arg-type]
-    else:
-        out, lse = plain_attention(*arguments, **options)  # type: ignore[arg-type]
+    out, lse = naive_attention(*arguments, **options)  # type: ignore[arg-type]
     grads = torch.autograd.grad(out, list(leaves.values()), x["grad_out"].to(dtype))  # type: ignore[union-attr]
     return {"out": out.detach(), "lse": lse.detach(), **{f"d{n}": g for n, g in zip(names, grads)}}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moda_kernels.moda_attention import Problem, get_backend, make_problem
+from moda_kernels.moda_attention import DepthGradients, Inputs, Problem, Result, get_backend, make_problem
 
 from .cases import Case
 
@@ -57,16 +57,19 @@ class Bound:
     """A variant on a case's tensors. ``results`` after a forward and a backward, by the yardstick's names."""
 
     problem: Problem
-    forward: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[[tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor | None]]
-    backward_add: Callable[[tuple[torch.Tensor, torch.Tensor]], None] | None = None
+    forward: Callable[[], Result]
+    backward: Callable[[Result], dict[str, torch.Tensor | None]]
+    backward_add: Callable[[Result], None] | None = None
+
+
+def inputs_of(x: Tensors, depth: bool) -> Inputs:
+    assert x["q"] is not None
+    return Inputs(x["q"], x["k"], x["v"], *((x["depth_k"], x["depth_v"]) if depth else ()))
 
 
 def problem_of(case: Case, x: Tensors, depth: bool) -> Problem:
-    assert x["q"] is not None
-    deep = (x["depth_k"], x["depth_v"]) if depth else (None, None)
     return make_problem(
-        x["q"], x["k"], x["v"], *deep, causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"]
+        inputs_of(x, depth), causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"]
     )
 
 
@@ -84,41 +87,42 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     if variant.sequence_kernel is not None:
         return _bind_sequence(variant.sequence_kernel, p, x)
     assert variant.backend is not None
-    backend = get_backend(variant.backend, p)
-    q, k, v, grad_out = (x[n] for n in ("q", "k", "v", "grad_out"))
-    assert q is not None and grad_out is not None
-    deep = p.n_slots > 0
-    depth_k, depth_v = (x["depth_k"], x["depth_v"]) if deep else (None, None)
+    backend = get_backend(variant.backend, p.kind)
+    inputs, grad_out = inputs_of(x, variant.depth), x["grad_out"]
+    assert grad_out is not None
+    depth_k, depth_v = inputs.depth_k, inputs.depth_v
 
-    def forward() -> tuple[torch.Tensor, torch.Tensor]:
-        return backend.forward(p, q, k, v, depth_k, depth_v, None)
+    def forward() -> Result:
+        return backend.forward(p, inputs)
 
-    def backward(saved: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-        gk, gv = (None if t is None else torch.empty_like(t) for t in (depth_k, depth_v))
-        slots = (0, p.n_slots)
-        dq, dk, dv, _ = backend.backward(p, grad_out, None, q, k, v, depth_k, depth_v, None, *saved, gk, gv, slots)
+    def backward(saved: Result) -> dict[str, torch.Tensor | None]:
+        depth = None
+        if depth_k is not None and depth_v is not None:
+            depth = DepthGradients(torch.empty_like(depth_k), torch.empty_like(depth_v), (0, p.n_slots))
+        dq, dk, dv, _ = backend.backward(p, grad_out, None, inputs, saved, depth)
+        gk, gv = (None, None) if depth is None else (depth.k, depth.v)
         return {"dq": dq, "dk": dk, "dv": dv, "ddepth_k": gk, "ddepth_v": gv}
 
     sums: list[torch.Tensor] = []
 
-    def backward_add(saved: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def backward_add(saved: Result) -> None:
         """Depth gradients added to buffers that stay, as a layer's backward inside a model does."""
         if not sums:
             sums.extend(torch.zeros_like(t) for t in (depth_k, depth_v) if t is not None)
-        backend.backward(p, grad_out, None, q, k, v, depth_k, depth_v, None, *saved, sums[0], sums[1], (0, 0))
+        backend.backward(p, grad_out, None, inputs, saved, DepthGradients(sums[0], sums[1], (0, 0)))
 
-    return Bound(p, forward, backward, backward_add if deep else None)
+    return Bound(p, forward, backward, backward_add if depth_k is not None else None)
 
 
 def _bind_sequence(name: str, p: Problem, x: Tensors) -> Bound:
-    from moda_kernels.moda_attention import sequence
+    from moda_kernels.moda_attention.split import sequence
 
-    kernel = sequence.choose(p, name)
+    kernel = sequence.choose(p.kind._replace(sequence_kernel=name))
     q, k, v, grad_out = (x[n] for n in ("q", "k", "v", "grad_out"))
     assert q is not None and k is not None and v is not None and grad_out is not None
 
-    def backward(saved: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    def backward(saved: Result) -> dict[str, torch.Tensor | None]:
         dq, dk, dv = kernel.backward(p, grad_out, q, k, v, *saved)
         return {"dq": dq, "dk": dk, "dv": dv}
 
-    return Bound(p, lambda: kernel.forward(p, q, k, v), backward)
+    return Bound(p, lambda: Result(*kernel.forward(p, q, k, v)), backward)
