@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 __all__ = ["FACTOR", "FLOOR", "Verdict", "compare", "relative_error", "report", "verdicts"]
 
@@ -50,7 +51,7 @@ class Verdict:
         return f"{self.name}: error {self.error:.2e} {sign} {self.bound:.2e} (plain {self.plain_error:.2e})"
 
 
-def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(result: Tensor, truth: Tensor) -> float:
     """``||result - truth||_F / ||truth||_F`` in fp64; the absolute norm where the truth is exactly zero; inf if not finite."""
     truth = truth.detach().double()
     difference = result.detach().double() - truth
@@ -60,7 +61,7 @@ def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     return float(difference.norm()) / norm if norm > 0 else float(difference.norm())
 
 
-def compare(name: str, result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Verdict:
+def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
     """Judge one tensor. All three have one shape; ``plain`` is the low-precision computation, ``truth`` is fp64."""
     if result.shape != truth.shape or plain.shape != truth.shape:
         raise ValueError(
@@ -73,9 +74,7 @@ def compare(name: str, result: torch.Tensor, plain: torch.Tensor, truth: torch.T
 
 
 def verdicts(
-    results: Mapping[str, torch.Tensor | None],
-    plain: Mapping[str, torch.Tensor | None],
-    truth: Mapping[str, torch.Tensor | None],
+    results: Mapping[str, Tensor | None], plain: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None]
 ) -> list[Verdict]:
     """Judge every tensor that the truth has; a result that is missing fails."""
     out = []

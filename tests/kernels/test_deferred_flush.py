@@ -112,7 +112,9 @@ def judge(run: Model, plain_run: Model, x: torch.Tensor, weights: list[torch.Ten
 CASES = [
     *(
         pytest.param(
-            layout(n, kinds=kinds, window=window), defer, id=f"L{n}-{'ffn' if kinds == 2 else 'attn'}-w{window}-b{defer}"
+            layout(n, kinds=kinds, window=window),
+            defer,
+            id=f"L{n}-{'ffn' if kinds == 2 else 'attn'}-w{window}-b{defer}",
         )
         for n, kinds, window, defer in (
             (1, 2, None, 4),
@@ -187,7 +189,7 @@ def test_every_layer_and_slot_is_flushed_once(monkeypatch: pytest.MonkeyPatch) -
                 if case.read_slots(layer):
                     place = stream.depth_gradients(layer, split, q)
                     assert isinstance(place, Deferred)
-                    if place.index == 0:
+                    if place.at == 0:
                         pending.clear()
                     pending.append(layer)
             assert len(pairs) == len(set(pairs)) == case.slots_read
@@ -195,14 +197,20 @@ def test_every_layer_and_slot_is_flushed_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_runs_of_slots_are_flushed_as_runs() -> None:
     """Contiguous layouts never take the index table; layers that read the same list share one flush of it."""
-    for case, runs in ((layout(12), True), (layout(12, window=5), True), (layout(12, choose=LISTS["every-second"]), False)):
+    for case, runs in (
+        (layout(12), True),
+        (layout(12, window=5), True),
+        (layout(12, choose=LISTS["every-second"]), False),
+    ):
         deferral = Deferral(SimpleNamespace(layers=8))  # type: ignore[arg-type]
         for layer in range(11, 3, -1):
             deferral.add(case.read_slots(layer))
         assert deferral.full
         flushes = deferral.take(0)
         assert not deferral.covers(0) and not deferral.take(0)
-        assert sum((j - i) * len(slots) for (i, j), slots in flushes) == sum(len(case.read_slots(m)) for m in range(4, 12))
+        assert sum((j - i) * len(slots) for (i, j), slots in flushes) == sum(
+            len(case.read_slots(m)) for m in range(4, 12)
+        )
         assert all(as_run(slots) is not None for _, slots in flushes if runs)
         if not runs:
             assert ((0, 8), case.read_slots(4)) in flushes

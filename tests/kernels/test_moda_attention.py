@@ -7,14 +7,21 @@ grid needs a GPU: ``pytest -m gpu tests/kernels``.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
-from moda_kernels.moda_attention import get_backend, make_problem, moda_attention
-from moda_kernels.yardstick import compare, plain_attention, relative_error, report, verdicts
+from moda_kernels.moda_attention import DepthGradients, Inputs, get_backend, make_problem, moda_attention
+from moda_kernels.moda_attention.backend import choose_backend
+from moda_kernels.moda_attention.naive import naive_attention
+from moda_kernels.moda_attention.problem import Kind, as_run
+from moda_kernels.yardstick import compare, relative_error, report, verdicts
 
 GPU = torch.cuda.is_available()
 BACKENDS = ("reference", "fused", "split")
@@ -24,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; fields as in the legend (B, T, Hq, Hk, D, S), C the depth chunk."""
+    """One problem; fields as in the legend (B, T, Hq, Hk, D, S), C the depth chunk, ``slots`` those that are read."""
 
     T: int = 21
     G: int = 2
@@ -41,6 +48,7 @@ class Case:
     inputs: str = "normal"
     lse_gradient: bool = False
     strided: bool = False
+    slots: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         default = Case()
@@ -50,6 +58,7 @@ class Case:
             if f.name in ("T", "G", "S", "D", "dtype") or value == getattr(default, f.name):
                 continue
             named = {"causal": "non-causal", "sequence": "depth-only", "docs": f"{len(self.docs) - 1}docs"}
+            named["slots"] = f"slots{len(self.slots or ())}-{'.'.join(map(str, (self.slots or ())[:6]))}"
             parts.append(named.get(f.name) or (f.name if value is True else f"{f.name}{value}"))
         return "-".join(parts)
 
@@ -87,9 +96,9 @@ def draw(case: Case, device: str) -> dict[str, torch.Tensor | None]:
     return x
 
 
-def options(case: Case, device: str) -> dict[str, object]:
+def options(case: Case, device: str) -> dict[str, Any]:
     cu = torch.tensor(case.docs, dtype=torch.int32, device=device) if case.docs else None
-    return dict(causal=case.causal, depth_chunk=case.C, cu_seqlens=cu)
+    return dict(causal=case.causal, depth_chunk=case.C, cu_seqlens=cu, slots=case.slots)
 
 
 def differentiate(
@@ -114,9 +123,9 @@ def differentiate(
 
 def skip_unless_supported(name: str, case: Case, x: dict[str, torch.Tensor | None], device: str) -> None:
     """fused (but for fp32 on a GPU) and reference must take every case; split may refuse by name, and the reason is shown."""
-    p = make_problem(*(x[n] for n in NAMES[:-1]), q_depth=x["q_depth"], **options(case, device))
+    p = make_problem(Inputs(*(x[n] for n in NAMES)), **options(case, device))
     try:
-        get_backend(name, p)
+        get_backend(name, p.kind)
     except ValueError as error:
         if name == "split" or (name == "fused" and case.dtype == "fp32" and device == "cuda"):
             pytest.skip(str(error))
@@ -128,12 +137,13 @@ def judge(name: str, case: Case, device: str) -> None:
     skip_unless_supported(name, case, x, device)
     opts = options(case, device)
 
-    def operator(backend: str):
-        return lambda *t, q_depth: moda_attention(*t, q_depth=q_depth, backend=backend, return_lse=True, **opts)
+    def operator(*t, q_depth):
+        return moda_attention(*t, q_depth=q_depth, backend=name, return_lse=True, **opts)
 
-    truth = differentiate(operator("reference"), x, torch.float64)
-    plain = differentiate(lambda *t, q_depth: plain_attention(*t, q_depth=q_depth, **opts), x)
-    judged = verdicts(differentiate(operator(name), x), plain, truth)
+    def naive(*t, q_depth):
+        return naive_attention(*t, q_depth=q_depth, **opts)
+
+    judged = verdicts(differentiate(operator, x), differentiate(naive, x), differentiate(naive, x, torch.float64))
     assert all(v.passed for v in judged), f"{name}, {case}\n{report(judged)}"
 
 
@@ -156,6 +166,13 @@ SMALL = [
     Case(inputs="identical", S=4),
     Case(strided=True, D=40),
     Case(dtype="fp32", S=4, G=1),
+    Case(S=9, slots=(0, 2, 4, 6, 8)),
+    Case(S=9, slots=(1, 3, 4, 8), q_depth=True, lse_gradient=True, G=3, Hk=1),
+    Case(S=5, slots=(0, 1, 3, 4), docs=(0, 5, 21)),
+    Case(S=4, slots=(0, 3), C=4, q_depth=True),
+    Case(S=6, slots=(0, 2, 3, 5), sequence=False, G=1, Hk=4),
+    Case(S=5, slots=(1, 2, 3)),
+    Case(S=3, slots=()),
 ]
 
 
@@ -218,6 +235,14 @@ def grid() -> list[Case]:
         dict(inputs="identical", S=71),
         dict(strided=True),
         dict(strided=True, D=80, B=2, C=3, S=4),
+        dict(S=71, slots=tuple(range(0, 71, 2))),
+        dict(S=71, slots=tuple(range(0, 71, 2)), G=2, B=2, q_depth=True, lse_gradient=True),
+        dict(S=40, slots=(0, 3, 4, 5, 9, 11, 20, 21, 22, 38), D=128, G=2),
+        dict(S=33, slots=tuple(i for i in range(33) if i != 7), G=1),
+        dict(S=71, slots=(0, 70), causal=False),
+        dict(S=20, slots=(1, 5, 6, 19), sequence=False),
+        dict(S=9, slots=(0, 4, 5, 8), C=5, docs=docs),
+        dict(S=30, slots=tuple(range(4, 25))),
     ]
     return cases + [dataclasses.replace(base, **s) for s in switches]
 
@@ -232,13 +257,14 @@ def test_grid(backend: str, case: Case, poisoned: None) -> None:
 def test_reference_equals_plain_autograd_in_fp64() -> None:
     """The truth itself: explicit gradients of the reference against autograd on dense logits, both fp64."""
     cases = [Case(S=4), Case(causal=False), Case(docs=(0, 5, 21), C=3, q_depth=True), Case(sequence=False, C=4)]
+    cases += [Case(S=6, slots=(0, 2, 5)), Case(S=6, slots=(1, 2, 4), C=3, q_depth=True), Case(S=6, slots=(2, 3, 4))]
     for case in [dataclasses.replace(c, lse_gradient=True) for c in cases]:
         x, opts = draw(case, "cpu"), options(case, "cpu")
         ours = differentiate(
             lambda *t, q_depth, o=opts: moda_attention(*t, q_depth=q_depth, backend="reference", return_lse=True, **o),
             x, torch.float64,
         )  # fmt: skip
-        plain = differentiate(lambda *t, q_depth, o=opts: plain_attention(*t, q_depth=q_depth, **o), x, torch.float64)
+        plain = differentiate(lambda *t, q_depth, o=opts: naive_attention(*t, q_depth=q_depth, **o), x, torch.float64)
         for name, value in plain.items():
             if value is not None:
                 assert relative_error(ours[name], value) < 1e-13, (str(case), name)
@@ -248,34 +274,40 @@ def test_reference_equals_plain_autograd_in_fp64() -> None:
 
 
 @pytest.mark.parametrize("C", (1, 3), ids=("own", "chunk3"))
+@pytest.mark.parametrize("slots", (None, (0, 2, 3, 6)), ids=("run", "list"))
 @pytest.mark.parametrize("fresh", ((0, 4), (2, 4), (1, 3), (0, 0)), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fresh_slots_are_stored_and_others_added(backend: str, fresh: tuple[int, int], C: int) -> None:
-    """Buffers are prefixes of larger ones; fresh slots hold NaN before, the others values that must stay in the sum."""
+def test_fresh_slots_are_stored_and_others_added(
+    backend: str, fresh: tuple[int, int], slots: tuple[int, ...] | None, C: int
+) -> None:
+    """Four slots of seven are read, the first or a list; fresh ones hold NaN before, the others values that must stay in the
+    sum."""
     device = "cuda" if GPU else "cpu"
-    case = Case(S=4, T=19, C=C)
+    case = Case(S=4 if slots is None else 7, T=19, C=C, slots=slots)
+    read = list(slots or range(4))
     drawn = draw(case, device)
     skip_unless_supported(backend, case, drawn, device)
 
     def run(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        x = {n: None if t is None else t.to(dtype) for n, t in drawn.items()}
-        p = make_problem(*(x[n] for n in NAMES[:-1]), **options(case, device))
-        tensors = [x[n] for n in NAMES]
-        b = get_backend(name, p)
+        x = Inputs(*(None if drawn[n] is None else drawn[n].to(dtype) for n in NAMES))
+        p = make_problem(x, **options(case, device))
+        b = get_backend(name, p.kind)
         buffers = []
-        for i in (1, 2):
-            buffer = torch.full((7, *x["depth_k"].shape[1:]), float("nan"), device=device, dtype=dtype)
-            buffer[: fresh[0]] = float(i)
-            buffer[fresh[1] : 4] = float(-i)
+        for i in (1.0, 2.0):
+            buffer = torch.full((7, *x.depth_k.shape[1:]), float("nan"), device=device, dtype=dtype)
+            buffer[read[: fresh[0]]] = i
+            buffer[read[fresh[1] :]] = -i
             buffers.append(buffer)
-        saved = b.forward(p, *tensors)
-        b.backward(p, x["grad_out"], None, *tensors, *saved, buffers[0][:4], buffers[1][:4], fresh)
+        saved = b.forward(p, x)
+        views = buffers if slots is not None else [buffer[:4] for buffer in buffers]
+        b.backward(p, drawn["grad_out"].to(dtype), None, x, saved, DepthGradients(*views, fresh))
         return buffers
 
     truth, plain = run("reference", torch.float64), run("reference", torch.float16)
     for name, ours, low, exact in zip(("ddepth_k", "ddepth_v"), run(backend, torch.float16), plain, truth):
-        assert torch.isnan(ours[4:]).all(), "slots past the prefix were written"
-        verdict = compare(name, ours[:4], low[:4], exact[:4])
+        others = [i for i in range(7) if i not in read]
+        assert torch.isnan(ours[others]).all(), "slots that were not read were written"
+        verdict = compare(name, ours[read], low[read], exact[read])
         assert verdict.passed, str(verdict)
 
 
@@ -313,21 +345,110 @@ def test_same_bits_twice(backend: str, C: int) -> None:
 @pytest.mark.parametrize("kernel", ("forward", "keys", "queries"))
 def test_every_named_tile_is_right(kernel: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile that autotuning may choose, judged alone."""
-    from moda_kernels.moda_attention import fused_forward, fused_gradients
-
-    module = fused_forward if kernel == "forward" else fused_gradients
-    prefix = "" if kernel == "forward" else kernel.upper() + "_"
-    list_for = module.tiles_for
-    for tile in getattr(module, f"{prefix}{'HALF' if D <= 64 else 'WIDE_HEAD'}_TILES"):
-
-        def only(p, *which, tile=tile):
-            return (tile,) if which in ((), (kernel,)) else list_for(p, *which)
-
-        monkeypatch.setattr(module, "tiles_for", only)
-        for name in ("_chooser", "_keys_chooser", "_queries_chooser"):
-            if hasattr(module, name):
-                monkeypatch.setattr(getattr(module, name), "chosen", {})
+    module = importlib.import_module(f"moda_kernels.moda_attention.fused.{kernel}")
+    for tile in module.HALF_TILES if D <= 64 else module.WIDE_HEAD_TILES:
+        monkeypatch.setattr(module._chooser, "tiles", lambda p, tile=tile: (tile,))
+        monkeypatch.setattr(module._chooser, "chosen", {})
         judge("fused", Case(T=333, G=8, S=9, D=D, dtype="bf16"), "cuda")
+
+
+# --- the choice of a backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_auto_remembers_its_choice_for_all_that_backends_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G = 8 first at depth_chunk 4 takes ``fused``; G = 64, which ``fused`` refuses, still gets the reference."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    kinds = [
+        Kind(
+            device=torch.device("cuda", 0), dtype=torch.bfloat16, head_dim=64, group=group, causal=True, depth_chunk=4,
+            has_sequence=True, packed=False, one_token=False, sequence_kernel=None, interpreted=False,
+        )
+        for group in (8, 64, 8)
+    ]  # fmt: skip
+    choose_backend.cache_clear()
+    try:
+        assert [choose_backend(kind).name for kind in kinds] == ["fused", "reference", "fused"]
+        assert choose_backend(kinds[0]._replace(dtype=torch.float32)).name == "reference"
+    finally:
+        choose_backend.cache_clear()
+
+
+def test_a_kind_tells_apart_what_backends_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.zeros(1, 4, 8, 16), torch.zeros(1, 4, 2, 16)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    kinds = [
+        make_problem(Inputs(q, k, k)).kind,
+        make_problem(Inputs(q, k[:, :, :1], k[:, :, :1])).kind,
+        make_problem(Inputs(q, k, k), causal=False).kind,
+        make_problem(Inputs(q, k, k), depth_chunk=4).kind,
+        make_problem(Inputs(q, k, k), cu_seqlens=cu).kind,
+        make_problem(Inputs(q, None, None, k[None], k[None])).kind,
+        make_problem(Inputs(q[:, :1], k[:, :1], k[:, :1])).kind,
+        make_problem(Inputs(q.half(), k.half(), k.half())).kind,
+        make_problem(Inputs(q[..., :8], k[..., :8], k[..., :8])).kind,
+    ]
+    monkeypatch.setenv("MODA_SEQUENCE_KERNEL", "triton")
+    kinds.append(make_problem(Inputs(q, k, k)).kind)
+    assert len(set(kinds)) == len(kinds)
+    assert make_problem(Inputs(q, k, k)).kind == kinds[-1]
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", ([1, 2, 3], [4, 0, 2], range(0, 5, 2), []), ids=str)
+def test_slots_may_be_ints_or_a_tensor_in_any_order(slots: Sequence[int]) -> None:
+    x = draw(Case(S=5, dtype="fp32"), "cpu")
+    leaves = [x[n].requires_grad_() for n in NAMES[:-1]]
+    numbers = list(slots)
+    index = torch.tensor(numbers, dtype=torch.long)
+    results = []
+    for given in (slots, index, index.int()):
+        out = moda_attention(*leaves, slots=given, backend="reference")
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    picked = [*leaves[:3], *(t[sorted(numbers)] for t in leaves[3:])]
+    out = moda_attention(*picked, backend="reference")
+    wanted = [out, *torch.autograd.grad(out.sin().sum(), leaves, allow_unused=True)]
+    for a, b in zip(results[0], wanted, strict=True):
+        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, rtol=0, atol=1e-6)
+    unread = [i for i in range(5) if i not in numbers]
+    assert not results[0][4][unread].any() and not results[0][5][unread].any()
+
+
+def test_a_run_of_slots_is_read_through_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert as_run((2, 3, 4)) == (2, 5) and as_run((7,)) == (7, 8) and as_run((0, 2)) is None
+    seen = []
+    x = draw(Case(S=5, dtype="fp32"), "cpu")
+    p = make_problem(Inputs(*(x[n] for n in NAMES)))
+    reference = get_backend("reference", p.kind)
+    right = reference.forward
+
+    def forward(p, x):
+        seen.append((p.slots, p.n_slots, x.depth_k.shape[0], x.depth_k.data_ptr()))
+        return right(p, x)
+
+    monkeypatch.setattr(reference, "forward", forward)
+    tensors = [x[n] for n in NAMES[:-1]]
+    for slots in ([3, 2], [0, 3]):
+        moda_attention(*tensors, slots=slots, backend="reference")
+    depth_k = x["depth_k"]
+    assert seen == [(None, 2, 2, depth_k[2].data_ptr()), ((0, 3), 2, 5, depth_k.data_ptr())]
+
+
+def test_slots_in_a_compiled_function() -> None:
+    x = draw(Case(S=5, dtype="fp32"), "cpu")
+    leaves = [x[n].requires_grad_() for n in NAMES[:-1]]
+
+    def run(q, k, v, depth_k, depth_v):
+        return moda_attention(q, k, v, depth_k, depth_v, slots=[0, 2, 3], backend="reference").sin()
+
+    torch._dynamo.reset()
+    eager, compiled = run(*leaves), torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves)
+    assert torch.equal(eager, compiled)
+    for a, b in zip(torch.autograd.grad(eager.sum(), leaves), torch.autograd.grad(compiled.sum(), leaves)):
+        assert torch.equal(a, b)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------
@@ -355,6 +476,22 @@ BAD = {
     "cu_seqlens-end": (dict(cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)), "cu_seqlens must be", "[0, 4]"),
     "cu_seqlens-dtype": (dict(cu_seqlens=torch.tensor([0, 6])), "cu_seqlens must be an int32 tensor", "int64"),
     "backend": (dict(backend="triton"), "backend must be one of auto, reference, fused, split", "'triton'"),
+    "slots-range": (dict(slots=[0, 3]), "slots must be numbers from 0 to S - 1 = 2", "[0, 3]"),
+    "slots-negative": (dict(slots=[-1]), "slots must be numbers from 0 to S - 1 = 2", "[-1]"),
+    "slots-twice": (dict(slots=[1, 1]), "slots must be numbers that differ", "[1, 1]"),
+    "slots-type": (dict(slots=[0.5]), "slots must be a 1-D int32 or int64 tensor or a sequence of ints", "[0.5]"),
+    "slots-rank": (dict(slots=torch.zeros(1, 1, dtype=torch.int64)), "slots must be a 1-D int32 or int64", "[1, 1]"),
+    "slots-dtype": (dict(slots=torch.zeros(1)), "slots must be a 1-D int32 or int64", "float32"),
+    "slots-without-depth": (
+        dict(depth_k=None, depth_v=None, slots=[0]),
+        "slots must be None where there are no",
+        "[0]",
+    ),
+    "depth-only-without-slots": (
+        dict(k=None, v=None, slots=[]),
+        "depth_k must be given with at least one slot",
+        "none",
+    ),
     "depth-only-without-depth": (dict(k=None, v=None, depth_k=None, depth_v=None), "depth_k must be given", "none"),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from moda_kernels.moda_attention import Deferred, DepthGradients, Inputs, Result, make_problem
+from moda_kernels.moda_attention import Deferred, DepthGradients, Inputs, make_problem
 from moda_kernels.moda_attention.naive import naive_attention
 from moda_kernels.moda_attention.tiles import Tile
 from moda_kernels.yardstick import FACTOR, FLOOR, compare, relative_error

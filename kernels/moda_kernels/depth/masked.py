@@ -4,6 +4,7 @@ training."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..moda_attention.backend import get_backend
 from ..moda_attention.tensors import Result
@@ -16,8 +17,8 @@ MAX_LOGITS = 1 << 27
 
 
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T, where mask) v`` in fp32 or above inside. Memory grows with T squared.
 
     :param q: ``[B, T, Hq, D]``. :param k, v: ``[B, T, Hk, D]``.
@@ -48,15 +49,15 @@ def masked_attention(
 
 
 def masked_read(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    row: torch.Tensor,
-    q_depth: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row: Tensor,
+    q_depth: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float | None,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    mask: Tensor,
+) -> Tensor:
     """:func:`.ops.depth_attention` under ``mask``: sequence and depth apart, then merged by log-sum-exp."""
     if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("depth_attention: mask is for inference without packed documents, got cu_seqlens or gradients")

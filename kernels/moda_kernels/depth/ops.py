@@ -86,16 +86,9 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
 
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
-    order: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_depth: Tensor | None,
-    cu_seqlens: Tensor | None,
-    row: Tensor,
-    causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    order: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, row: Tensor,
+    causal: bool, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
     p = stream.problem(x, slots, cu_seqlens, causal, scale)
@@ -112,19 +105,9 @@ def _(order, q, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
 def _read_backward(
-    grad_order: Tensor,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_depth: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    row: Tensor,
-    causal: bool,
-    scale: float | None,
-) -> list[Tensor]:
+    grad_order: Tensor, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None,
+    out: Tensor, lse: Tensor, row: Tensor, causal: bool, scale: float | None,
+) -> list[Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     stream.begin_backward(layer)
     x, slots = stream.inputs(layer, q, k, v, q_depth)

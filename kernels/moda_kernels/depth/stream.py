@@ -32,10 +32,11 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..moda_attention.backend import Backend
 from ..moda_attention.problem import Problem, as_run, make_problem
-from ..moda_attention.tensors import Deferred, DepthGradients, Inputs
+from ..moda_attention.tensors import DepthGradients, DepthTarget, Inputs
 from .deferral import Deferral
 from .layout import DepthLayout
 
@@ -56,12 +57,12 @@ class _KeepAlive(torch.autograd.Function):
     """Gives the first ``order`` and keeps the stream alive until the last node of the graph is gone."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, stream: DepthStream) -> torch.Tensor:
+    def forward(ctx: Any, anchor: Tensor, stream: DepthStream) -> Tensor:
         ctx.stream = stream
         return torch.empty_like(anchor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -82,29 +83,29 @@ class DepthStream:
         self.layout = layout
         self.backend = backend
         self.defer = defer
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
-        self.grad_k: torch.Tensor | None = None
-        self.grad_v: torch.Tensor | None = None
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.grad_k: Tensor | None = None
+        self.grad_v: Tensor | None = None
         self._written = [False] * layout.n_slots
         self._has_gradient = [False] * layout.n_slots
         self._differentiated: set[int] = set()
         self._deferral: Deferral | None = None
-        self._documents: tuple[torch.Tensor, int] | None = None
+        self._documents: tuple[Tensor, int] | None = None
         handle = next(_HANDLES)
         _STREAMS[handle] = self
         rows = torch.tensor([[handle, layer] for layer in range(layout.n_layers)], dtype=torch.int64, device="cpu")
         #: One int64 CPU tensor per layer, to be handed to that layer's reads and writes.
-        self.layer_rows: tuple[torch.Tensor, ...] = rows.unbind(0)
+        self.layer_rows: tuple[Tensor, ...] = rows.unbind(0)
 
-    def start(self, device: torch.device | None = None) -> torch.Tensor:
+    def start(self, device: torch.device | None = None) -> Tensor:
         """The first ``order``: shape ``[0]``, fp32, requiring a gradient while autograd is on."""
         anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
         order = _KeepAlive.apply(anchor, self)
-        assert isinstance(order, torch.Tensor)
+        assert isinstance(order, Tensor)
         return order
 
-    def write(self, slot: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, slot: int, k: Tensor, v: Tensor) -> None:
         """Fill a slot with ``[B, T, Hk, D]`` keys and values; a slot already written is left as it is."""
         if self._written[slot]:
             return
@@ -116,7 +117,7 @@ class DepthStream:
         self._written[slot] = True
 
     def inputs(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, q_depth: torch.Tensor | None
+        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None
     ) -> tuple[Inputs, tuple[int, ...] | None]:
         """What a layer's attention reads, and which slots of the depth tensors these are: None for all of them.
 
@@ -137,7 +138,7 @@ class DepthStream:
         self,
         x: Inputs,
         slots: tuple[int, ...] | None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         causal: bool = True,
         scale: float | None = None,
     ) -> Problem:
@@ -161,7 +162,7 @@ class DepthStream:
             )
         self._differentiated.add(layer)
 
-    def depth_gradients(self, layer: int, backend: Backend, q: torch.Tensor) -> DepthGradients | Deferred | None:
+    def depth_gradients(self, layer: int, backend: Backend, q: Tensor) -> DepthTarget:
         """Where the backward pass of a layer with queries ``q [B, T, Hq, D]`` leaves the gradients of the slots it read."""
         slots = self.layout.read_slots(layer)
         if not slots:
@@ -200,7 +201,7 @@ class DepthStream:
         for layers, slots in self._deferral.take(first):
             self._deferral.pending.flush(layers, slots, self._gradients(slots))
 
-    def take_gradient(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take_gradient(self, slot: int) -> tuple[Tensor, Tensor]:
         """The gradients of a slot, handed over: zeros if nothing that was differentiated has read it."""
         assert self.k is not None
         if self._deferral is not None and self._deferral.covers(slot):
@@ -211,7 +212,7 @@ class DepthStream:
         return self.grad_k[slot], self.grad_v[slot]
 
 
-def stream_of(row: torch.Tensor) -> tuple[DepthStream, int]:
+def stream_of(row: Tensor) -> tuple[DepthStream, int]:
     """The stream and the layer that a row of ``layer_rows`` stands for."""
     handle, layer = row.tolist()
     stream = _STREAMS.get(handle)
@@ -220,7 +221,7 @@ def stream_of(row: torch.Tensor) -> tuple[DepthStream, int]:
     return stream, layer
 
 
-def _copy(to: torch.Tensor, x: torch.Tensor) -> None:
+def _copy(to: Tensor, x: Tensor) -> None:
     """``to.copy_(x)``. PyTorch moves strided half-precision numbers two bytes at a time (2.6 times slower on an H200): here the
     same bits go as 64-bit integers where strides and offset allow."""
     wide = 8 // x.element_size()

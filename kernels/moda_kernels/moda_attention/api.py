@@ -56,26 +56,16 @@ class _Call:
         if x.depth_k is not None:  # slots that are not read keep zeros
             make = torch.empty if n == x.depth_k.shape[0] else torch.zeros
             buffers = [make(x.depth_k.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(2)]
-        depth = DepthGradients(*(b[self.run] for b in buffers), fresh=(0, n)) if n else None
+        depth = DepthGradients(buffers[0][self.run], buffers[1][self.run], (0, n)) if n else None
         dq, dk, dv, dqd = self.backend.backward(self.problem, grad_out, grad_lse, self._read(x), saved, depth)
         return [g for g in (dq, dk, dv, *buffers, dqd) if g is not None]
 
 
 @torch.library.custom_op("moda::attention", mutates_args=())
 def _attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    depth_k: Tensor | None,
-    depth_v: Tensor | None,
-    q_depth: Tensor | None,
-    cu_seqlens: Tensor | None,
-    slots: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    depth_chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, v: Tensor | None, depth_k: Tensor | None, depth_v: Tensor | None, q_depth: Tensor | None,
+    cu_seqlens: Tensor | None, slots: Tensor | None, causal: bool, scale: float | None, depth_chunk: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, depth_k, depth_v, q_depth)
     out, lse = _Call(x, cu_seqlens, slots, causal, scale, depth_chunk, backend).forward(x)
     return out, lse
@@ -90,23 +80,10 @@ def _(q, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("moda::attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    depth_k: Tensor | None,
-    depth_v: Tensor | None,
-    q_depth: Tensor | None,
-    cu_seqlens: Tensor | None,
-    slots: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float | None,
-    depth_chunk: int,
-    backend: str,
-) -> list[Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, depth_k: Tensor | None,
+    depth_v: Tensor | None, q_depth: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float | None, depth_chunk: int, backend: str,
+) -> list[Tensor]:  # fmt: skip
     x = Inputs(q, k, v, depth_k, depth_v, q_depth)
     call = _Call(x, cu_seqlens, slots, causal, scale, depth_chunk, backend)
     return call.backward(grad_out, grad_lse, x, Result(out, lse))
@@ -160,7 +137,7 @@ class _Eager(torch.autograd.Function):
 
 
 #: Tensors that the eager path takes; subclasses (fake tensors, DTensor) go through the custom op.
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def moda_attention(
@@ -201,7 +178,7 @@ def moda_attention(
 
     :raises ValueError: naming the argument, what was expected and what was given.
     """
-    if not isinstance(q, torch.Tensor):
+    if not isinstance(q, Tensor):
         raise ValueError(f"moda_attention: q must be a torch.Tensor, got {type(q).__name__}")
     tensors = (q, k, v, depth_k, depth_v, q_depth, cu_seqlens, slot_tensor(slots))
     compiled = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in tensors)

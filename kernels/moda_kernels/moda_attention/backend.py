@@ -8,9 +8,10 @@ import importlib.util
 import logging
 
 import torch
+from torch import Tensor
 
 from .problem import Kind, Problem
-from .tensors import Deferred, DepthGradients, Gradients, Inputs, Pending, Result
+from .tensors import DepthTarget, Gradients, Inputs, Pending, Result
 
 __all__ = ["Backend", "available_backends", "choose_backend", "get_backend"]
 
@@ -34,13 +35,7 @@ class Backend:
         raise NotImplementedError
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        x: Inputs,
-        saved: Result,
-        depth: DepthGradients | Deferred | None,
+        self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
         """Gradients of q, k, v and q_depth.
 
@@ -48,11 +43,11 @@ class Backend:
         """
         raise NotImplementedError
 
-    def pending(self, layers: int, slots: int, q: torch.Tensor, n_kv_heads: int) -> Pending:
+    def pending(self, layers: int, slots: int, q: Tensor, n_kv_heads: int) -> Pending:
         """Room for the depth gradients of up to ``layers`` layers like the one of ``q``, over ``slots`` slots."""
         raise NotImplementedError
 
-    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> torch.Tensor:
+    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> Tensor:
         """The output ``[B, T, Hq, D]`` of one softmax over the keys of ``sequence`` and the depth slots of ``x``.
 
         :param p: a depth-only problem. :param sequence: attention over the sequence keys alone.

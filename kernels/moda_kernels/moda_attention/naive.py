@@ -11,24 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 __all__ = ["naive_attention"]
 
 
 def naive_attention(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None = None,
-    depth_v: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    depth_k: Tensor | None = None,
+    depth_v: Tensor | None = None,
     *,
-    q_depth: torch.Tensor | None = None,
+    q_depth: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     depth_chunk: int = 1,
-    cu_seqlens: torch.Tensor | None = None,
-    slots: torch.Tensor | Sequence[int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cu_seqlens: Tensor | None = None,
+    slots: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]``; arguments as in :func:`moda_kernels.moda_attention`.
 
     In fp64 this is the truth that every backend is judged against, in a low-precision dtype the yardstick's ``plain``. For
@@ -41,7 +42,7 @@ def naive_attention(
     if cu_seqlens is not None:
         start = cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), token, right=True) - 1]
 
-    def expand(x: torch.Tensor) -> torch.Tensor:  # [..., Hk, D] -> [..., Hq, D]
+    def expand(x: Tensor) -> Tensor:  # [..., Hk, D] -> [..., Hq, D]
         return x.repeat_interleave(Hq // x.shape[-2], dim=-2)
 
     logits, products, values = [], [], []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from .tensors import Inputs
 
@@ -41,38 +42,23 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and options of one MoDA attention call.
+    """Sizes and options of one MoDA attention call."""
 
-    :param batch: B.
-    :param length: T.
-    :param n_heads: Hq, heads of ``q``.
-    :param n_kv_heads: Hk, heads of ``k``, ``v`` and the depth tensors.
-    :param head_dim: D.
-    :param n_slots: how many depth slots are read; 0 is plain attention.
-    :param causal: whether token t sees the sequence tokens 0..t only. Depth has no such mask.
-    :param scale: factor on every logit, ``D ** -0.5`` unless given.
-    :param depth_chunk: C; token t sees the depth slots of tokens ``floor(t / C) * C .. t`` (1: its own only).
-    :param has_sequence: False for depth-only attention (``k = v = None``).
-    :param cu_seqlens: int32 ``[N + 1]`` document boundaries of a packed row, on the tensors' device, or None.
-    :param max_seqlen: the longest document of ``cu_seqlens``, or T.
-    :param slots: the slots of the depth tensors that are read, in increasing order, or None for all of them.
-    """
-
-    batch: int
-    length: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    n_slots: int
+    batch: int  # B
+    length: int  # T
+    n_heads: int  # Hq
+    n_kv_heads: int  # Hk
+    head_dim: int  # D
+    n_slots: int  # how many depth slots are read; 0 is plain attention
     dtype: torch.dtype
     device: torch.device
-    causal: bool = True
-    scale: float = 1.0
-    depth_chunk: int = 1
-    has_sequence: bool = True
-    cu_seqlens: torch.Tensor | None = field(default=None, compare=False)
-    max_seqlen: int = 0
-    slots: tuple[int, ...] | None = None
+    causal: bool  # token t sees the sequence tokens 0..t only; depth has no such mask
+    scale: float  # factor on every logit
+    depth_chunk: int  # C; token t sees the depth slots of tokens floor(t / C) * C .. t (1: its own only)
+    has_sequence: bool  # False for depth-only attention
+    cu_seqlens: Tensor | None = field(compare=False)  # int32 [N + 1] document boundaries of a packed row
+    max_seqlen: int  # the longest document, or T
+    slots: tuple[int, ...] | None  # increasing numbers of the slots read; None for all of the depth tensors
 
     @property
     def group(self) -> int:
@@ -89,13 +75,13 @@ class Problem:
         )  # fmt: skip
 
     @property
-    def table(self) -> torch.Tensor | None:
+    def table(self) -> Tensor | None:
         """``slots`` as an int32 tensor on the problem's device, or None for all slots."""
         return None if self.slots is None else slot_table(self.slots, self.device)
 
 
 @functools.lru_cache(maxsize=4096)
-def slot_table(slots: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def slot_table(slots: tuple[int, ...], device: torch.device) -> Tensor:
     """Slot numbers as an int32 tensor ``[n]`` on ``device``, copied there once."""
     return torch.tensor(slots, dtype=torch.int32, device=device)
 
@@ -111,7 +97,7 @@ def _fail(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"moda_attention: {name} must be {expected}, got {got}")
 
 
-def _check_like(name: str, x: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
+def _check_like(name: str, x: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
     if x is None:
         return
     if tuple(x.shape) != shape:
@@ -128,9 +114,9 @@ def make_problem(
     causal: bool = True,
     scale: float | None = None,
     depth_chunk: int = 1,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    slots: torch.Tensor | tuple[int, ...] | None = None,
+    slots: Tensor | tuple[int, ...] | None = None,
 ) -> Problem:
     """Check the arguments of :func:`moda_kernels.moda_attention` and describe the call.
 
@@ -140,7 +126,7 @@ def make_problem(
     :raises ValueError: naming the argument, what was expected and what was given.
     """
     for name, tensor in x._asdict().items():
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "q"):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "q"):
             _fail(name, "a torch.Tensor", type(tensor).__name__)
     q, k, v, depth_k, depth_v, q_depth = x
     if q.ndim != 4:
@@ -187,37 +173,24 @@ def make_problem(
     elif max_seqlen is None:
         max_seqlen = _check_cu_seqlens(cu_seqlens, B, T, q.device)
     return Problem(
-        batch=B,
-        length=T,
-        n_heads=Hq,
-        n_kv_heads=Hk,
-        head_dim=D,
-        n_slots=n_slots,
-        dtype=q.dtype,
-        device=q.device,
-        causal=bool(causal),
-        scale=float(D**-0.5 if scale is None else scale),
-        depth_chunk=depth_chunk,
-        has_sequence=k is not None,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        slots=numbers,
-    )
+        B, T, Hq, Hk, D, n_slots, q.dtype, q.device, bool(causal), float(D**-0.5 if scale is None else scale), depth_chunk,
+        k is not None, cu_seqlens, max_seqlen, numbers,
+    )  # fmt: skip
 
 
-def slot_tensor(slots: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
+def slot_tensor(slots: Tensor | Sequence[int] | None) -> Tensor | None:
     """The ``slots`` argument of the operator as a tensor; what the numbers are is checked by :func:`make_problem`.
 
     :raises ValueError: for anything but a tensor and a sequence of ints.
     """
-    if slots is None or isinstance(slots, torch.Tensor):
+    if slots is None or isinstance(slots, Tensor):
         return slots
     if not isinstance(slots, Sequence) or any(type(s) is not int for s in slots):
         _fail("slots", SLOTS, slots)
     return torch.tensor(list(slots), dtype=torch.int64, device="cpu")
 
 
-def _check_slots(slots: torch.Tensor, n_slots: int) -> tuple[int, ...]:
+def _check_slots(slots: Tensor, n_slots: int) -> tuple[int, ...]:
     """Check slot numbers and return them in increasing order (synchronises a GPU once if they are on one)."""
     if slots.ndim != 1 or slots.dtype not in (torch.int32, torch.int64):
         _fail("slots", SLOTS, f"{slots.dtype} {list(slots.shape)}")
@@ -229,9 +202,9 @@ def _check_slots(slots: torch.Tensor, n_slots: int) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, T: int, device: torch.device) -> int:
+def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, device: torch.device) -> int:
     """Check document boundaries and return the longest document's length (synchronises a GPU once)."""
-    if not isinstance(cu_seqlens, torch.Tensor):
+    if not isinstance(cu_seqlens, Tensor):
         _fail("cu_seqlens", "an int32 tensor [N + 1]", type(cu_seqlens).__name__)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         _fail("cu_seqlens", "an int32 tensor [N + 1]", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from .backend import Backend
 from .problem import Kind, Problem
-from .tensors import Deferred, DepthGradients, Gradients, Inputs, Result
+from .tensors import DepthGradients, DepthTarget, Gradients, Inputs, Result
 
 __all__ = ["Reference", "backend", "store_or_add"]
 
@@ -30,7 +31,7 @@ def _row_blocks(p: Problem) -> Iterator[tuple[int, int]]:
         yield lo, min(p.length, lo + step)
 
 
-def _document_start(p: Problem) -> torch.Tensor:
+def _document_start(p: Problem) -> Tensor:
     """``[T]`` index of the first token of every token's document."""
     if p.cu_seqlens is None:
         return torch.zeros(p.length, dtype=torch.long, device=p.device)
@@ -39,7 +40,7 @@ def _document_start(p: Problem) -> torch.Tensor:
     return cu[torch.searchsorted(cu, tokens, right=True) - 1]
 
 
-def _hidden_sequence(p: Problem, lo: int, hi: int, end: int) -> torch.Tensor | None:
+def _hidden_sequence(p: Problem, lo: int, hi: int, end: int) -> Tensor | None:
     """``[hi - lo, end]`` mask of the sequence keys that rows lo..hi must not see, or None if they see all."""
     if not p.causal and p.cu_seqlens is None:
         return None
@@ -54,7 +55,7 @@ def _hidden_sequence(p: Problem, lo: int, hi: int, end: int) -> torch.Tensor | N
     return hidden
 
 
-def _depth_tokens(p: Problem, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _depth_tokens(p: Problem, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     """The tokens whose slots rows lo..hi see: ``[R, C]`` indices and the ``[R, C]`` mask of those not seen."""
     rows = torch.arange(lo, hi, device=p.device)
     start = _document_start(p)[lo:hi]
@@ -64,15 +65,15 @@ def _depth_tokens(p: Problem, lo: int, hi: int) -> tuple[torch.Tensor, torch.Ten
     return tokens.clamp(max=p.length - 1), hidden
 
 
-def _grouped(x: torch.Tensor, p: Problem, lo: int, hi: int) -> torch.Tensor:
+def _grouped(x: Tensor, p: Problem, lo: int, hi: int) -> Tensor:
     """Rows lo..hi of ``[B, T, Hq, D]`` as ``[B, R, Hk, G, D]`` in the compute dtype."""
     return x[:, lo:hi].to(compute_dtype(p.dtype)).reshape(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim)
 
 
-def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> torch.Tensor:
+def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
     """``[B, Hk, G, R, end + C * S]`` scaled and masked logits of rows lo..hi, sequence keys first."""
     dtype = compute_dtype(p.dtype)
-    parts: list[torch.Tensor] = []
+    parts: list[Tensor] = []
     if x.k is not None:
         s = torch.einsum("brhgd,bnhd->bhgrn", _grouped(x.q, p, lo, hi) * p.scale, x.k[:, :end].to(dtype))
         hidden = _hidden_sequence(p, lo, hi, end)
@@ -123,18 +124,12 @@ class Reference(Backend):
         return Result(out, lse)
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        x: Inputs,
-        saved: Result,
-        depth: DepthGradients | Deferred | None,
+        self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
         dtype = compute_dtype(p.dtype)
         x = _selected(p, x)
 
-        def zeros(like: torch.Tensor | None) -> torch.Tensor:
+        def zeros(like: Tensor | None) -> Tensor:
             return torch.zeros(() if like is None else like.shape, dtype=dtype, device=p.device)
 
         dk, dv, dkd, dvd = (zeros(tensor) for tensor in (x.k, x.v, x.depth_k, x.depth_v))
@@ -169,7 +164,7 @@ class Reference(Backend):
             store_or_add(depth.k, dkd, depth.fresh, p.table)
             store_or_add(depth.v, dvd, depth.fresh, p.table)
 
-        def final(grad: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor | None:
+        def final(grad: Tensor, like: Tensor | None) -> Tensor | None:
             return None if like is None else grad.reshape(like.shape).to(p.dtype)
 
         return Gradients(
@@ -177,8 +172,8 @@ class Reference(Backend):
         )  # fmt: skip
 
 
-def store_or_add(buffer: torch.Tensor, grad: torch.Tensor, fresh: tuple[int, int], table: torch.Tensor | None) -> None:
-    """Store ``grad[i]`` into ``buffer[table[i]]`` where ``fresh[0] <= i < fresh[1]``, add it elsewhere; in place, rounding once."""
+def store_or_add(buffer: Tensor, grad: Tensor, fresh: tuple[int, int], table: Tensor | None) -> None:
+    """Store ``grad[i]`` into ``buffer[table[i]]`` where ``fresh[0] <= i < fresh[1]``, add it elsewhere, in place."""
     lo, hi = fresh
     for part, adds in ((slice(0, lo), True), (slice(lo, hi), False), (slice(hi, None), True)):
         at = part if table is None else table[part]

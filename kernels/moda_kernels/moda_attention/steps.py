@@ -14,28 +14,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 __all__ = [
-    "LOG2_E",
-    "depth_columns",
-    "device_of",
-    "key_range",
-    "load_row_values",
-    "load_tile",
-    "natural_lse",
-    "next_power_of_two",
-    "probabilities",
-    "score_gradients",
-    "sees",
-    "slot_numbers",
-    "slot_pointers",
-    "softmax_step",
-    "store_or_add",
-    "strides",
-    "tma_descriptor",
-    "tma_ready",
-    "tma_rows",
-]
+    "LOG2_E", "depth_columns", "device_of", "key_range", "load_row_values", "load_tile", "natural_lse", "next_power_of_two",
+    "probabilities", "rows", "score_gradients", "sees", "slot_numbers", "slot_pointers", "softmax_step", "store_or_add",
+    "strides", "tma_descriptor", "tma_ready", "tma_rows",
+]  # fmt: skip
 
 LOG2_E = 1.4426950408889634
 
@@ -203,11 +188,17 @@ def score_gradients(p, dp, delta):
 # --- outside a kernel ------------------------------------------------------------------------------------------------
 
 
-def strides(x: torch.Tensor | None, order: tuple[int, ...]) -> list[int]:
-    return [0] * len(order) if x is None else [x.stride(i) for i in order]
+def strides(n: int, *tensors: Tensor | None) -> list[int]:
+    """The first ``n`` strides of each tensor, zeros for None."""
+    return [stride for x in tensors for stride in (n * (0,) if x is None else x.stride()[:n])]
 
 
-def device_of(x: torch.Tensor) -> Any:
+def rows(x: Tensor) -> Tensor:
+    """``x``, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -215,7 +206,7 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tma_ready(*tensors: torch.Tensor) -> bool:
+def tma_ready(*tensors: Tensor) -> bool:
     """Whether Hopper's tensor copy engine can read these tensors: capability 9, 16-byte aligned rows, none expanded."""
     if any(t.device.type != "cuda" for t in tensors):
         return False
@@ -230,7 +221,7 @@ def tma_ready(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def tma_descriptor(x: torch.Tensor, rows: int, dim: int) -> Any:
+def tma_descriptor(x: Tensor, rows: int, dim: int) -> Any:
     """Descriptor of ``x`` ``[B, T, H, D]`` as (B, H, T, D) with tiles of ``rows`` tokens of one head."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -242,7 +233,7 @@ def tma_descriptor(x: torch.Tensor, rows: int, dim: int) -> Any:
     return TensorDescriptor(x, [b, h, t, d], [*strides, token, 1], [1, 1, rows, dim])
 
 
-def tma_rows(x: torch.Tensor, length: int, rows: int) -> Any:
+def tma_rows(x: Tensor, length: int, rows: int) -> Any:
     """Descriptor of the first ``length`` columns of a contiguous ``[N, L]`` tensor, in pieces of ``rows``."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 

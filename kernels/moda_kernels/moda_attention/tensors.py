@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Deferred", "DepthGradients", "Gradients", "Inputs", "Pending", "Result"]
+__all__ = ["Deferred", "DepthGradients", "DepthTarget", "Gradients", "Inputs", "Pending", "Result"]
 
 
 class Inputs(NamedTuple):
@@ -68,8 +68,12 @@ class Pending(Protocol):
 
 
 class Deferred(NamedTuple):
-    """Where a backward pass leaves its depth gradients instead of adding them: place ``index`` of ``pending``."""
+    """Where a backward pass leaves its depth gradients instead of adding them: place ``at`` of ``pending``."""
 
     pending: Pending
-    index: int
+    at: int
     first_slot: int  # the stream's number of the call's slot 0
+
+
+#: Where a backward pass leaves its depth gradients; None where no slot is read.
+DepthTarget = DepthGradients | Deferred | None

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .problem import Problem
+
 __all__ = ["Tile", "TileChooser"]
 
 log = logging.getLogger(__name__)
@@ -45,26 +47,36 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
+INTERPRETER_TILES = (Tile(rows=32, keys=32, warps=1, stages=1),)
+
+
 class TileChooser:
-    """Times the tiles of a short list once for each kind of problem and remembers the fastest.
+    """Times the tiles of a short list (one for head dims up to 64, one above) once for each kind of problem and remembers the
+    fastest.
 
     A tile that does not compile or does not fit the device's shared memory or registers is out. ``MODA_AUTOTUNE=0`` takes the
     first tile that launches, without timing (tests; runs that must not depend on a measurement).
     Triton's autotuner always times every configuration: it cannot take the first that launches.
     """
 
-    def __init__(self, kernel: str) -> None:
+    def __init__(self, kernel: str, half: Sequence[Tile], wide: Sequence[Tile]) -> None:
         self.kernel = kernel
+        self.half, self.wide = half, wide
         self.chosen: dict[Hashable, Tile] = {}
         self.timings: dict[Hashable, list[tuple[str, float | None]]] = {}
 
-    def choose(
-        self, key: Hashable, tiles: Sequence[Tile], launch: Callable[[Tile], None], device: torch.device
-    ) -> Tile:
+    def tiles(self, p: Problem) -> Sequence[Tile]:
+        """The short list for a problem."""
+        if p.device.type != "cuda":
+            return INTERPRETER_TILES
+        return self.half if p.head_dim <= 64 else self.wide
+
+    def choose(self, key: Hashable, p: Problem, launch: Callable[[Tile], None]) -> Tile:
         """The tile for ``key``. ``launch`` must leave a correct result however often it is called."""
         if key in self.chosen:
             return self.chosen[key]
-        if len(tiles) == 1 or device.type != "cuda":
+        tiles = self.tiles(p)
+        if len(tiles) == 1 or p.device.type != "cuda":
             self.chosen[key] = tiles[0]
             return tiles[0]
         timed = os.environ.get("MODA_AUTOTUNE", "1") != "0"

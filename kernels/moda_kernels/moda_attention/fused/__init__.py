@@ -6,10 +6,12 @@ See :mod:`.forward` (the paper's algorithm 1) and :mod:`.backward`.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backend import Backend
 from ..problem import Kind, Problem
-from ..tensors import Deferred, DepthGradients, Gradients, Inputs, Result
+from ..steps import rows
+from ..tensors import DepthGradients, DepthTarget, Gradients, Inputs, Result
 from . import backward, forward
 
 __all__ = ["Fused", "backend"]
@@ -18,13 +20,8 @@ MAX_HEAD_DIM = 128
 MAX_GROUP = 32
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied only if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _all_rows(x: Inputs) -> Inputs:
-    return Inputs(*(None if tensor is None else _rows(tensor) for tensor in x))  # type: ignore[arg-type]
+    return Inputs(*(None if tensor is None else rows(tensor) for tensor in x))  # type: ignore[arg-type]
 
 
 class Fused(Backend):
@@ -52,13 +49,7 @@ class Fused(Backend):
         return forward.forward(p, _all_rows(x))
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        x: Inputs,
-        saved: Result,
-        depth: DepthGradients | Deferred | None,
+        self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
         if depth is not None:
             assert isinstance(depth, DepthGradients)
@@ -69,8 +60,8 @@ class Fused(Backend):
                     )
         if grad_lse is not None:
             grad_lse = grad_lse.float().contiguous()
-        saved = Result(_rows(saved.out), saved.lse.contiguous())
-        return backward.backward(p, _rows(grad_out), grad_lse, _all_rows(x), saved, depth)
+        saved = Result(rows(saved.out), saved.lse.contiguous())
+        return backward.backward(p, rows(grad_out), grad_lse, _all_rows(x), saved, depth)
 
 
 backend = Fused()

@@ -23,9 +23,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import steps
 from ..problem import Problem
-from ..steps import LOG2_E, device_of, next_power_of_two, probabilities, score_gradients, slot_numbers, strides
+from ..steps import probabilities, score_gradients, slot_numbers
 from ..tensors import DepthGradients, Gradients, Inputs, Result
 from .keys import key_gradients
 from .queries import query_gradients
@@ -43,7 +45,8 @@ def rows_kernel(
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     length, row_stride, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    DEPTH: tl.constexpr, LISTED: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr,
+    DEPTH: tl.constexpr, LISTED: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
     """One program: one token and key/value head. Grid (T * Hk, B), heads fastest: neighbours read neighbouring rows.
 
@@ -122,12 +125,7 @@ def rows_kernel(
 
 
 def backward(
-    p: Problem,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    x: Inputs,
-    saved: Result,
-    depth: DepthGradients | None,
+    p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthGradients | None
 ) -> Gradients:
     """See ``Backend.backward``. Every tensor has a contiguous last dimension, the LSE and its gradient are contiguous fp32."""
     own = depth if p.depth_chunk == 1 else None  # a token's slots are its own: rows_kernel does them
@@ -142,7 +140,25 @@ def backward(
     if p.has_sequence or shared is not None:  # rows padded to the 16 bytes that the tensor copy engine asks for
         columns = triton.cdiv(p.length, 4) * 4
         stats = torch.empty(2, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device)
-    _launch_rows(p, grad_out, grad_lse, x, saved, own, stats, start, dq if dqd is None else dqd, direct)
+    block_dim = max(16, steps.next_power_of_two(p.head_dim))
+    grad_depth_k, grad_depth_v, fresh = (None, None, (0, p.n_slots)) if own is None else own
+    adds = fresh[0] > 0 or fresh[1] < p.n_slots
+    wide = block_dim > 64
+    saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
+    q = x.depth_query
+    with steps.device_of(q):
+        rows_kernel[(p.length * p.n_kv_heads, p.batch)](
+            q, x.depth_k, x.depth_v, p.table, saved.out, grad_out, saved.lse, grad_lse, saved_lse, delta,
+            start, dq if dqd is None else dqd, grad_depth_k, grad_depth_v,
+            *steps.strides(3, q), *steps.strides(4, x.depth_k, x.depth_v, grad_depth_k, grad_depth_v),
+            *steps.strides(3, saved.out, grad_out),
+            p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
+            p.scale, p.scale * steps.LOG2_E, *fresh,
+            GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, steps.next_power_of_two(p.group)),
+            BLOCK_S=32 if wide and adds else 16, DEPTH=own is not None, LISTED=p.table is not None,
+            LSE_GRADIENT=grad_lse is not None, STATS=stats is not None, DIRECT=direct, ADDS=adds,
+            num_warps=2 if wide else 1, num_stages=2 if wide else 3,
+        )  # fmt: skip
     if stats is None:
         return Gradients(dq, None, None, dqd)
 
@@ -159,38 +175,3 @@ def backward(
         x = x._replace(depth_k=None, depth_v=None, q_depth=None)
     query_gradients(p, x, grad_out, stats, start, dq, dqd)
     return Gradients(dq, dk, dv, dqd)
-
-
-def _launch_rows(
-    p: Problem,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    x: Inputs,
-    saved: Result,
-    depth: DepthGradients | None,
-    stats: torch.Tensor | None,
-    grad_q_start: torch.Tensor | None,
-    grad_q: torch.Tensor,
-    direct: bool,
-) -> None:
-    """Launch :func:`rows_kernel`, on depth slots only if there is a ``depth``; ``grad_q`` is that of the depth branch."""
-    block_dim = max(16, next_power_of_two(p.head_dim))
-    grad_depth_k, grad_depth_v, fresh = (None, None, (0, p.n_slots)) if depth is None else depth
-    adds = fresh[0] > 0 or fresh[1] < p.n_slots
-    wide = block_dim > 64
-    saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
-    tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
-    q = x.depth_query
-    with device_of(q):
-        rows_kernel[(p.length * p.n_kv_heads, p.batch)](
-            q, x.depth_k, x.depth_v, p.table, saved.out, grad_out, saved.lse, grad_lse, saved_lse, delta,
-            grad_q_start, grad_q, grad_depth_k, grad_depth_v,
-            *strides(q, tbh), *strides(x.depth_k, sbth), *strides(x.depth_v, sbth),
-            *strides(grad_depth_k, sbth), *strides(grad_depth_v, sbth), *strides(saved.out, tbh), *strides(grad_out, tbh),
-            p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
-            p.scale, p.scale * LOG2_E, *fresh,
-            GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
-            BLOCK_S=32 if wide and adds else 16, DEPTH=depth is not None, LISTED=p.table is not None,
-            LSE_GRADIENT=grad_lse is not None, STATS=stats is not None, DIRECT=direct, ADDS=adds,
-            num_warps=2 if wide else 1, num_stages=2 if wide else 3,
-        )  # fmt: skip

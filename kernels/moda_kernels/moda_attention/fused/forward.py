@@ -21,22 +21,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import steps
 from ..problem import Problem
-from ..steps import (
-    LOG2_E,
-    depth_columns,
-    device_of,
-    key_range,
-    load_tile,
-    natural_lse,
-    next_power_of_two,
-    sees,
-    softmax_step,
-    strides,
-    tma_descriptor,
-    tma_ready,
-)
+from ..steps import depth_columns, key_range, load_tile, natural_lse, sees, softmax_step
 from ..tensors import Inputs, Result
 from ..tiles import Tile, TileChooser
 
@@ -108,21 +97,12 @@ def forward_kernel(
         if DOCUMENTS:
             start = tl.load(seq_start + token, mask=token < length, other=0)
             end = tl.load(seq_end + token, mask=token < length, other=0)
+        for part in tl.static_range(0 if DOCUMENTS else 1, 3):  # before, at and after the keys that every row sees
             acc, m, den = _walk_sequence(
-                acc, m, den, qt, k, v, batch, head, token, start, end, lo, inner,
+                acc, m, den, qt, k, v, batch, head, token, start, end, (lo, inner, plain)[part], (inner, plain, hi)[part],
                 stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-                True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
+                part != 1, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
             )  # fmt: skip
-        acc, m, den = _walk_sequence(
-            acc, m, den, qt, k, v, batch, head, token, start, end, inner, plain,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-            False, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
-        )  # fmt: skip
-        acc, m, den = _walk_sequence(
-            acc, m, den, qt, k, v, batch, head, token, start, end, plain, hi,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-            True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
-        )  # fmt: skip
 
     if DEPTH:
         if DEPTH_QUERY:
@@ -171,19 +151,10 @@ WIDE_HEAD_TILES = (
     Tile(rows=128, keys=64, warps=8, stages=2, registers=128),
     Tile(rows=128, keys=128, warps=8, stages=2),
 )
-INTERPRETER_TILES = (Tile(rows=32, keys=32, warps=1, stages=1),)
-
-_chooser = TileChooser("fused forward")
+_chooser = TileChooser("fused forward", HALF_TILES, WIDE_HEAD_TILES)
 
 
-def tiles_for(p: Problem) -> tuple[Tile, ...]:
-    """The forward's short list for a problem."""
-    if p.device.type != "cuda":
-        return INTERPRETER_TILES
-    return HALF_TILES if p.head_dim <= 64 else WIDE_HEAD_TILES
-
-
-def row_bounds(p: Problem, depth: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def row_bounds(p: Problem, depth: bool) -> tuple[Tensor | None, Tensor | None]:
     """int32 ``[T]`` first and past-the-last token that each token's row may see.
 
     For the sequence these are its document's, None without ``cu_seqlens``. With ``depth`` they are its chunk's (chunks restart at
@@ -207,27 +178,24 @@ def forward(p: Problem, x: Inputs) -> Result:
     q, k, v, depth_k, depth_v, q_depth = x
     out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
     lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
-    block_dim = max(16, next_power_of_two(p.head_dim))
-    padded = next_power_of_two(p.group)
+    block_dim = max(16, steps.next_power_of_two(p.head_dim))
+    padded = steps.next_power_of_two(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)
     chunk_start, _ = row_bounds(p, depth=True)
-    tma = k is not None and v is not None and tma_ready(k, v)
-    tbh = (0, 1, 2)
-    sbth = (0, 1, 2, 3)
+    tma = k is not None and v is not None and steps.tma_ready(k, v)
 
     def launch(tile: Tile) -> None:
         keys: Any = k
         values: Any = v
         if tma:
             assert k is not None and v is not None
-            keys, values = (tma_descriptor(x, tile.keys, block_dim) for x in (k, v))
+            keys, values = (steps.tma_descriptor(x, tile.keys, block_dim) for x in (k, v))
         grid = (triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)
-        with device_of(q):
+        with steps.device_of(q):
             forward_kernel[grid](
                 q, q_depth, keys, values, depth_k, depth_v, p.table, out, lse, seq_start, seq_end, chunk_start,
-                *strides(q, tbh), *strides(q_depth, tbh), *strides(k, tbh), *strides(v, tbh),
-                *strides(depth_k, sbth), *strides(depth_v, sbth), *strides(out, tbh),
-                p.length, p.n_slots, p.n_heads, p.scale * LOG2_E,
+                *steps.strides(3, q, q_depth, k, v), *steps.strides(4, depth_k, depth_v), *steps.strides(3, out),
+                p.length, p.n_slots, p.n_heads, p.scale * steps.LOG2_E,
                 GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
                 BLOCK_M=tile.rows, BLOCK_N=tile.keys,
                 SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
@@ -236,12 +204,12 @@ def forward(p: Problem, x: Inputs) -> Result:
                 **tile.options,
             )  # fmt: skip
 
-    launch(_chooser.choose(problem_kind(p, q_depth is not None), tiles_for(p), launch, p.device))
+    launch(_chooser.choose(problem_kind(p, q_depth is not None), p, launch))
     return Result(out, lse)
 
 
 def problem_kind(p: Problem, depth_query: bool) -> tuple[Any, ...]:
     """What a tile choice depends on: everything compiled into the kernel, and the sizes up to a factor of two."""
-    sizes = (next_power_of_two(p.length), next_power_of_two(p.n_slots + 1), next_power_of_two(p.batch * p.n_kv_heads))
+    sizes = map(steps.next_power_of_two, (p.length, p.n_slots + 1, p.batch * p.n_kv_heads))
     switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, p.slots is not None, depth_query)
     return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)

@@ -3,27 +3,16 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import steps
 from ..problem import Problem
-from ..steps import (
-    LOG2_E,
-    device_of,
-    load_row_values,
-    load_tile,
-    next_power_of_two,
-    probabilities,
-    score_gradients,
-    strides,
-    tma_descriptor,
-    tma_ready,
-    tma_rows,
-)
+from ..steps import load_row_values, load_tile, probabilities, score_gradients
 from ..tensors import DepthGradients
 from ..tiles import Tile, TileChooser
-from .forward import INTERPRETER_TILES, problem_kind, row_bounds
+from .forward import problem_kind, row_bounds
 
 __all__ = ["key_gradients", "keys_kernel"]
 
@@ -137,23 +126,12 @@ def keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     for member in range(0, GROUP):
         q_head = head * GROUP + member
-        dk, dv = _walk_queries(
-            dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, a,
-            stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-            scale_log2, True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
-        )  # fmt: skip
-        if not SLOTS:
+        for part in tl.static_range(0, 1 if SLOTS else 3 if BOUNDED else 2):
             dk, dv = _walk_queries(
-                dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, a, b,
+                dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, (lo, a, b)[part], (a, b, hi)[part],
                 stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-                scale_log2, False, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
+                scale_log2, part != 1, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
             )  # fmt: skip
-            if BOUNDED:
-                dk, dv = _walk_queries(
-                    dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, b, hi,
-                    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, DIM,
-                    scale_log2, True, CAUSAL, BOUNDED, BLOCK_M, BLOCK_DIM, TMA,
-                )  # fmt: skip
 
     gk_at = grad_k + s64 * stride_gks + b64 * stride_gkb + h64 * stride_gkh + key64 * stride_gkt + d[None, :]
     gv_at = grad_v + s64 * stride_gvs + b64 * stride_gvb + h64 * stride_gvh + key64 * stride_gvt + d[None, :]
@@ -173,31 +151,13 @@ HALF_TILES = (
     Tile(rows=64, keys=64, warps=4, stages=2, registers=168),
     Tile(rows=64, keys=64, warps=4, stages=3, registers=168),
 )
-WIDE_HEAD_TILES = (
-    Tile(rows=64, keys=64, warps=4, stages=2),
-    Tile(rows=64, keys=128, warps=8, stages=2),
-)
+WIDE_HEAD_TILES = (Tile(rows=64, keys=64, warps=4, stages=2), Tile(rows=64, keys=128, warps=8, stages=2))
 
-_chooser = TileChooser("fused backward, keys")
-
-
-def tiles_for(p: Problem) -> tuple[Tile, ...]:
-    """The short list for a problem."""
-    if p.device.type != "cuda":
-        return INTERPRETER_TILES
-    return HALF_TILES if p.head_dim <= 64 else WIDE_HEAD_TILES
+_chooser = TileChooser("fused backward, keys", HALF_TILES, WIDE_HEAD_TILES)
 
 
 def key_gradients(
-    p: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grad_out: torch.Tensor,
-    stats: torch.Tensor,
-    to: DepthGradients,
-    *,
-    slots: bool,
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, stats: Tensor, to: DepthGradients, *, slots: bool
 ) -> None:
     """Launch :func:`keys_kernel` over ``[S, B, T, Hk, D]`` keys: chunk-visible depth slots, or the sequence as one slot.
 
@@ -206,29 +166,26 @@ def key_gradients(
     """
     grad_k, grad_v, fresh = to
     table = p.table if slots else None
-    block_dim = max(16, next_power_of_two(p.head_dim))
+    block_dim = max(16, steps.next_power_of_two(p.head_dim))
     start, end = row_bounds(p, depth=slots)
-    tma = tma_ready(q, grad_out)
-    tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
+    tma = steps.tma_ready(q, grad_out)
 
     def launch(tile: Tile) -> None:
         queries_, grads, lse, delta = q, grad_out, stats[0], stats[1]  # type: Any, Any, Any, Any
         if tma:
-            queries_, grads = (tma_descriptor(x, tile.rows, block_dim) for x in (q, grad_out))
-            lse, delta = (tma_rows(x, p.length, tile.rows) for x in (lse, delta))
-        with device_of(q):
+            queries_, grads = (steps.tma_descriptor(x, tile.rows, block_dim) for x in (q, grad_out))
+            lse, delta = (steps.tma_rows(x, p.length, tile.rows) for x in (lse, delta))
+        with steps.device_of(q):
             keys_kernel[(triton.cdiv(p.length, tile.keys) * (p.n_slots if slots else 1), p.n_kv_heads, p.batch)](
                 queries_, k, v, table, grads, grad_k, grad_v, lse, delta, start, end,
-                *strides(q, tbh), *strides(grad_out, tbh), *strides(k, sbth), *strides(v, sbth),
-                *strides(grad_k, sbth), *strides(grad_v, sbth),
-                p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
+                *steps.strides(3, q, grad_out), *steps.strides(4, k, v, grad_k, grad_v),
+                p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * steps.LOG2_E, fresh[0], fresh[1],
                 GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
                 CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots,
                 LISTED=table is not None, TMA=tma, **tile.options,
             )  # fmt: skip
 
-    tiles = tiles_for(p)
     if slots:  # not timed, for a second launch would add to the gradients again; chunks are short, so a small tile
-        launch(min(tiles, key=lambda t: t.rows * t.keys))
+        launch(min(_chooser.tiles(p), key=lambda t: t.rows * t.keys))
     else:
-        launch(_chooser.choose((*problem_kind(p, False), tma), tiles, launch, p.device))
+        launch(_chooser.choose((*problem_kind(p, False), tma), p, launch))

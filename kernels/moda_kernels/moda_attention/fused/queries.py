@@ -5,28 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import steps
 from ..problem import Problem
-from ..steps import (
-    LOG2_E,
-    depth_columns,
-    device_of,
-    key_range,
-    load_tile,
-    next_power_of_two,
-    probabilities,
-    score_gradients,
-    sees,
-    strides,
-    tma_descriptor,
-    tma_ready,
-)
+from ..steps import depth_columns, key_range, load_tile, probabilities, score_gradients, sees
 from ..tensors import Inputs
 from ..tiles import Tile, TileChooser
-from .forward import INTERPRETER_TILES, problem_kind, row_bounds
+from .forward import problem_kind, row_bounds
 
 __all__ = ["queries_kernel", "query_gradients"]
 
@@ -108,21 +96,12 @@ def queries_kernel(
         if DOCUMENTS:
             start = tl.load(seq_start + token, mask=token < length, other=0)
             end = tl.load(seq_end + token, mask=token < length, other=0)
+        for part in tl.static_range(0 if DOCUMENTS else 1, 3):  # before, at and after the keys that every row sees
             dq = _walk_keys(
-                dq, qt, do, lse, dl, k, v, batch, head, token, start, end, lo, inner,
+                dq, qt, do, lse, dl, k, v, batch, head, token, start, end, (lo, inner, plain)[part], (inner, plain, hi)[part],
                 stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-                True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
+                part != 1, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
             )  # fmt: skip
-        dq = _walk_keys(
-            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, inner, plain,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-            False, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
-        )  # fmt: skip
-        dq = _walk_keys(
-            dq, qt, do, lse, dl, k, v, batch, head, token, start, end, plain, hi,
-            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, length, DIM, scale_log2,
-            True, CAUSAL, DOCUMENTS, BLOCK_N, BLOCK_DIM, TMA,
-        )  # fmt: skip
 
     if CHUNKED:
         if DEPTH_QUERY:
@@ -167,29 +146,19 @@ HALF_TILES = (
     Tile(rows=128, keys=64, warps=8, stages=3, registers=128),
     Tile(rows=64, keys=64, warps=4, stages=2),
 )
-WIDE_HEAD_TILES = (
-    Tile(rows=128, keys=64, warps=8, stages=3),
-    Tile(rows=64, keys=64, warps=4, stages=2),
-)
+WIDE_HEAD_TILES = (Tile(rows=128, keys=64, warps=8, stages=3), Tile(rows=64, keys=64, warps=4, stages=2))
 
-_chooser = TileChooser("fused backward, queries")
-
-
-def tiles_for(p: Problem) -> tuple[Tile, ...]:
-    """The short list for a problem."""
-    if p.device.type != "cuda":
-        return INTERPRETER_TILES
-    return HALF_TILES if p.head_dim <= 64 else WIDE_HEAD_TILES
+_chooser = TileChooser("fused backward, queries", HALF_TILES, WIDE_HEAD_TILES)
 
 
 def query_gradients(
     p: Problem,
     x: Inputs,
-    grad_out: torch.Tensor,
-    stats: torch.Tensor,
-    grad_q_start: torch.Tensor | None,
-    grad_q: torch.Tensor,
-    grad_q_depth: torch.Tensor | None,
+    grad_out: Tensor,
+    stats: Tensor,
+    grad_q_start: Tensor | None,
+    grad_q: Tensor,
+    grad_q_depth: Tensor | None,
 ) -> None:
     """Launch :func:`queries_kernel`. ``x`` has depth tensors only where depth is chunk-visible.
 
@@ -197,26 +166,24 @@ def query_gradients(
     """
     q, k, v, depth_k, depth_v, q_depth = x
     table = None if depth_k is None else p.table
-    block_dim = max(16, next_power_of_two(p.head_dim))
-    padded = next_power_of_two(p.group)
+    block_dim = max(16, steps.next_power_of_two(p.head_dim))
+    padded = steps.next_power_of_two(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)
     chunk_start = None if depth_k is None else row_bounds(p, depth=True)[0]
-    tma = k is not None and v is not None and tma_ready(k, v)
-    tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
+    tma = k is not None and v is not None and steps.tma_ready(k, v)
 
     def launch(tile: Tile) -> None:
         keys_: Any = k
         values: Any = v
         if tma:
             assert k is not None and v is not None
-            keys_, values = (tma_descriptor(t, tile.keys, block_dim) for t in (k, v))
-        with device_of(q):
+            keys_, values = (steps.tma_descriptor(t, tile.keys, block_dim) for t in (k, v))
+        with steps.device_of(q):
             queries_kernel[(triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)](
                 q, q_depth, keys_, values, depth_k, depth_v, table, grad_out, stats[0], stats[1], grad_q_start,
                 grad_q, grad_q_depth, seq_start, seq_end, chunk_start,
-                *strides(q, tbh), *strides(q_depth, tbh), *strides(grad_out, tbh), *strides(k, tbh), *strides(v, tbh),
-                *strides(depth_k, sbth), *strides(depth_v, sbth),
-                p.length, stats.shape[-1], p.n_slots, p.n_heads, p.scale, p.scale * LOG2_E,
+                *steps.strides(3, q, q_depth, grad_out, k, v), *steps.strides(4, depth_k, depth_v),
+                p.length, stats.shape[-1], p.n_slots, p.n_heads, p.scale, p.scale * steps.LOG2_E,
                 GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
                 BLOCK_M=tile.rows, BLOCK_N=tile.keys,
                 SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
@@ -225,4 +192,4 @@ def query_gradients(
             )  # fmt: skip
 
     kind = (*problem_kind(p, q_depth is not None), tma, grad_q_start is not None)
-    launch(_chooser.choose(kind, tiles_for(p), launch, p.device))
+    launch(_chooser.choose(kind, p, launch))

@@ -7,10 +7,12 @@ and the sequence kernel's own backward is given the merged pair (:mod:`.sequence
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backend import Backend
 from ..problem import Kind, Problem
-from ..tensors import Deferred, DepthGradients, Gradients, Inputs, Result
+from ..steps import rows
+from ..tensors import DepthTarget, Gradients, Inputs, Result
 from . import sequence
 from .depth_backward import depth_backward
 from .depth_forward import depth_forward
@@ -19,11 +21,6 @@ from .flush import MAX_PRODUCTS, LayerProducts
 __all__ = ["Split", "backend"]
 
 HEAD_DIMS = range(8, 129, 8)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied only if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Split(Backend):
@@ -45,8 +42,8 @@ class Split(Backend):
         """Bitwise reproducible."""
         branch = None
         if x.k is not None and x.v is not None:
-            branch = sequence.choose(p.kind).forward(p, _rows(x.q), _rows(x.k), _rows(x.v))
-            branch = Result(branch[0], branch[1].contiguous())
+            out, lse = sequence.choose(p.kind).forward(p, rows(x.q), rows(x.k), rows(x.v))
+            branch = Result(out, lse.contiguous())
             if p.n_slots == 0:
                 return branch._replace(out=branch.out.contiguous())
         return self._add_depth(p, x, branch)
@@ -54,30 +51,24 @@ class Split(Backend):
     def _add_depth(self, p: Problem, x: Inputs, branch: Result | None) -> Result:
         assert x.depth_k is not None and x.depth_v is not None
         return depth_forward(
-            _rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch,
+            rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch,
             out=branch.out if branch is not None and branch.out.is_contiguous() else None,
         )  # fmt: skip
 
-    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> torch.Tensor:
+    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> Tensor:
         """Merged as the slots are read; ``sequence.out`` may be overwritten."""
         return self._add_depth(p, x, Result(sequence.out, sequence.lse.contiguous())).out
 
     def backward(
-        self,
-        p: Problem,
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        x: Inputs,
-        saved: Result,
-        depth: DepthGradients | Deferred | None,
+        self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
         """The depth part is bitwise reproducible; the sequence part is as its kernel is (cuDNN and flash attention add up dq in
         no fixed order).
         """
-        q, grad_out = _rows(x.q), _rows(grad_out)
+        q, grad_out = rows(x.q), rows(grad_out)
         dq = dk = dv = None
         if x.k is not None and x.v is not None:
-            k, v = _rows(x.k), _rows(x.v)
+            k, v = rows(x.k), rows(x.v)
             kernel = sequence.choose(p.kind)
             dq, dk, dv = kernel.backward(p, grad_out, q, k, v, *saved)
             if grad_lse is not None:
@@ -88,27 +79,21 @@ class Split(Backend):
                 return Gradients(dq, dk, dv, None)
         assert x.depth_k is not None and x.depth_v is not None and depth is not None
         dq_depth = depth_backward(
-            grad_out, _rows(x.depth_query), x.depth_k, x.depth_v, saved, p.scale, depth,
+            grad_out, rows(x.depth_query), x.depth_k, x.depth_v, saved, p.scale, depth,
             table=p.table, grad_lse=grad_lse, add_to=dq if x.q_depth is None else None,
         )  # fmt: skip
         if x.q_depth is None:
             return Gradients(dq_depth, dk, dv, None)
         return Gradients(torch.zeros_like(q) if dq is None else dq, dk, dv, dq_depth)
 
-    def pending(self, layers: int, slots: int, q: torch.Tensor, n_kv_heads: int) -> LayerProducts:
+    def pending(self, layers: int, slots: int, q: Tensor, n_kv_heads: int) -> LayerProducts:
         group = q.shape[2] // n_kv_heads
         return LayerProducts(max(1, min(layers, MAX_PRODUCTS // group)), slots, q)
 
 
 def _backward_of_lse(
-    p: Problem,
-    kernel: sequence.SequenceKernel,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    p: Problem, kernel: sequence.SequenceKernel, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the gradient of the LSE adds to dq and dk, from a kernel that knows gradients of the output only.
 
     A backward computes ds = p * (do . v - do . out). With v = 0, ``out`` = minus the LSE's gradient (as three parts of half

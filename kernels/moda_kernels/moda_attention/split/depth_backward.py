@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..steps import slot_numbers, slot_pointers, store_or_add
+from ..steps import rows, slot_numbers, slot_pointers, store_or_add
 from ..tensors import Deferred, DepthGradients, Result
 from ..tiles import Tile
 from .depth_forward import LOG2_E, depth_logits, packed_heads, rows_of_program, slot_layout
@@ -146,24 +147,24 @@ def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
     return Tile(keys=16, stages=3, warps=1, registers=96) if deferred else Tile(keys=16, stages=2, warps=1)
 
 
-def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def depth_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    depth_k: torch.Tensor,
-    depth_v: torch.Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    depth_k: Tensor,
+    depth_v: Tensor,
     merged: Result,
     scale: float,
     depth: DepthGradients | Deferred,
     *,
-    table: torch.Tensor | None = None,
-    grad_lse: torch.Tensor | None = None,
-    add_to: torch.Tensor | None = None,
+    table: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    add_to: Tensor | None = None,
     tile: Tile | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Gradients of the depth branch.
 
     :param grad_out: ``[B, T, Hq, D]`` gradient of the merged output.
@@ -181,7 +182,7 @@ def depth_backward(
     n_slots, Hk = len(depth_k if table is None else table), depth_k.shape[3]
     depth_k, k_slot_stride = slot_layout(depth_k)
     depth_v, v_slot_stride = slot_layout(depth_v)
-    q, grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, grad_out, merged.out))
+    q, grad_out, out = map(rows, (q, grad_out, merged.out))
     dq = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device) if add_to is None else add_to
     deferred = isinstance(depth, Deferred)
     if isinstance(depth, Deferred):

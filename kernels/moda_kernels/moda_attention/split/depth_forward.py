@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..steps import slot_numbers, slot_pointers
 from ..tensors import Result
@@ -125,7 +126,7 @@ def _depth_forward_kernel(
     tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * LN_2, mask=m_mask)
 
 
-def slot_layout(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def slot_layout(x: Tensor) -> tuple[Tensor, int]:
     """A depth tensor whose slots are each contiguous (copied only if they are not), and the distance between slots."""
     if not x[0].is_contiguous():
         x = x.contiguous()
@@ -148,14 +149,14 @@ def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
 
 
 def depth_forward(
-    q: torch.Tensor,
-    depth_k: torch.Tensor,
-    depth_v: torch.Tensor,
+    q: Tensor,
+    depth_k: Tensor,
+    depth_v: Tensor,
     scale: float,
     *,
-    table: torch.Tensor | None = None,
+    table: Tensor | None = None,
     sequence: Result | None = None,
-    out: torch.Tensor | None = None,
+    out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Result:
     """Attention over depth slots, merged with a sequence part if one is given.

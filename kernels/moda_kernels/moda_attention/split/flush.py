@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..problem import as_run, slot_table
 from ..steps import slot_numbers, slot_pointers, store_or_add
@@ -134,7 +135,7 @@ class LayerProducts:
     :param q: ``[B, T, Hq, D]`` like the layers' queries.
     """
 
-    def __init__(self, layers: int, slots: int, q: torch.Tensor) -> None:
+    def __init__(self, layers: int, slots: int, q: Tensor) -> None:
         B, T, Hq, D = q.shape
         self.layers = layers
         self.slots = slots

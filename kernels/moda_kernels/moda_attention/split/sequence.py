@@ -54,9 +54,7 @@ class SequenceKernel:
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         raise NotImplementedError
 
 
@@ -66,20 +64,23 @@ def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
+def _capability_missing(name: str, device: torch.device) -> str | None:
+    """Why a kernel that needs CUDA and compute capability 8.0 does not run on a device, or None."""
+    if device.type != "cuda":
+        return f"device {device.type}: {name} needs CUDA"
+    return f"{name} needs compute capability 8.0" if torch.cuda.get_device_capability(device)[0] < 8 else None
+
+
 class CudnnAttention(SequenceKernel):
     """cuDNN's fused attention through aten."""
 
     name = "cudnn"
 
     def missing(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"device {device.type}: {self.name} needs CUDA"
-        if torch.cuda.get_device_capability(device)[0] < 8:
-            return f"{self.name} needs compute capability 8.0"
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-        if version is None or version < 90000:
-            return f"{self.name} needs cuDNN 9 or later, found {version}"
-        return None
+        if _capability_missing(self.name, device) is None and (version is None or version < 90000):
+            return f"{self.name} needs cuDNN 9 or later, got {version}"
+        return _capability_missing(self.name, device)
 
     def unsupported(self, kind: Kind) -> str | None:
         if kind.packed:
@@ -97,14 +98,12 @@ class CudnnAttention(SequenceKernel):
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3])
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         _, scalar = _no_dropout(q.device)
-        if grad_out.stride() != out.stride():  # cuDNN reads both with one set of strides
-            grad_out, out = grad_out.contiguous(), out.contiguous()
+        if do.stride() != out.stride():  # cuDNN reads both with one set of strides
+            do, out = do.contiguous(), out.contiguous()
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
+            do.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
             lse.unsqueeze(-1), scalar, scalar, None, None, None, p.length, p.length, 0.0, p.causal, scale=p.scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -125,13 +124,9 @@ class AtenFlash(SequenceKernel):
     name = "flash"
 
     def missing(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"device {device.type}: {self.name} needs CUDA"
-        if torch.cuda.get_device_capability(device)[0] < 8:
-            return f"{self.name} needs compute capability 8.0"
         if not torch.backends.cuda.is_flash_attention_available():
             return f"this PyTorch was built without {self.name} attention"
-        return None
+        return _capability_missing(self.name, device)
 
     def rank(self, capability: tuple[int, int]) -> int:
         return 4
@@ -144,13 +139,11 @@ class AtenFlash(SequenceKernel):
         out, lse = _unpacked(p, out, lse)
         return out, lse
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         rng, scalar = _no_dropout(q.device)
-        grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
+        do, q, k, v, out, lse = _packed(p, do, q, k, v, out, lse)
         grads = torch.ops.aten._flash_attention_backward(
-            grad_out, q, k, v, out, lse, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, rng,
+            do, q, k, v, out, lse, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, rng,
             scalar, scale=p.scale,
         )  # fmt: skip
         dq, dk, dv = _unpacked(p, *grads)
@@ -166,14 +159,12 @@ class FlashAttnPackage(SequenceKernel):
         self.major = major
 
     def missing(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"device {device.type}: {self.name} needs CUDA"
-        capability = torch.cuda.get_device_capability(device)
-        if capability[0] < 8 or (self.major == 3 and capability[0] != 9):
-            return f"{self.name} does not run on compute capability {capability[0]}.{capability[1]}"
-        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            return f"{self.name}: the package {self.module.partition('.')[0]} is not installed"
-        return None
+        reason = _capability_missing(self.name, device)
+        if reason is None and self.major == 3 and torch.cuda.get_device_capability(device)[0] != 9:
+            reason = f"{self.name} needs compute capability 9.x"
+        if reason is None and importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            reason = f"{self.name}: the package {self.module.partition('.')[0]} is not installed"
+        return reason
 
     def rank(self, capability: tuple[int, int]) -> int:
         return 1 if self.major == 3 else 2
@@ -197,21 +188,19 @@ class FlashAttnPackage(SequenceKernel):
         out, lse = _unpacked(p, out, lse)
         return out, lse
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         fa = importlib.import_module(self.module)
-        grad_out, q, k, v, out, lse = _packed(p, grad_out, q, k, v, out, lse)
+        do, q, k, v, out, lse = _packed(p, do, q, k, v, out, lse)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         cu, longest = p.cu_seqlens, p.max_seqlen
         if self.major == 3:
             packing3 = (None,) * 6 if cu is None else (cu, cu, None, None, longest, longest)
-            fa._flash_attn_backward(grad_out, q, k, v, out, lse, *packing3, *grads, p.scale, p.causal)
+            fa._flash_attn_backward(do, q, k, v, out, lse, *packing3, *grads, p.scale, p.causal)
         else:
             packing = () if cu is None else (cu, cu, longest, longest)
             function = fa._flash_attn_backward if cu is None else fa._flash_attn_varlen_backward
             function(
-                grad_out, q, k, v, out, lse, *grads, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal,
+                do, q, k, v, out, lse, *grads, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal,
                 window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
             )  # fmt: skip
         dq, dk, dv = _unpacked(p, *grads)
@@ -235,11 +224,9 @@ class TritonAttention(SequenceKernel):
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return fused.forward(replace(p, n_slots=0, slots=None), Inputs(q, k, v))
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         alone = replace(p, n_slots=0, slots=None)
-        dq, dk, dv, _ = fused.backward(alone, grad_out, None, Inputs(q, k, v), Result(out, lse), None)
+        dq, dk, dv, _ = fused.backward(alone, do, None, Inputs(q, k, v), Result(out, lse), None)
         assert dk is not None and dv is not None
         return dq, dk, dv
 
@@ -269,10 +256,8 @@ class CpuFlash(SequenceKernel):
         )
         return out.transpose(1, 2).to(p.dtype).contiguous(), lse.float().contiguous()
 
-    def backward(
-        self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
-        tensors = self._heads_first(p, grad_out, q, k, v, out)
+    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        tensors = self._heads_first(p, do, q, k, v, out)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, lse.double(), 0.0, p.causal, scale=p.scale
         )
