@@ -17,8 +17,9 @@ from moda.config.schema import TokenizerSection
 from moda.errors import UserError
 
 from .manifest import MANIFEST, find_manifest, read_manifest
-from .mixture import stem
 from .prepare.progress import format_bytes
+from .sources.base import stem
+from .token_files import token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Lengths", "histogram_lines", "inspect", "scan"]
@@ -190,7 +191,7 @@ def inspect(
     :raises UserError: for files that are missing or whose tokenizer is not known.
     """
     files, made_with = _find(paths, tokenizer)
-    eos, dtype = made_with.config.eos_token_id, np.uint16 if made_with.config.vocab_size <= 2**16 else np.uint32
+    eos, dtype = made_with.config.eos_token_id, token_dtype(made_with.config.vocab_size)
     found: dict[str, Lengths] = {}
     for name, shards in files.items():
         lengths = found[name] = Lengths()
@@ -199,7 +200,7 @@ def inspect(
                 raise UserError("folder", f"the shard {shard}, which the manifest lists")
             scan(shard, dtype, eos, lengths)
     total = sum(lengths.tokens for lengths in found.values())
-    table = Table(title=f"{made_with.name}, {np.dtype(dtype)}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"{made_with.name}, {dtype}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("source", "files", "documents", "tokens", "share", "mean", "longest"):
         table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
     for name, n in found.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
-import json
 import logging
 import re
 import shutil
@@ -23,19 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from olmo_core.io import is_url
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moda.config.schema import TokenizerSection
 from moda.errors import UserError
+from moda.files import read_json, write_json
 
-from .checks import token_dtype
 from .manifest import sha256_of
 from .mixes import choose_subset, load_sizes, mix_paths, subset_file
 from .prepare.progress import format_bytes
-from .prepare.tasks import write_json
+from .token_files import token_dtype
 from .tokenizer import load_tokenizer
 
 __all__ = ["MirrorOptions", "fetch", "mirror", "remote_size"]
@@ -198,7 +196,7 @@ def fetch(url: str, path: Path, size: int, *, timeout: float, retries: int, note
 def _plan(options: MirrorOptions) -> tuple[list[tuple[str, str]], dict[str, int], int]:
     """The files to have, the sizes of all files of the mix, and the width of a token."""
     tokenizer = load_tokenizer(TokenizerSection(options.tokenizer))
-    width = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype()).itemsize
+    width = token_dtype(tokenizer.config.vocab_size).itemsize
     files = mix_paths("mix", options.mix, tokenizer)
     folder = Path(options.folder)
     key = hashlib.sha256(options.source.encode()).hexdigest()[:16]
@@ -237,7 +235,7 @@ def mirror(options: MirrorOptions, console: Console, *, dry_run: bool = False, v
     folder = Path(options.folder)
     files, sizes, width = _plan(options)
     sums_file = folder / "mirror" / _SUMS
-    sums: dict[str, str] = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
+    sums: dict[str, str] = read_json(sums_file, "folder") if sums_file.is_file() else {}
     missing = _missing(folder, files, sizes, sums, verify)
     total = sum(sizes[name] for _, name in files)
     left = sum(sizes[name] for name in missing)
@@ -261,7 +259,7 @@ def mirror(options: MirrorOptions, console: Console, *, dry_run: bool = False, v
         "mix": options.mix, "tokens": options.tokens, "seed": options.seed, "tokenizer": options.tokenizer,
         "files": [[label, name, sizes[name]] for label, name in files],
     }  # fmt: skip
-    write_json(subset_file(folder, options.mix, options.tokens, options.seed), listing, indent=1, durable=True)
+    write_json(subset_file(folder, options.mix, options.tokens, options.seed), listing)
     console.print(f"complete: data.base_dir: {folder}", highlight=False, soft_wrap=True)
     return 0
 

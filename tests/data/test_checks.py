@@ -12,7 +12,7 @@ import pytest
 
 from moda.config.schema import DataConfig, TokenizerSection, Verify
 from moda.data import build_training_data, load_tokenizer
-from moda.data.checks import check_token_files
+from moda.data.token_files import check_token_files
 from moda.errors import UserError
 from tests.data_files import write_jsonl
 

@@ -18,13 +18,12 @@ from rich.table import Table
 
 from moda.config.schema import TokenizerSection
 from moda.data.text import PYTHON_STDLIB, read_documents
-from moda.data.tokenizer import load_tokenizer
+from moda.data.tokenizer import load_encoder, load_tokenizer
 from moda.errors import UserError
 from moda_kernels.benchmarks.provenance import commit
 
 from .options import PrepareOptions
 from .run import prepare
-from .tokenize import load
 
 __all__ = ["benchmark"]
 
@@ -46,7 +45,7 @@ def _write_text(path: Path, megabytes: float) -> None:
 
 def _alone(tokenizer: str, texts: list[str]) -> float:
     """Seconds of the library with its own threads; the text is in memory and the ids are dropped."""
-    encoder = load(tokenizer)
+    encoder = load_encoder(tokenizer)
     began = time.perf_counter()
     for i in range(0, len(texts), 256):
         sum(len(e.ids) for e in encoder.encode_batch_fast(texts[i : i + 256], add_special_tokens=False))

@@ -16,19 +16,10 @@ from yaml import YAMLError
 from moda.config.load import read_yaml
 from moda.config.schema import TokenizerSection
 from moda.config.typed import from_dict
-from moda.errors import UserError
+from moda.data.formats import AUTO, FORMATS
+from moda.errors import UserError, nearest
 
-__all__ = ["Dedup", "ExecutorKind", "Format", "PrepareOptions", "SourceOptions", "load_options"]
-
-
-class Format(str, Enum):
-    auto = "auto"
-    jsonl = "jsonl"
-    lines = "lines"
-    text = "text"
-    code = "code"
-    parquet = "parquet"
-    huggingface = "huggingface"
+__all__ = ["Dedup", "ExecutorKind", "PrepareOptions", "SourceOptions", "load_options"]
 
 
 class Policy(str, Enum):
@@ -53,8 +44,8 @@ class SourceOptions:
     """``sources.NAME``. A plain string or list is its ``path``.
 
     :param path: files, folders and globs; or the name or folder of a Hugging Face dataset.
-    :param format: ``auto`` goes by suffix: .jsonl, .parquet, and text for the rest. ``lines``: a document a line. ``code``: the
-        files of a folder that are program text. ``huggingface``: ``path`` is for ``datasets.load_dataset``.
+    :param format: the name of a format (``moda.data.formats``), or ``auto``: that of each file. ``lines``: a document per
+        line. ``code``: the files of a folder that are program text. ``huggingface``: for ``datasets.load_dataset``.
     :param field: the text field of a record.
     :param config: configuration of a Hugging Face dataset.
     :param split: its split.
@@ -63,7 +54,7 @@ class SourceOptions:
     """
 
     path: str | list[str]
-    format: Format = Format.auto
+    format: str = AUTO
     field: str = "text"
     config: str | None = None
     split: str | None = None
@@ -71,22 +62,28 @@ class SourceOptions:
     shards: int | None = None
 
     def __post_init__(self) -> None:
-        self.format = Format(self.format)
+        known = [AUTO, *FORMATS]
+        if self.format not in known:
+            raise UserError("sources.format", f"one of {', '.join(known)}", self.format, nearest(self.format, known))
         if isinstance(self.path, str):
             self.path = [self.path]
         if not self.path:
             raise UserError("sources.path", "at least one file, folder or glob", self.path)
-        given = [n for n in ("config", "split", "shards") if getattr(self, n) is not None] + [
-            "streaming"
-        ] * self.streaming
-        if self.format != Format.huggingface and given:
-            raise UserError(f"sources.{given[0]}", "to be used with format: huggingface", self.format.value)
-        if self.format == Format.huggingface:
+        given = [n for n in ("config", "split", "streaming", "shards") if getattr(self, n)]
+        if self.in_files and given:
+            datasets = " or ".join(f.name for f in FORMATS.values() if not f.in_files)
+            raise UserError(f"sources.{given[0]}", f"to be used with format: {datasets}", self.format)
+        if not self.in_files:
             if len(self.path) != 1:
                 raise UserError("sources.path", "one dataset", self.path)
             self.split = self.split or "train"
         if self.shards is not None and self.shards < 1:
             raise UserError("sources.shards", "an integer >= 1", self.shards)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the source is made of files, rather than a dataset."""
+        return self.format == AUTO or FORMATS[self.format].in_files
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -9,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -52,13 +52,13 @@ class Watch:
     def read(self) -> tuple[int, int, int]:
         """(bytes, documents, finished tasks) so far."""
         finished = {p.name for p in self._marks.iterdir()} if self._marks.is_dir() else set()
-        names = [p for p in self._notes.iterdir()] if self._notes.is_dir() else []
+        names = list(self._notes.iterdir()) if self._notes.is_dir() else []
         for path in names:
             if path.name in self._finished:
                 continue  # its last note has been read
             try:
-                note = orjson.loads(path.read_bytes())
-                self._seen[path.name] = (note["bytes"], note["documents"])
+                size, documents = json.loads(path.read_bytes())
+                self._seen[path.name] = (size, documents)
             except (OSError, ValueError):
                 continue  # being written
         self._finished = finished
