@@ -13,6 +13,7 @@ from olmo_core.io import is_url, resource_path
 
 from moda.data import Tokenizer
 from moda.data.text import read_documents
+from moda.data.token_files import token_dtype
 from moda.errors import UserError, nearest
 
 from .model import ScoredModel
@@ -87,7 +88,7 @@ def token_set(name: str, title: str, paths: Sequence[Path], tokenizer: Tokenizer
 
     :raises UserError: for files that are missing or hold ids that the tokenizer does not have.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer.config.vocab_size)
     for path in paths:
         size = path.stat().st_size if path.is_file() else 0
         if size == 0 or size % dtype.itemsize:

@@ -117,25 +117,20 @@ def _check_made_with(name: str, manifest: Path, tokenizer: Tokenizer) -> None:
 
 def _check_ids(key: str, name: str, dtype: np.dtype, tokenizer: Tokenizer, whole: bool) -> None:
     """The ids of a file, or those at both of its ends, must be flat and within the vocabulary."""
-    with open(name, "rb") as f:
-        head = f.read(_SAMPLE)
-    if what := looks_like(head, dtype):
-        raise UserError(key, f"{name} to hold flat {dtype} token ids", f"what looks like {what}")
-    ids = np.memmap(name, dtype=dtype, mode="r")
-    starts = range(0, len(ids), _BLOCK) if whole else {0, max(len(ids) - _SAMPLE, 0)}
-    largest = max(int(ids[i : i + (_BLOCK if whole else _SAMPLE)].max()) for i in starts)
+    size, length = Path(name).stat().st_size // dtype.itemsize, _BLOCK if whole else _SAMPLE
+    largest = 0
+    for start in range(0, size, length) if whole else sorted({0, max(size - length, 0)}):
+        ids = np.fromfile(name, dtype=dtype, count=length, offset=start * dtype.itemsize)
+        if start == 0 and (what := looks_like(ids[:_SAMPLE].tobytes(), dtype)):
+            raise UserError(key, f"{name} to hold flat {dtype} token ids", f"what looks like {what}")
+        largest = max(largest, int(ids.max()))
     if largest >= tokenizer.config.vocab_size:
         expected = f"a tokenizer whose vocabulary has the token ids of {name} (up to {largest})"
         raise UserError("data.tokenizer", expected, f"{tokenizer.name} with {tokenizer.config.vocab_size} tokens")
 
 
 def check_token_files(
-    key: str,
-    paths: list[str],
-    tokenizer: Tokenizer,
-    *,
-    verify: Verify = Verify.size,
-    cache: str | Path | None = None,
+    key: str, paths: list[str], tokenizer: Tokenizer, *, verify: Verify = Verify.size, cache: str | Path | None = None
 ) -> int:
     """Check local token files and return how many tokens they hold. Remote ones are passed over.
 

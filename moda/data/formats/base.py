@@ -82,7 +82,7 @@ class Records:
         if getattr(self, option) == "error":
             skippable = None if self.key.startswith("data.") else f"{option}=skip leaves it out"
             hint = "; ".join(h for h in (e.hint, skippable) if h)
-            raise UserError(self.key, f"{e.expected} at {where}", hint=hint or None)
+            raise UserError(self.key, f"{e.expected} in {where}", hint=hint or None)
         self.counts[e.kind] += 1
 
     def of_record(self, record: Any) -> Any:

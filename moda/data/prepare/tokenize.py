@@ -143,8 +143,9 @@ class PartTokenizer(DocumentTokenizer):
         with contextlib.ExitStack() as files:
 
             def part(split: str) -> _Part:
-                paths = (folder / f"{rank:05d}.{split}.{kind}" for kind in ("tokens", "ends"))
-                return _Part(*(files.enter_context(writing(path, "wb")) for path in paths), self.dtype)
+                paths = [folder / f"{rank:05d}.{split}.{kind}" for kind in ("tokens", "ends")]
+                tokens, ends = (files.enter_context(writing(path, "wb")) for path in paths)
+                return _Part(tokens, ends, self.dtype)
 
             parts = {split: part(split) for split in SPLITS}
             # The C library's memory for a process's first thread makes the tokenizer half again as slow as in any other.
