@@ -13,7 +13,7 @@ from typing import Any
 from moda.errors import UserError
 from moda.files import read_json
 
-__all__ = ["MANIFEST", "find_manifest", "read_manifest", "sha256_of", "shard_entry", "verify_hashes"]
+__all__ = ["MANIFEST", "find_manifest", "hash_of", "read_manifest", "shard_entry", "verify_hashes"]
 
 MANIFEST = "manifest.json"
 
@@ -53,9 +53,9 @@ def shard_entry(manifest: Path, token_file: Path) -> dict[str, Any] | None:
     return read_manifest(manifest)["shards"].get(name)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+def hash_of(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file, in hexadecimal."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as f:
         while block := f.read(1 << 24):
             digest.update(block)
@@ -69,7 +69,7 @@ def verify_hashes(key: str, files: Iterable[tuple[Path, dict[str, Any]]], thread
     """
     pairs = list(files)
     with ThreadPoolExecutor(threads) as pool:
-        for (path, entry), digest in zip(pairs, pool.map(sha256_of, [p for p, _ in pairs])):
+        for (path, entry), digest in zip(pairs, pool.map(hash_of, [p for p, _ in pairs])):
             expected = str(entry.get("sha256"))
             if digest != expected:
                 hint = "the file has changed or was damaged: prepare it again"

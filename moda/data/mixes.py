@@ -85,31 +85,29 @@ def subset_file(folder: Path, mix: str, tokens: int | None, seed: int = 0) -> Pa
 
 
 def load_sizes(
-    base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
+    key: str, base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
 ) -> dict[str, int]:
     """The size of every file of a mix, asked once and remembered.
 
+    :param key: what an error is about.
     :param base: folder or URL.
     :param cache: the file to remember them in.
 
     :raises UserError: naming the first file that cannot be reached.
     """
-    known: dict[str, int] = read_json(cache, "data.base_dir") if cache.is_file() else {}
+    known: dict[str, int] = read_json(cache, key) if cache.is_file() else {}
     missing = [p for p in paths if p not in known]
     if missing:
         log.info("asking %s for the sizes of %d files ...", base, len(missing))
-
-        def ask(path: str) -> int | Exception:
-            try:
-                return size_of(f"{base.rstrip('/')}/{path}")
-            except Exception as e:  # each kind of storage has its own
-                return e
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for path, size in zip(missing, pool.map(ask, missing)):
-                if isinstance(size, Exception):
-                    raise UserError("data.base_dir", f"a place that has {path}", base, str(size).split("\n")[0])
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            for path, size in zip(missing, pool.map(lambda p: size_of(f"{base.rstrip('/')}/{p}"), missing)):
                 known[path] = size
+        except Exception as e:  # each kind of storage has its own
+            path = next(p for p in missing if p not in known)
+            raise UserError(key, f"a place that has {path}", base, str(e).split("\n")[0]) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
         write_json(cache, known)
     return {p: known[p] for p in paths}
 
@@ -130,7 +128,8 @@ def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width
             files = [(label, path) for label, path, _ in read_json(listed, "data.mix_tokens")["files"]]
         else:
             where = hashlib.sha256(base.encode()).hexdigest()[:16]
-            sizes = load_sizes(base, [p for _, p in files], Path(data.work_dir) / f"sizes-{name}-{where}.json")
+            cache = Path(data.work_dir) / f"sizes-{name}-{where}.json"
+            sizes = load_sizes("data.base_dir", base, [p for _, p in files], cache)
             files = choose_subset(files, sizes, tokens, width)
     if not is_url(base):
         missing = [path for _, path in files if not Path(base, path).is_file()]
