@@ -287,13 +287,12 @@ def _download(
         task = bar.add_task("downloading", total=sum(sizes.values()))
 
         def one(name: str) -> None:
-            url, limits = (
-                f"{options.source.rstrip('/')}/{name}",
-                {"timeout": options.timeout, "retries": options.retries},
-            )
+            url, path = f"{options.source.rstrip('/')}/{name}", Path(options.folder) / name
             try:
-                path = Path(options.folder) / name
-                digest = fetch(url, path, sizes[name], note=lambda n: bar.advance(task, n), **limits)
+                digest = fetch(
+                    url, path, sizes[name], timeout=options.timeout, retries=options.retries,
+                    note=lambda n: bar.advance(task, n),
+                )  # fmt: skip
             except UserError as e:  # the other files still come
                 errors.append(e)
                 return

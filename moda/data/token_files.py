@@ -83,28 +83,20 @@ def find_token_files(key: str, patterns: list[str]) -> list[str]:
     return paths
 
 
-class _Cache:
-    """Files that were in order, with the size and time they had then: unchanged ones are not opened again.
+def _known_files(cache: Path) -> dict[str, Any]:
+    """Files that were in order, with the size and time they had then."""
+    try:
+        return read_json(cache, "data.work_dir") if cache.is_file() else {}
+    except UserError as e:
+        log.warning("%s; the token files are checked again", e)
+        return {}
 
-    :param folder: where it is kept; None for no cache.
-    """
 
-    def __init__(self, folder: str | Path | None, tokenizer: Tokenizer) -> None:
-        name = f"checked-{tokenizer.fingerprint.replace(':', '-').replace('/', '-')[:40]}.json"
-        self.path = None if folder is None else Path(folder) / name
-        self.entries: dict[str, Any] = {}
-        if self.path is not None and self.path.is_file():
-            try:
-                self.entries = read_json(self.path, "data.work_dir")
-            except UserError as e:
-                log.warning("%s; the token files are checked again", e)
-
-    def save(self) -> None:
-        if self.path is not None:
-            try:
-                write_json(self.path, self.entries)
-            except OSError as e:  # a read-only folder costs time, nothing else
-                log.warning("%s cannot be written (%s): token files will be checked again next time", self.path, e)
+def _remember(cache: Path, files: dict[str, Any]) -> None:
+    try:
+        write_json(cache, files)
+    except OSError as e:  # a read-only folder costs time, nothing else
+        log.warning("%s cannot be written (%s): token files will be checked again next time", cache, e)
 
 
 def _check_made_with(name: str, manifest: Path, tokenizer: Tokenizer) -> None:
@@ -143,7 +135,9 @@ def check_token_files(
     :raises UserError: naming the first file that is wrong, and what is wrong with it.
     """
     dtype = token_dtype(tokenizer.config.vocab_size)
-    known = _Cache(cache, tokenizer)
+    name = f"checked-{tokenizer.fingerprint.replace(':', '-').replace('/', '-')[:40]}.json"
+    cache_file = None if cache is None else Path(cache) / name
+    known = {} if cache_file is None else _known_files(cache_file)
     manifests: dict[Path, Path | None] = {}  # of each folder
     to_hash: list[tuple[Path, dict[str, Any]]] = []
     fresh: dict[str, list[Any]] = {}
@@ -163,7 +157,7 @@ def check_token_files(
                 _check_made_with(name, manifest, tokenizer)
         manifest = manifests[path.parent]
         stamp = [stat.st_size, stat.st_mtime_ns, None if manifest is None else manifest.stat().st_mtime_ns]
-        before = known.entries.get(name)
+        before = known.get(name)
         if before is not None and before[:3] == stamp and (verify == Verify.size or before[3]):
             continue
         entry = None if manifest is None else shard_entry(manifest, path)
@@ -187,7 +181,6 @@ def check_token_files(
         verify_hashes(key, to_hash)
     if verify == Verify.hash and len(to_hash) < len(fresh):
         log.warning("%s: %d files have no hash in a manifest to compare with", key, len(fresh) - len(to_hash))
-    if fresh:
-        known.entries.update(fresh)
-        known.save()
+    if fresh and cache_file is not None:
+        _remember(cache_file, known | fresh)
     return total

@@ -1,4 +1,4 @@
-"""What a preparation can be told, checked when it is read."""
+"""The options of a preparation, checked when they are read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class ExecutorKind(str, Enum):
     slurm = "slurm"
 
 
+def _at_least_one(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(key, "an integer >= 1", value)
+
+
 @dataclass
 class SourceOptions:
     """``sources.NAME``. A plain string or list is its ``path``.
@@ -77,8 +82,7 @@ class SourceOptions:
             if len(self.path) != 1:
                 raise UserError("sources.path", "one dataset", self.path)
             self.split = self.split or "train"
-        if self.shards is not None and self.shards < 1:
-            raise UserError("sources.shards", "an integer >= 1", self.shards)
+        _at_least_one("sources.shards", self.shards)
 
     @property
     def in_files(self) -> bool:
@@ -93,6 +97,11 @@ class MinHashOptions:
     n_grams: int = 5
     buckets: int = 14
     hashes_per_bucket: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least_one("minhash.n_grams", self.n_grams)
+        _at_least_one("minhash.buckets", self.buckets)
+        _at_least_one("minhash.hashes_per_bucket", self.hashes_per_bucket)
 
 
 @dataclass
@@ -109,7 +118,7 @@ class PrepareOptions:
     :param bad_input: what invalid UTF-8 or JSON, a missing field or a broken file leads to.
     :param empty: what a document without text leads to.
     :param executor: where tasks run. Like ``workers`` it changes nothing in the result.
-    :param workers: tasks at a time; null for one a core (16 on Slurm).
+    :param workers: tasks at a time; null for one per core (16 on Slurm).
     :param ray_address: a Ray cluster; null for one of this machine.
     :param slurm: settings of datatrove's SlurmPipelineExecutor; ``time`` and ``partition`` are needed.
     """
@@ -141,9 +150,7 @@ class PrepareOptions:
         if not 0 <= self.validation_fraction < 1:
             raise UserError("validation_fraction", "a number from 0 to below 1", self.validation_fraction)
         for key in ("shard_tokens", "task_bytes", "workers"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(key, "an integer >= 1", value)
+            _at_least_one(key, getattr(self, key))
         missing = {"time", "partition"} - set(self.slurm or {})
         if self.executor == ExecutorKind.slurm and missing:
             raise UserError("slurm", f"a value for {' and '.join(sorted(missing))}", self.slurm)
