@@ -76,7 +76,6 @@ def benchmark(
     from moda.data.manifest import MANIFEST, read_manifest
     from moda.data.prepare.options import PrepareOptions
     from moda.data.prepare.run import prepare
-    from moda.data.prepare.tokenize import load
     from moda.errors import UserError
 
     named = load_tokenizer(TokenizerSection(tokenizer))

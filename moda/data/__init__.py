@@ -5,6 +5,7 @@ Names are imported on use: the worker processes of a preparation need neither to
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +16,6 @@ __all__ = ["Tokenizer", "TrainingData", "build_training_data", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("TrainingData", "build_training_data"):
-        from . import sources as module
-    elif name in ("Tokenizer", "load_tokenizer"):
-        from . import tokenizer as module  # type: ignore[no-redef]
-    else:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    return getattr(importlib.import_module(".tokenizer" if "okenizer" in name else ".sources", __name__), name)

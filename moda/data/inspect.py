@@ -17,8 +17,9 @@ from moda.config.schema import TokenizerSection
 from moda.errors import UserError
 
 from .manifest import MANIFEST, find_manifest, read_manifest
-from .mixture import stem
 from .prepare.progress import format_bytes
+from .sources.base import stem
+from .token_files import token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Lengths", "histogram_lines", "inspect", "scan"]
@@ -70,7 +71,7 @@ def scan(path: Path, dtype: Any, eos: int, lengths: Lengths) -> None:
 
 
 def histogram_lines(lengths: Lengths) -> Iterator[str]:
-    """The histogram as text, a line a bucket."""
+    """The histogram as text, a line per bucket."""
     used = np.flatnonzero(lengths.buckets)
     if not len(used):
         return
@@ -92,18 +93,14 @@ def plot_histogram(found: dict[str, Lengths], path: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     shown = {n: lengths for n, lengths in found.items() if not n.endswith("(validation)")} or found
     edges = 2.0 ** np.arange(_BUCKETS)
-    first = last = None
     for name, lengths in shown.items():
         used = np.flatnonzero(lengths.buckets)
         if not len(used):
             continue
         low, high = max(int(used[0]) - 1, 0), min(int(used[-1]) + 2, _BUCKETS)
-        first, last = min(low, low if first is None else first), max(high, last or 0)
         share = lengths.buckets / lengths.documents
         axis.plot(edges[low:high], share[low:high], marker="o", ms=4, label=f"{name} ({lengths.documents:,} documents)")
     axis.set_xscale("log", base=2)
-    if first is not None and last is not None:
-        axis.set_xlim(2.0 ** (first - 0.5), 2.0 ** (last - 0.5))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens in a document (up to)")
     axis.set_ylabel("share of the source's documents")
@@ -138,29 +135,24 @@ def _find(paths: Sequence[str], given: str | None) -> tuple[dict[str, list[Path]
     made_by = set()
     for name in paths:
         path = Path(name)
-        if path.is_dir():
-            if not (path / MANIFEST).is_file():
-                raise UserError(
-                    "folder",
-                    f"a prepared folder, with {MANIFEST}",
-                    name,
-                    "give token files themselves, with --tokenizer",
-                )
-            manifest = read_manifest(path / MANIFEST)
-            for shard, entry in manifest.get("shards", {}).items():
+        if not path.exists():
+            raise UserError("folder", "a prepared folder or a token file", name)
+        file = path / MANIFEST if path.is_dir() else find_manifest(path)
+        if path.is_dir() and not (path / MANIFEST).is_file():
+            hint = "give token files themselves, with --tokenizer"
+            raise UserError("folder", f"a prepared folder, with {MANIFEST}", name, hint)
+        manifest = {} if file is None else read_manifest(file)
+        try:
+            for shard, entry in manifest["shards"].items() if path.is_dir() else ():
                 label = entry["source"] + ("" if entry["split"] == "train" else f" ({entry['split']})")
                 files.setdefault(label, []).append(path / shard)
-        elif path.is_file():
+            if t := manifest.get("tokenizer"):
+                made_by.add(t["fingerprint"])
+                section = section or TokenizerSection(t["name"], t["vocab_size"], t["eos_token_id"], t["pad_token_id"])
+        except KeyError as e:
+            raise UserError("manifest", f"the entry {e} in {file}", hint="prepare the data again") from None
+        if path.is_file():
             files.setdefault(stem(name), []).append(path)
-            found = find_manifest(path)
-            manifest = {} if found is None else read_manifest(found)
-        else:
-            raise UserError("folder", "a prepared folder or a token file", name)
-        if "tokenizer" in manifest:
-            made_by.add(manifest["tokenizer"]["fingerprint"])
-            if section is None:
-                t = manifest["tokenizer"]
-                section = TokenizerSection(t["name"], t["vocab_size"], t["eos_token_id"], t["pad_token_id"])
     if len(made_by) > 1:
         raise UserError("folder", "data that one tokenizer made", f"{len(made_by)} tokenizers")
     if section is None:
@@ -172,25 +164,20 @@ def _find(paths: Sequence[str], given: str | None) -> tuple[dict[str, list[Path]
 
 
 def inspect(
-    paths: Sequence[str],
-    console: Console,
-    *,
-    samples: int = 3,
-    plot: str | None = None,
-    tokenizer: str | None = None,
+    paths: Sequence[str], console: Console, *, samples: int = 3, plot: str | None = None, tokenizer: str | None = None,
     seed: int = 0,
-) -> dict[str, Lengths]:
+) -> dict[str, Lengths]:  # fmt: skip
     """Print documents, length histogram, samples and shares of prepared data.
 
     :param paths: prepared folders or token files.
     :param samples: documents to decode from each source.
     :param plot: a file for the histogram as a picture.
-    :param tokenizer: to decode with, where the manifest's is not to be found.
+    :param tokenizer: to decode with, where the manifest's file is not found.
 
     :raises UserError: for files that are missing or whose tokenizer is not known.
     """
     files, made_with = _find(paths, tokenizer)
-    eos, dtype = made_with.config.eos_token_id, np.uint16 if made_with.config.vocab_size <= 2**16 else np.uint32
+    eos, dtype = made_with.config.eos_token_id, token_dtype(made_with.config.vocab_size)
     found: dict[str, Lengths] = {}
     for name, shards in files.items():
         lengths = found[name] = Lengths()
@@ -199,7 +186,7 @@ def inspect(
                 raise UserError("folder", f"the shard {shard}, which the manifest lists")
             scan(shard, dtype, eos, lengths)
     total = sum(lengths.tokens for lengths in found.values())
-    table = Table(title=f"{made_with.name}, {np.dtype(dtype)}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"{made_with.name}, {dtype}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("source", "files", "documents", "tokens", "share", "mean", "longest"):
         table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
     for name, n in found.items():

@@ -1,9 +1,9 @@
-"""The manifest beside prepared token files: finding it, reading it, and holding the files against it."""
+"""The manifest beside prepared token files: finding it, reading it, and comparing files with it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -11,26 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from moda.errors import UserError
+from moda.files import read_json
 
-__all__ = ["MANIFEST", "find_manifest", "read_manifest", "sha256_of", "shard_entry", "verify_hashes"]
+__all__ = ["MANIFEST", "find_manifest", "hash_of", "read_manifest", "shard_entry", "verify_hashes"]
 
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 24
 
 
 @lru_cache(maxsize=64)
 def _read(path: str, stamp: tuple[int, int]) -> dict[str, Any]:
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(path, "a readable manifest", hint=str(e)) from None
-    if not isinstance(found, dict):
-        raise UserError(path, "a manifest (a JSON object)", type(found).__name__)
-    return found
+    data = read_json(Path(path), "manifest")
+    for name in ("tokenizer", "shards"):
+        if not isinstance(data.setdefault(name, {}), dict):
+            raise UserError("manifest", f"an object {name!r} in {path}", type(data[name]).__name__)
+    for name, entry in data["shards"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            raise UserError("manifest", f"the size of shard {name} in {path}")
+    return data
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's contents, read once while the file is unchanged.
+    """A manifest's contents, with ``tokenizer`` and ``shards``, read once while the file is unchanged.
 
     :raises UserError: if it is damaged.
     """
@@ -48,14 +49,15 @@ def find_manifest(token_file: Path) -> Path | None:
 
 def shard_entry(manifest: Path, token_file: Path) -> dict[str, Any] | None:
     """What a manifest says of one token file (``bytes``, ``sha256``, ...), or None."""
-    shards = read_manifest(manifest).get("shards", {})
-    return shards.get(token_file.resolve().relative_to(manifest.parent.resolve()).as_posix())
+    name = Path(os.path.relpath(token_file, manifest.parent)).as_posix()
+    return read_manifest(manifest)["shards"].get(name)
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def hash_of(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file, in hexadecimal."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as f:
-        while block := f.read(_BLOCK):
+        while block := f.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
 
@@ -65,11 +67,12 @@ def verify_hashes(key: str, files: Iterable[tuple[Path, dict[str, Any]]], thread
 
     :raises UserError: naming the first file whose contents have changed.
     """
-    pairs: list[tuple[Path, dict[str, Any]]] = list(files)
+    pairs = list(files)
     with ThreadPoolExecutor(threads) as pool:
-        for (path, entry), found in zip(pairs, pool.map(sha256_of, [p for p, _ in pairs])):
-            if found != entry["sha256"]:
-                expected = f"{path} as it was prepared (sha256 {entry['sha256'][:16]}...)"
+        for (path, entry), digest in zip(pairs, pool.map(hash_of, [p for p, _ in pairs])):
+            expected = str(entry.get("sha256"))
+            if digest != expected:
+                hint = "the file has changed or was damaged: prepare it again"
                 raise UserError(
-                    key, expected, f"{found[:16]}...", "the file has changed or was damaged: prepare it again"
+                    key, f"{path} as it was prepared (sha256 {expected[:16]}...)", f"{digest[:16]}...", hint
                 )

@@ -8,34 +8,34 @@ stalls, breaks off or meets a server error is continued with a range request, up
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import http.client
-import json
 import logging
 import re
 import shutil
 import threading
 import time
-import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from olmo_core.io import is_url
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moda.config.schema import TokenizerSection
 from moda.errors import UserError
+from moda.files import read_json, write_json
 
-from .checks import token_dtype
-from .manifest import sha256_of
+from .manifest import hash_of
 from .mixes import choose_subset, load_sizes, mix_paths, subset_file
 from .prepare.progress import format_bytes
-from .prepare.tasks import write_json
+from .token_files import token_dtype
 from .tokenizer import load_tokenizer
 
 __all__ = ["MirrorOptions", "fetch", "mirror", "remote_size"]
@@ -46,7 +46,9 @@ _BLOCK = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _SUMS = "sha256.json"  # of every file of a mirror, as it was when it had been verified
 _FINAL = {400, 401, 403, 404, 410}  # HTTP errors that trying again does not mend
-_BROKEN = (OSError, http.client.HTTPException)
+_SIZE_RETRIES = 3  # attempts at a file's size, so that a server that is not there is noticed soon
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class MirrorOptions:
     :param seed: of the subset.
     :param connections: downloads at a time.
     :param timeout: seconds without a byte after which a download is begun again.
-    :param retries: attempts a file; progress resets the count.
+    :param retries: attempts per file; progress resets the count.
     """
 
     mix: str
@@ -80,29 +82,40 @@ def _request(url: str, timeout: float, headers: dict[str, str] | None = None, me
     return urllib.request.urlopen(request, timeout=timeout)
 
 
-def _pause(attempt: int) -> None:
-    time.sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE))
+def _retrying(
+    url: str, once: Callable[[], T], retries: int, progressed: Callable[[OSError], bool] = lambda e: False
+) -> T:
+    """What ``once`` returns, tried again after errors that may pass; progress resets the count of attempts.
+
+    :raises OSError: the last error.
+    """
+    attempt = 0
+    while True:
+        try:
+            return once()
+        except (OSError, http.client.HTTPException) as e:
+            error = e if isinstance(e, OSError) else OSError(str(e) or type(e).__name__)
+            attempt = 0 if progressed(error) else attempt + 1
+            if attempt >= retries or getattr(e, "code", None) in _FINAL or error.errno == errno.ENOSPC:
+                raise error from None
+            log.info("%s: %s; trying again", url, getattr(e, "reason", None) or e)
+            time.sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE))
 
 
 def remote_size(url: str, timeout: float = 30.0, retries: int = 8) -> int:
     """Bytes of a file at a URL or path.
 
-    :raises OSError: if it cannot be told.
+    :raises OSError: if the server does not tell.
     """
-    if not is_url(url):
-        return Path(url).stat().st_size
-    for attempt in range(retries):
-        try:
-            with _request(url, timeout, method="HEAD") as reply:
-                length = reply.headers.get("Content-Length")
-                if length is None:
-                    raise UserError("--from", f"a server that tells the size of {url}")
-                return int(length)
-        except _BROKEN as e:
-            if getattr(e, "code", None) in _FINAL or attempt == retries - 1:
-                raise
-            _pause(attempt)
-    raise AssertionError
+
+    def ask() -> int:
+        with _request(url, timeout, method="HEAD") as reply:
+            length = reply.headers.get("Content-Length")
+        if length is None:
+            raise UserError("--from", f"a server that tells the size of {url}")
+        return int(length)
+
+    return _retrying(url, ask, retries) if is_url(url) else Path(url).stat().st_size
 
 
 def _announced_md5(headers: Any) -> str | None:
@@ -113,16 +126,12 @@ def _announced_md5(headers: Any) -> str | None:
     return tag if re.fullmatch(r"[0-9a-f]{32}", tag) else None
 
 
-class _Changed(OSError):
-    """What arrived is not what the server announced."""
-
-
-def _continue_download(url: str, part: Path, size: int, timeout: float, note: Any) -> str | None:
+def _continue_download(url: str, part: Path, size: int, timeout: float, note: Callable[[int], None]) -> str | None:
     """One attempt at the rest of a file; the MD5 that the server announced, if it did.
 
     :raises OSError: if it ends early.
     """
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     if have > size:
         part.unlink()
         have = 0
@@ -142,15 +151,17 @@ def _continue_download(url: str, part: Path, size: int, timeout: float, note: An
         return _announced_md5(reply.headers)
 
 
-def _md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as f:
-        while block := f.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
-def fetch(url: str, path: Path, size: int, *, timeout: float, retries: int, note: Any = lambda n: None) -> str:
+class _Changed(OSError):
+    """What arrived is not what the server announced."""
+
+
+def fetch(
+    url: str, path: Path, size: int, *, timeout: float, retries: int, note: Callable[[int], None] = lambda n: None
+) -> str:
     """Download one file and return its SHA-256. An unfinished download is continued.
 
     :param size: bytes that it has.
@@ -160,54 +171,54 @@ def fetch(url: str, path: Path, size: int, *, timeout: float, retries: int, note
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    attempt, before = 0, part.stat().st_size if part.exists() else 0
+    before = _size(part)
     note(min(before, size))
-    while True:
-        try:
-            if not is_url(url):
-                shutil.copyfile(url, part)
-                note(size - min(before, size))
-                md5 = None
-            else:
-                md5 = _continue_download(url, part, size, timeout, note)
-            if part.stat().st_size != size:
-                raise _Changed(f"{part.stat().st_size:,} bytes arrived instead of {size:,}")
-            if md5 is not None and _md5_of(part) != md5:
-                raise _Changed(f"its MD5 is not the announced {md5}")
-            digest = sha256_of(part)
-            part.replace(path)
-            return digest
-        except _BROKEN as e:
-            if isinstance(e, OSError) and e.errno == 28:
-                raise UserError(
-                    "folder", f"{format_bytes(size)} of disk space for {path}", hint="then run it again"
-                ) from None
-            if isinstance(e, _Changed):  # nothing of it can be trusted
-                note(-min(part.stat().st_size, size))
-                part.unlink()
-            now = part.stat().st_size if part.exists() else 0
-            attempt = 0 if now > before and not isinstance(e, _Changed) else attempt + 1
-            before = now
-            reason = getattr(e, "reason", None) or e
-            if getattr(e, "code", None) in _FINAL or attempt >= retries:
-                raise UserError("mirror", f"{url} to be downloaded", hint=f"{reason}; run it again to go on") from None
-            log.info("%s: %s; trying again", url, reason)
-            _pause(attempt)
+
+    def once() -> str:
+        md5 = None
+        if is_url(url):
+            md5 = _continue_download(url, part, size, timeout, note)
+        else:
+            shutil.copyfile(url, part)
+            note(size - min(before, size))
+        if _size(part) != size:
+            raise _Changed(f"{_size(part):,} bytes arrived instead of {size:,}")
+        if md5 is not None and hash_of(part, "md5") != md5:
+            raise _Changed(f"its MD5 is not the announced {md5}")
+        return hash_of(part)
+
+    def progressed(e: OSError) -> bool:
+        nonlocal before
+        if isinstance(e, _Changed):  # nothing of it can be trusted
+            note(-min(_size(part), size))
+            part.unlink()
+        last, before = before, _size(part)
+        return before > last
+
+    try:
+        digest = _retrying(url, once, retries, progressed)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            space = f"{format_bytes(size)} of disk space for {path}"
+            raise UserError("folder", space, hint="then run it again") from None
+        reason = getattr(e, "reason", None) or e
+        raise UserError("mirror", f"{url} to be downloaded", hint=f"{reason}; run it again to resume") from None
+    part.replace(path)
+    return digest
 
 
 def _plan(options: MirrorOptions) -> tuple[list[tuple[str, str]], dict[str, int], int]:
     """The files to have, the sizes of all files of the mix, and the width of a token."""
     tokenizer = load_tokenizer(TokenizerSection(options.tokenizer))
-    width = np.dtype(token_dtype(tokenizer.config.vocab_size).as_np_dtype()).itemsize
+    width = token_dtype(tokenizer.config.vocab_size).itemsize
     files = mix_paths("mix", options.mix, tokenizer)
-    folder = Path(options.folder)
     key = hashlib.sha256(options.source.encode()).hexdigest()[:16]
 
     def size_of(url: str) -> int:
-        return remote_size(url, options.timeout, options.retries)
+        return remote_size(url, options.timeout, min(options.retries, _SIZE_RETRIES))
 
-    cache = folder / "mirror" / f"sizes-{options.mix}-{key}.json"
-    sizes = load_sizes(options.source, [p for _, p in files], cache, size_of)
+    cache = Path(options.folder) / "mirror" / f"sizes-{options.mix}-{key}.json"
+    sizes = load_sizes("--from", options.source, [p for _, p in files], cache, size_of)
     files = list(dict.fromkeys(files))  # a file that the mix lists twice is downloaded once
     if options.tokens is not None:
         files = choose_subset(files, sizes, options.tokens, width, options.seed)
@@ -218,87 +229,80 @@ def _missing(
     folder: Path, files: list[tuple[str, str]], sizes: dict[str, int], sums: dict[str, str], verify: bool
 ) -> list[str]:
     """Files that are not there, have another size, or (when verifying) another hash than when they came."""
-    found = []
+    missing = []
     for _, name in files:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != sizes[name] or name not in sums:
-            found.append(name)
-        elif verify and sha256_of(path) != sums[name]:
+        if name not in sums or _size(path) != sizes[name]:
+            missing.append(name)
+        elif verify and hash_of(path) != sums[name]:
             log.warning("%s has changed since it was downloaded: it is fetched again", path)
-            found.append(name)
-    return found
+            missing.append(name)
+    return missing
 
 
 def mirror(options: MirrorOptions, console: Console, *, dry_run: bool = False, verify: bool = False) -> int:
     """Make or complete a mirror; the exit code.
 
-    :raises UserError: for an unknown mix, a budget larger than it, or a file that cannot be had.
+    :raises UserError: for an unknown mix, a budget larger than it, or a file that cannot be downloaded.
     """
     folder = Path(options.folder)
     files, sizes, width = _plan(options)
     sums_file = folder / "mirror" / _SUMS
-    sums: dict[str, str] = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
+    sums: dict[str, str] = read_json(sums_file, "folder") if sums_file.is_file() else {}
     missing = _missing(folder, files, sizes, sums, verify)
-    total = sum(sizes[name] for _, name in files)
-    left = sum(sizes[name] for name in missing)
-    by_label: dict[str, int] = {}
+    total, left = (sum(sizes[name] for name in names) for names in ([n for _, n in files], missing))
+    by_label: Counter[str] = Counter()
     for label, name in files:
-        by_label[label] = by_label.get(label, 0) + sizes[name]
+        by_label[label] += sizes[name]
     console.print(
         f"{options.mix}: {len(files):,} files, {format_bytes(total)}, {total // width:,} tokens; "
         f"{len(missing):,} files ({format_bytes(left)}) to download",
         highlight=False,
     )
-    for label, held in by_label.items():
-        console.print(f"  {label}: {held // width:,} tokens ({held / total:.2%})", highlight=False)
+    for label, size in by_label.items():
+        console.print(f"  {label}: {size // width:,} tokens ({size / total:.2%})", highlight=False)
     if dry_run:
         return 0
     free = shutil.disk_usage(folder).free
     if left > free:
         raise UserError("folder", f"{format_bytes(left)} of free space in {folder}", format_bytes(free))
-    _download(options, console, folder, missing, sizes, sums, sums_file)
+    _download(options, console, {name: sizes[name] for name in missing}, sums, sums_file)
     listing = {
         "mix": options.mix, "tokens": options.tokens, "seed": options.seed, "tokenizer": options.tokenizer,
         "files": [[label, name, sizes[name]] for label, name in files],
     }  # fmt: skip
-    write_json(subset_file(folder, options.mix, options.tokens, options.seed), listing, indent=1, durable=True)
+    write_json(subset_file(folder, options.mix, options.tokens, options.seed), listing)
     console.print(f"complete: data.base_dir: {folder}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _download(
-    options: MirrorOptions,
-    console: Console,
-    folder: Path,
-    missing: list[str],
-    sizes: dict[str, int],
-    sums: dict[str, str],
-    sums_file: Path,
+    options: MirrorOptions, console: Console, sizes: dict[str, int], sums: dict[str, str], sums_file: Path
 ) -> None:
+    """Download the files of these sizes; their hashes are added to ``sums`` and its file."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     lock = threading.Lock()
     errors: list[UserError] = []
     with Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("downloading", total=sum(sizes[n] for n in missing))
+        task = bar.add_task("downloading", total=sum(sizes.values()))
 
         def one(name: str) -> None:
-            url = f"{options.source.rstrip('/')}/{name}"
-            digest = fetch(
-                url, folder / name, sizes[name], timeout=options.timeout, retries=options.retries,
-                note=lambda n: bar.advance(task, n),
-            )  # fmt: skip
+            url, path = f"{options.source.rstrip('/')}/{name}", Path(options.folder) / name
+            try:
+                digest = fetch(
+                    url, path, sizes[name], timeout=options.timeout, retries=options.retries,
+                    note=lambda n: bar.advance(task, n),
+                )  # fmt: skip
+            except UserError as e:  # the other files still come
+                errors.append(e)
+                return
             with lock:
                 sums[name] = digest
                 write_json(sums_file, sums)
 
         with ThreadPoolExecutor(options.connections) as pool:
-            for done in as_completed([pool.submit(one, name) for name in missing]):
-                e = done.exception()
-                if isinstance(e, UserError):
-                    errors.append(e)  # the other files still come
-                elif e is not None:
-                    raise e
+            list(pool.map(one, sizes))
+    for e in errors[1:]:
+        log.error("%s", e)
     if errors:
-        for e in errors[1:]:
-            log.error("%s", e)
         raise errors[0]

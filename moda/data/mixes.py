@@ -9,7 +9,6 @@ the seed alone. Five files that OLMoE-mix-0824 lists twice are in a subset once.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,8 @@ from olmo_core.io import get_file_size, is_url
 
 from moda.config.schema import DataConfig
 from moda.errors import UserError, nearest
+from moda.files import read_json, write_json
 
-from .manifest import read_manifest
-from .prepare.tasks import write_json
 from .tokenizer import Tokenizer
 
 __all__ = ["choose_subset", "load_sizes", "mix_files", "mix_paths", "subset_file"]
@@ -42,9 +40,8 @@ def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> list[tuple[str, str]
     except ValueError:
         raise UserError(key, "a data mix of OLMo-core", name, nearest(name, [m.value for m in DataMix])) from None
     if tokenizer.hub is None:
-        raise UserError(
-            "data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, "set data.tokenizer.hub"
-        )
+        hint = "set data.tokenizer.hub"
+        raise UserError("data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, hint)
     try:
         paths, labels = mix.build("", tokenizer.hub)
     except (ValueError, FileNotFoundError) as e:
@@ -70,8 +67,8 @@ def choose_subset(
     chosen = set()
     for label in dict.fromkeys(label for label, _ in files):
         paths = [path for one, path in files if one == label]
-        held = sum(sizes[p] for p in paths) // width
-        quota = -(-held * tokens // total)
+        available = sum(sizes[p] for p in paths) // width
+        quota = -(-available * tokens // total)
         taken = 0
         for path in sorted(paths, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest()):
             if taken >= quota:
@@ -88,31 +85,29 @@ def subset_file(folder: Path, mix: str, tokens: int | None, seed: int = 0) -> Pa
 
 
 def load_sizes(
-    base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
+    key: str, base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
 ) -> dict[str, int]:
     """The size of every file of a mix, asked once and remembered.
 
+    :param key: what an error is about.
     :param base: folder or URL.
     :param cache: the file to remember them in.
 
     :raises UserError: naming the first file that cannot be reached.
     """
-    known: dict[str, int] = json.loads(cache.read_text()) if cache.is_file() else {}
+    known: dict[str, int] = read_json(cache, key) if cache.is_file() else {}
     missing = [p for p in paths if p not in known]
     if missing:
         log.info("asking %s for the sizes of %d files ...", base, len(missing))
-
-        def ask(path: str) -> int | Exception:
-            try:
-                return size_of(f"{base.rstrip('/')}/{path}")
-            except Exception as e:  # each kind of storage has its own
-                return e
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for path, found in zip(missing, pool.map(ask, missing)):
-                if isinstance(found, Exception):
-                    raise UserError("data.base_dir", f"a place that has {path}", base, str(found).split("\n")[0])
-                known[path] = found
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            for path, size in zip(missing, pool.map(lambda p: size_of(f"{base.rstrip('/')}/{p}"), missing)):
+                known[path] = size
+        except Exception as e:  # each kind of storage has its own
+            path = next(p for p in missing if p not in known)
+            raise UserError(key, f"a place that has {path}", base, str(e).split("\n")[0]) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
         write_json(cache, known)
     return {p: known[p] for p in paths}
 
@@ -130,10 +125,11 @@ def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width
     if tokens is not None:
         listed = None if is_url(base) else subset_file(Path(base), name, tokens)
         if listed is not None and listed.is_file():
-            files = [(label, path) for label, path, _ in read_manifest(listed)["files"]]
+            files = [(label, path) for label, path, _ in read_json(listed, "data.mix_tokens")["files"]]
         else:
             where = hashlib.sha256(base.encode()).hexdigest()[:16]
-            sizes = load_sizes(base, [p for _, p in files], Path(data.work_dir) / f"sizes-{name}-{where}.json")
+            cache = Path(data.work_dir) / f"sizes-{name}-{where}.json"
+            sizes = load_sizes("data.base_dir", base, [p for _, p in files], cache)
             files = choose_subset(files, sizes, tokens, width)
     if not is_url(base):
         missing = [path for _, path in files if not Path(base, path).is_file()]

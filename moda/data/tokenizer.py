@@ -1,31 +1,38 @@
-"""Finding a tokenizer by name, file or folder, and telling two tokenizers apart."""
+"""Finding a tokenizer by name, file or folder, telling two apart, and the one way in which documents become ids.
+
+A document is tokenized without special tokens, whatever the tokenizer's post-processor would add, and closed by the end token.
+Text that looks like a special token is text. Worker processes import this module: it must load neither torch nor OLMo-core.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_core.data import TokenizerConfig
-
-from moda.config.schema import TokenizerSection
 from moda.errors import UserError
+from moda.files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
+    from olmo_core.data import TokenizerConfig
 
-__all__ = ["Tokenizer", "load_tokenizer", "packaged_tokenizer_file"]
+    from moda.config.schema import TokenizerSection
+
+__all__ = ["Tokenizer", "document_ids", "encode_batch", "load_encoder", "load_tokenizer", "packaged_tokenizer_file"]
 
 PACKAGED = "allenai_gpt-neox-olmo-dolma-v1_5.json"
 
-# name: (OLMo-core's settings, the hub name that tells the tokenizer apart)
+# name: (the method of OLMo-core's TokenizerConfig that has its settings, the hub name that tells the tokenizer apart)
 _NAMED = {
-    "dolma2": (TokenizerConfig.dolma2, "allenai/dolma2-tokenizer"),
-    "gpt2": (TokenizerConfig.gpt2, "gpt2"),
-    "gpt-neox": (TokenizerConfig.gpt_neox_olmo_dolma_v1_5, "allenai/gpt-neox-olmo-dolma-v1_5"),
+    "dolma2": ("dolma2", "allenai/dolma2-tokenizer"),
+    "gpt2": ("gpt2", "gpt2"),
+    "gpt-neox": ("gpt_neox_olmo_dolma_v1_5", "allenai/gpt-neox-olmo-dolma-v1_5"),
 }
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 _PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
@@ -56,24 +63,17 @@ class Tokenizer:
     fingerprint: str
     hub: str | None = None
 
+    @property
+    def location(self) -> str:
+        """Its file, or its name on the hub."""
+        return str(self.config.identifier) if self.path is None else str(self.path.resolve())
+
     def load(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself.
+        """The tokenizer itself, as its file describes it. For documents see :func:`document_ids`.
 
         :raises UserError: if there is no file and the hub cannot be reached.
         """
-        import tokenizers
-
-        if self.path is not None:
-            return _read(self.path, self.name)
-        try:
-            return tokenizers.Tokenizer.from_pretrained(self.config.identifier)
-        except Exception as e:  # the hub client raises many kinds
-            raise UserError(
-                "data.tokenizer",
-                "a local tokenizer.json, where the hub cannot be reached",
-                self.name,
-                str(e).split("\n")[0],
-            ) from None
+        return _read(self.location, self.name)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of a tokenizer."""
@@ -86,38 +86,51 @@ class Tokenizer:
         }
 
 
-def _read(path: Path, name: str) -> tokenizers.Tokenizer:
+def _read(location: str, name: str) -> tokenizers.Tokenizer:
     import tokenizers
 
+    local = location.endswith(".json") or os.path.isfile(location)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises plain Exception
-        raise UserError("data.tokenizer", "a readable tokenizer.json", name, str(e).split("\n")[0]) from None
+        return tokenizers.Tokenizer.from_file(location) if local else tokenizers.Tokenizer.from_pretrained(location)
+    except Exception as e:  # tokenizers raises plain Exception, and the hub's client many kinds
+        expected = "a readable tokenizer.json" if local else "a local tokenizer.json, where the hub cannot be reached"
+        raise UserError("data.tokenizer", expected, name, str(e).split("\n")[0]) from None
 
 
-def _find(vocab: dict[str, int], names: tuple) -> int | None:
-    return next((vocab[n] for n in names if n in vocab), None)
+@lru_cache(maxsize=4)
+def load_encoder(location: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a file or hub name, made ready for documents, once per process."""
+    encoder = _read(location, location)
+    encoder.encode_special_tokens = True  # what looks like a special token in a text is text
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def encode_batch(encoder: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts, nothing added; an encoder is from :func:`load_encoder`."""
+    return [e.ids for e in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a document as training, preparation and evaluation know it: no special tokens, closed by the end token."""
+    return [*encode_batch(load_encoder(tokenizer.location), [text])[0], tokenizer.config.eos_token_id]
 
 
 def _settings_beside(folder: Path) -> dict[str, Any]:
     """Token names and ids that the files beside a tokenizer.json give (Hugging Face's layout)."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        file = folder / name
-        if file.is_file():
-            try:
-                data = json.loads(file.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as e:
-                raise UserError("data.tokenizer", f"readable JSON in {file}", hint=str(e)) from None
-            for key in ("eos_token_id", "pad_token_id", "eos_token", "pad_token"):
-                value = data.get(key)
-                if isinstance(value, dict):
-                    value = value.get("content")
-                if isinstance(value, list):
-                    value = value[0] if value else None
-                if value is not None:
-                    found.setdefault(key, value)
-    return found
+        data = read_json(folder / name, "data.tokenizer") if (folder / name).is_file() else {}
+        for key in ("eos_token_id", "pad_token_id", "eos_token", "pad_token"):
+            value = data.get(key)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, list):
+                value = value[0] if value else None
+            if isinstance(value, (int, str)):
+                settings.setdefault(key, value)
+    return settings
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
@@ -125,14 +138,16 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
 
     :raises UserError: for a file that is missing or unreadable, or one whose document-end token cannot be told.
     """
+    from olmo_core.data import TokenizerConfig
+
     name = section.identifier
     if name in _NAMED:
-        make, hub = _NAMED[name]
+        method, hub = _NAMED[name]
         path = packaged_tokenizer_file() if name == "gpt-neox" else None
-        fingerprint = f"hub:{hub}" if path is None else _file_fingerprint(path)
-        config = make()
-        config = _override(config, section, str(path) if path else hub)
-        return Tokenizer(name, config, path, fingerprint, hub)
+        config = getattr(TokenizerConfig, method)().replace(identifier=str(path or hub))
+        given = {k: getattr(section, k) for k in ("vocab_size", "eos_token_id", "pad_token_id")}
+        config = config.replace(**{k: v for k, v in given.items() if v is not None})
+        return Tokenizer(name, config, path, f"hub:{hub}" if path is None else _fingerprint(path), hub)
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -142,64 +157,43 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     if looks_local or name.count("/") > 1:
         raise UserError("data.tokenizer", "an existing tokenizer.json or a folder with one", name)
     if section.vocab_size is None or section.eos_token_id is None:
-        known = ", ".join(_NAMED)
-        raise UserError(
-            "data.tokenizer",
-            f"one of {known}, a tokenizer.json, or a hub name with vocab_size and eos_token_id",
-            name,
-            "write tokenizer: {identifier: NAME, vocab_size: N, eos_token_id: N}",
-        )
-    config = TokenizerConfig(
-        vocab_size=section.vocab_size,
-        eos_token_id=section.eos_token_id,
-        pad_token_id=section.eos_token_id if section.pad_token_id is None else section.pad_token_id,
-        identifier=name,
-    )
+        expected = f"one of {', '.join(_NAMED)}, a tokenizer.json, or a hub name with vocab_size and eos_token_id"
+        hint = "write tokenizer: {identifier: NAME, vocab_size: N, eos_token_id: N}"
+        raise UserError("data.tokenizer", expected, name, hint)
+    eos = section.eos_token_id
+    pad = eos if section.pad_token_id is None else section.pad_token_id
+    config = TokenizerConfig(vocab_size=section.vocab_size, eos_token_id=eos, pad_token_id=pad, identifier=name)
     return Tokenizer(name, config, None, f"hub:{name}", name)
 
 
-def _file_fingerprint(path: Path) -> str:
+def _fingerprint(path: Path) -> str:
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _override(config: TokenizerConfig, section: TokenizerSection, identifier: str) -> TokenizerConfig:
-    changes = {
-        k: getattr(section, k)
-        for k in ("vocab_size", "eos_token_id", "pad_token_id")
-        if getattr(section, k) is not None
-    }
-    return config.replace(identifier=identifier, **changes)
-
-
 def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
-    tok = _read(path, name)
-    vocab = tok.get_vocab(with_added_tokens=True)
+    from olmo_core.data import TokenizerConfig
+
+    vocab = _read(str(path), name).get_vocab(with_added_tokens=True)
     beside = _settings_beside(path.parent)
     size = section.vocab_size or (max(vocab.values()) + 1 if vocab else 0)
     if vocab and size <= max(vocab.values()):
         raise UserError("data.tokenizer.vocab_size", f"at least {max(vocab.values()) + 1} for {name}", size)
 
-    def special(kind: str, given: int | None, usual: tuple) -> int | None:
-        if given is not None:
-            return given
-        if f"{kind}_token" in beside and beside[f"{kind}_token"] in vocab:
-            return vocab[beside[f"{kind}_token"]]
-        if f"{kind}_token_id" in beside:
-            return int(beside[f"{kind}_token_id"])
-        return _find(vocab, usual)
+    def special(kind: str, given: int | None, usual: tuple[str, ...]) -> int | None:
+        """The section's id, else that of the name or id in the files beside, else that of a usual name."""
+        token, number = beside.get(f"{kind}_token"), beside.get(f"{kind}_token_id")
+        if given is None:
+            given = vocab[token] if token in vocab else number if isinstance(number, int) else None
+        return given if given is not None else next((vocab[n] for n in usual if n in vocab), None)
 
     eos = special("eos", section.eos_token_id, _EOS_NAMES)
     if eos is None:
-        raise UserError(
-            "data.tokenizer.eos_token_id",
-            f"the id of the token that ends a document, which {name} does not tell",
-            hint="write tokenizer: {identifier: PATH, eos_token_id: N}",
-        )
+        expected = f"the id of the token that ends a document, which {name} does not tell"
+        hint = "write tokenizer: {identifier: PATH, eos_token_id: N}"
+        raise UserError("data.tokenizer.eos_token_id", expected, hint=hint)
     pad = special("pad", section.pad_token_id, _PAD_NAMES)
-    ids: list[int] = [eos] + ([] if pad is None else [pad])
-    if max(ids) >= size or min(ids) < 0:
-        raise UserError("data.tokenizer", f"special token ids from 0 to {size - 1}", ids)
-    config = TokenizerConfig(
-        vocab_size=size, eos_token_id=eos, pad_token_id=eos if pad is None else pad, identifier=str(path)
-    )
-    return Tokenizer(name, config, path, _file_fingerprint(path), section.hub)
+    pad = eos if pad is None else pad
+    if max(eos, pad) >= size or min(eos, pad) < 0:
+        raise UserError("data.tokenizer", f"special token ids from 0 to {size - 1}", [eos, pad])
+    config = TokenizerConfig(vocab_size=size, eos_token_id=eos, pad_token_id=pad, identifier=str(path))
+    return Tokenizer(name, config, path, _fingerprint(path), section.hub)

@@ -140,7 +140,7 @@ def test_full_disk(tmp_path: Path, documents: list[str], prepared: Any, monkeypa
 
     class Full(tokenize._Part):
         def write(self, ids: Any) -> None:
-            if "00002" in self.name.name:
+            if "00002" in self._tokens.name:
                 raise OSError(errno.ENOSPC, "No space left on device")
             super().write(ids)
 

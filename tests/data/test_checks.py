@@ -12,7 +12,7 @@ import pytest
 
 from moda.config.schema import DataConfig, TokenizerSection, Verify
 from moda.data import build_training_data, load_tokenizer
-from moda.data.checks import check_token_files
+from moda.data.token_files import check_token_files
 from moda.errors import UserError
 from tests.data_files import write_jsonl
 
@@ -87,3 +87,60 @@ def test_many_shards_are_checked_quickly(tmp_path: Path) -> None:
     np.full(50_000_000 // 1000, 60_000, dtype=np.uint16).tofile(paths[500])
     with pytest.raises(UserError, match=r"00500\.npy \(up to 60000\)"):
         check_token_files("data.paths", paths, tokenizer, cache=tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda p: np.save(p.open("wb"), np.arange(1, 99, dtype=np.uint16)), "np.save"),
+        (lambda p: np.arange(1, 99).astype(np.int64).tofile(p), "8-byte numbers"),
+        (lambda p: np.arange(1, 99).astype(np.int32).tofile(p), "4-byte numbers"),
+        (lambda p: np.arange(1, 99).astype(">i4").tofile(p), "4-byte numbers"),
+        (lambda p: np.arange(1, 99).astype(np.float32).tofile(p), "4-byte numbers"),
+        (lambda p: np.savez(p.open("wb"), np.arange(1, 99)), "np.savez"),
+        (lambda p: p.write_bytes(b"Plain text, once upon a time.\n" * 8), "text"),
+        (lambda p: p.write_bytes(b"\1\0\2\0\3"), "whole uint16 token ids"),
+    ],
+)
+def test_files_of_another_type_are_refused(write: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    write(path)
+    with pytest.raises(UserError, match=message) as caught:
+        check_token_files("data.paths", [str(path)], load_tokenizer(TokenizerSection("gpt-neox")))
+    assert str(path) in str(caught.value)
+
+
+def test_int64_ids_are_not_read_as_uint32(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.arange(1, 99).astype(np.int64).tofile(path)
+    with pytest.raises(UserError, match="8-byte numbers.*uint32"):
+        check_token_files("data.paths", [str(path)], load_tokenizer(TokenizerSection("dolma2")))
+
+
+@pytest.mark.parametrize("ids", [np.zeros(100), np.arange(100), np.tile([7, 0, 9], 40), np.tile([5, 0, 6, 8], 40)])
+def test_flat_ids_are_not_taken_for_another_type(ids: np.ndarray, tmp_path: Path) -> None:
+    ids.astype(np.uint16).tofile(tmp_path / "a.npy")
+    tokenizer = load_tokenizer(TokenizerSection("gpt-neox"))
+    assert check_token_files("data.paths", [str(tmp_path / "a.npy")], tokenizer) == len(ids)
+
+
+def test_an_id_beyond_the_vocabulary_inside_a_file_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    path, tokenizer = tmp_path / "a.npy", load_tokenizer(TokenizerSection("gpt-neox"))
+    ids = np.full(100_000, 5, dtype=np.uint16)
+    ids[50_001] = 60_000
+    ids.tofile(path)
+    data = DataConfig(paths=[str(path)], tokenizer="gpt-neox", work_dir=str(tmp_path / "work"))
+    with pytest.raises(UserError, match=r"a\.npy \(up to 60000\)"):
+        build_training_data(data, tokenizer, 64)
+    monkeypatch.setattr("moda.data.token_files._READ_WHOLE", 1000)  # too much to be read whole: noticed as it is read
+    dataset = build_training_data(data, tokenizer, 64).train.build()
+    dataset.prepare()
+    with pytest.raises(UserError, match=r"below \d+ in .*a\.npy, got 60000"):
+        dataset[50_001 // 64]
+
+
+def test_damaged_manifests(folder: Path, tmp_path: Path) -> None:
+    for content in ("[]", "{", '{"shards": []}', '{"shards": {"train/a-00000.npy": {}}}', "[" * 100_000):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            check(folder, tmp_path / "work")

@@ -14,7 +14,7 @@ import yaml
 from moda.config import load_config
 from moda.config.schema import DataConfig, MixtureSection, MixtureSource
 from moda.data import build_training_data, load_tokenizer
-from moda.data.mixture import affine
+from moda.data.datasets import affine
 from moda.errors import UserError
 from tests.tiny import make_tokenizer, tiny_config
 

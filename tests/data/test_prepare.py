@@ -261,3 +261,12 @@ def test_throughput_benchmark(tmp_path: Path, documents: list[str]) -> None:
     rows = benchmark(str(path), str(tmp_path / "t.csv"), Console(quiet=True), workers=1, repeats=1)
     assert len((tmp_path / "t.csv").read_text().splitlines()) == len(rows) + 1 == 3
     assert all(r["seconds_median"] > 0 and r["bytes"] == sum(len(d.encode()) for d in documents) for r in rows)
+
+
+def test_worker_processes_stay_light() -> None:
+    """What a task imports needs neither torch nor OLMo-core, which take seconds to load."""
+    steps = "readers, tokenize, pack, dedup, executors"
+    code = f"import sys; from moda.data.prepare import {steps}; print({{'torch', 'olmo_core'}} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("", "kernels", "evals"))}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "set()", found.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moda.data.token_files import looks_like, token_dtype
 from moda.errors import UserError
 
 from ..model import ModelInfo
@@ -35,11 +36,15 @@ def open_token_files(entry: DocumentSet, paths: Sequence[Path], model: ModelInfo
     tokenizer = model.tokenizer_info
     if tokenizer is None:
         raise UserError(entry.name, "a checkpoint that names its tokenizer", model.path, "give one with --tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer.config.vocab_size)
     for path in paths:
         size = path.stat().st_size if path.is_file() else 0
         if size == 0 or size % dtype.itemsize:
             raise UserError(entry.name, f"a token file {path} of whole {dtype} ids", f"{size} bytes")
+        with path.open("rb") as f:
+            wrong = looks_like(f.read(1 << 16), dtype)
+        if wrong is not None:
+            raise UserError(entry.name, f"flat {dtype} ids in {path}", wrong)
     try:
         text = model.tokenizer  # only for counting bytes
     except UserError:

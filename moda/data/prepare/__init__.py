@@ -1,11 +1,14 @@
-"""From any text to token files, on datatrove: readers, de-duplication, tokenizing, shards and a manifest.
+"""From any text to token files, on datatrove: de-duplication, tokenizing, shards and a manifest.
 
 ``prepare`` and its options are imported on use, so that worker processes stay light.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
+
+from moda.errors import UserError
 
 if TYPE_CHECKING:
     from .options import PrepareOptions, load_options
@@ -15,19 +18,12 @@ __all__ = ["PrepareOptions", "Preparation", "load_options", "prepare"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PrepareOptions", "load_options"):
-        from . import options as module
-    elif name in ("Preparation", "prepare"):
-        try:
-            from . import run as module  # type: ignore[no-redef]
-        except ModuleNotFoundError as e:
-            if (e.name or "").split(".")[0] not in ("datatrove", "loguru", "multiprocess", "orjson", "zstandard"):
-                raise
-            from moda.errors import UserError
-
-            raise UserError(
-                "prepare_data", "the extra 'data' to be installed (pip install 'moda[data]')", str(e)
-            ) from None
-    else:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    try:
+        return getattr(importlib.import_module(".options" if "ptions" in name else ".run", __name__), name)
+    except ModuleNotFoundError as e:
+        if (e.name or "moda").startswith("moda"):
+            raise
+        expected = "the extra 'data' to be installed (pip install -e '.[data]' in a clone)"
+        raise UserError("prepare_data", expected, str(e)) from None

@@ -37,7 +37,7 @@ _HASH = HashConfig(precision=64, hash_fc="sha1")
 
 
 def _content(document: Document) -> bytes:
-    return document.text.encode("utf-8", errors="surrogatepass")
+    return document.text.encode("utf-8")
 
 
 class _Whitespace(WordTokenizer):

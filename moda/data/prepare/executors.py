@@ -21,10 +21,17 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from moda.errors import UserError
+from moda.files import read_json, write_json
 
-from .tasks import read_json, write_json
+__all__ = ["disk_full", "make_executor", "raise_errors", "run_stage", "start_ray"]
 
-__all__ = ["make_executor", "raise_errors", "run_stage"]
+
+def disk_full(e: BaseException, folder: str | Path) -> UserError | None:
+    """The error for a full disk, where that is what ``e`` says."""
+    if not isinstance(e, OSError) or e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    hint = "free some and run the same command again: it resumes from here"
+    return UserError("output", f"enough disk space under {folder}", hint=hint)
 
 
 @contextlib.contextmanager
@@ -37,16 +44,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _note_error(state: str, stage: str, rank: int, e: BaseException) -> None:
-    if isinstance(e, UserError):
-        note: dict[str, Any] = {"key": e.key, "expected": e.expected, "got": None if e.got is None else str(e.got)}
-        note["hint"] = e.hint
-    elif isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some and run the same command again: it goes on from here"
-        note = {"key": "output", "expected": f"enough disk space under {Path(state).parent}", "got": None, "hint": hint}
-    else:
+    error = e if isinstance(e, UserError) else disk_full(e, Path(state).parent)
+    if error is None:
         what = "".join(traceback.format_exception_only(type(e), e)).strip()
         log = f"{state}/stages/{stage}/logs/task_{rank:05d}.log"
-        note = {"key": f"task {rank} of stage {stage}", "expected": "no failure", "got": what, "hint": f"see {log}"}
+        error = UserError(f"task {rank} of stage {stage}", "no failure", what, f"see {log}")
+    note = [error.key, error.expected, None if error.got is None else str(error.got), error.hint]
     with contextlib.suppress(OSError):  # on a full disk the exception itself still tells
         write_json(Path(state) / "errors" / f"{stage}-{rank:05d}.json", note)
 
@@ -59,7 +62,7 @@ class _Noted:
     pipeline: list[Any]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a task: no threads inside
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per task: no threads inside
         try:
             with _quiet():
                 return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
@@ -112,13 +115,12 @@ def make_executor(
     """
     logs = f"{state}/stages/{stage}"
     common: dict[str, Any] = dict(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
-    executor: Any
-    if kind == "local":
-        executor = _Local(**common)
-    elif kind == "ray":
-        executor = _Ray(**common, mem_per_cpu_gb=0.5)
-    else:
-        executor = _Slurm(**common, **{"mail_type": "NONE", "job_name": f"prepare-{stage}", **slurm})
+    further: dict[str, dict[str, Any]] = {
+        "local": {},
+        "ray": {"mem_per_cpu_gb": 0.5},
+        "slurm": {"mail_type": "NONE", "job_name": f"prepare-{stage}", **slurm},
+    }
+    executor: Any = {"local": _Local, "ray": _Ray, "slurm": _Slurm}[kind](**common, **further[kind])
     executor.state, executor.stage = state, stage
     return executor
 
@@ -130,8 +132,7 @@ def raise_errors(state: str) -> None:
     """
     notes = sorted((Path(state) / "errors").glob("*.json"))
     if notes:
-        note = read_json(notes[0])
-        raise UserError(note["key"], note["expected"], note["got"], note["hint"])
+        raise UserError(*read_json(notes[0], "output", list))
 
 
 def run_stage(executor: Any) -> None:
@@ -147,9 +148,7 @@ def run_stage(executor: Any) -> None:
         failure = e
     raise_errors(executor.state)
     if failure is not None:
-        if isinstance(failure, OSError) and failure.errno == errno.ENOSPC:
-            raise UserError("output", f"enough disk space under {executor.state}", hint="free some and run it again")
-        raise failure
+        raise disk_full(failure, executor.state) or failure
 
 
 def start_ray(address: str | None) -> None:
@@ -168,6 +167,5 @@ def start_ray(address: str | None) -> None:
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as e:
-            raise UserError(
-                "ray_address", "a Ray cluster that can be reached", address, str(e).split("\n")[0]
-            ) from None
+            reason = str(e).split("\n")[0]
+            raise UserError("ray_address", "a Ray cluster that can be reached", address, reason) from None

@@ -1,4 +1,4 @@
-"""What a preparation can be told, checked when it is read."""
+"""The options of a preparation, checked when they are read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,11 @@ from yaml import YAMLError
 
 from moda.config.load import read_yaml
 from moda.config.schema import TokenizerSection
-from moda.errors import UserError
+from moda.data.formats import AUTO, FORMATS
+from moda.errors import UserError, nearest
 from moda.typed import from_dict
 
-__all__ = ["Dedup", "ExecutorKind", "Format", "PrepareOptions", "SourceOptions", "load_options"]
-
-
-class Format(str, Enum):
-    auto = "auto"
-    jsonl = "jsonl"
-    lines = "lines"
-    text = "text"
-    code = "code"
-    parquet = "parquet"
-    huggingface = "huggingface"
+__all__ = ["Dedup", "ExecutorKind", "PrepareOptions", "SourceOptions", "load_options"]
 
 
 class Policy(str, Enum):
@@ -48,13 +39,18 @@ class ExecutorKind(str, Enum):
     slurm = "slurm"
 
 
+def _at_least_one(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(key, "an integer >= 1", value)
+
+
 @dataclass
 class SourceOptions:
     """``sources.NAME``. A plain string or list is its ``path``.
 
     :param path: files, folders and globs; or the name or folder of a Hugging Face dataset.
-    :param format: ``auto`` goes by suffix: .jsonl, .parquet, and text for the rest. ``lines``: a document a line. ``code``: the
-        files of a folder that are program text. ``huggingface``: ``path`` is for ``datasets.load_dataset``.
+    :param format: the name of a format (``moda.data.formats``), or ``auto``: that of each file. ``lines``: a document per
+        line. ``code``: the files of a folder that are program text. ``huggingface``: for ``datasets.load_dataset``.
     :param field: the text field of a record.
     :param config: configuration of a Hugging Face dataset.
     :param split: its split.
@@ -63,7 +59,7 @@ class SourceOptions:
     """
 
     path: str | list[str]
-    format: Format = Format.auto
+    format: str = AUTO
     field: str = "text"
     config: str | None = None
     split: str | None = None
@@ -71,22 +67,27 @@ class SourceOptions:
     shards: int | None = None
 
     def __post_init__(self) -> None:
-        self.format = Format(self.format)
+        known = [AUTO, *FORMATS]
+        if self.format not in known:
+            raise UserError("sources.format", f"one of {', '.join(known)}", self.format, nearest(self.format, known))
         if isinstance(self.path, str):
             self.path = [self.path]
         if not self.path:
             raise UserError("sources.path", "at least one file, folder or glob", self.path)
-        given = [n for n in ("config", "split", "shards") if getattr(self, n) is not None] + [
-            "streaming"
-        ] * self.streaming
-        if self.format != Format.huggingface and given:
-            raise UserError(f"sources.{given[0]}", "to be used with format: huggingface", self.format.value)
-        if self.format == Format.huggingface:
+        given = [n for n in ("config", "split", "streaming", "shards") if getattr(self, n)]
+        if self.in_files and given:
+            datasets = " or ".join(f.name for f in FORMATS.values() if not f.in_files)
+            raise UserError(f"sources.{given[0]}", f"to be used with format: {datasets}", self.format)
+        if not self.in_files:
             if len(self.path) != 1:
                 raise UserError("sources.path", "one dataset", self.path)
             self.split = self.split or "train"
-        if self.shards is not None and self.shards < 1:
-            raise UserError("sources.shards", "an integer >= 1", self.shards)
+        _at_least_one("sources.shards", self.shards)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the source is made of files, rather than a dataset."""
+        return self.format == AUTO or FORMATS[self.format].in_files
 
 
 @dataclass
@@ -96,6 +97,11 @@ class MinHashOptions:
     n_grams: int = 5
     buckets: int = 14
     hashes_per_bucket: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least_one("minhash.n_grams", self.n_grams)
+        _at_least_one("minhash.buckets", self.buckets)
+        _at_least_one("minhash.hashes_per_bucket", self.hashes_per_bucket)
 
 
 @dataclass
@@ -112,7 +118,7 @@ class PrepareOptions:
     :param bad_input: what invalid UTF-8 or JSON, a missing field or a broken file leads to.
     :param empty: what a document without text leads to.
     :param executor: where tasks run. Like ``workers`` it changes nothing in the result.
-    :param workers: tasks at a time; null for one a core (16 on Slurm).
+    :param workers: tasks at a time; null for one per core (16 on Slurm).
     :param ray_address: a Ray cluster; null for one of this machine.
     :param slurm: settings of datatrove's SlurmPipelineExecutor; ``time`` and ``partition`` are needed.
     """
@@ -144,9 +150,7 @@ class PrepareOptions:
         if not 0 <= self.validation_fraction < 1:
             raise UserError("validation_fraction", "a number from 0 to below 1", self.validation_fraction)
         for key in ("shard_tokens", "task_bytes", "workers"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(key, "an integer >= 1", value)
+            _at_least_one(key, getattr(self, key))
         missing = {"time", "partition"} - set(self.slurm or {})
         if self.executor == ExecutorKind.slurm and missing:
             raise UserError("slurm", f"a value for {' and '.join(sorted(missing))}", self.slurm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
-from .tasks import read_json, write_json
+from moda.files import write_json, writing
+
+from .tasks import read_state, state_file
 
 __all__ = ["ShardWriter", "plan_shards"]
 
@@ -49,7 +50,7 @@ def plan_shards(parts: Path, ranks: list[int], split: str, shard_tokens: int) ->
 
 
 class ShardWriter(PipelineStep):
-    """Writes shard ``rank`` as planned in ``pack/``, aside, and notes its size and SHA-256.
+    """Writes shard ``rank`` as planned in ``pack/`` and notes its size and SHA-256.
 
     :param root: the folder that becomes the output.
     :param state: the state folder.
@@ -62,32 +63,27 @@ class ShardWriter(PipelineStep):
         super().__init__()
         self.root, self.state, self.width = root, state, np.dtype(dtype).itemsize
 
+    def _blocks(self, plan: dict[str, Any]) -> Iterator[bytes]:
+        for part, start, end in plan["stretches"]:
+            source = Path(self.state) / "parts" / f"{part:05d}.{plan['split']}.tokens"
+            left = (end - start) * self.width
+            with source.open("rb") as f:
+                f.seek(start * self.width)
+                while left:
+                    block = f.read(min(_BLOCK, left))
+                    if not block:
+                        raise EOFError(f"{source} is shorter than it was")
+                    left -= len(block)
+                    yield block
+
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
-        plan = read_json(Path(self.state) / "pack" / f"{rank:05d}.json")
-        path = Path(self.root) / plan["file"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        plan = read_state(self.state, "pack", rank)
         digest, size = hashlib.sha256(), 0
-        try:
-            with scratch.open("wb") as out:
-                for part, start, end in plan["stretches"]:
-                    source = Path(self.state) / "parts" / f"{part:05d}.{plan['split']}.tokens"
-                    left = (end - start) * self.width
-                    with source.open("rb") as f:
-                        f.seek(start * self.width)
-                        while left:
-                            block = f.read(min(_BLOCK, left))
-                            if not block:
-                                raise EOFError(f"{source} is shorter than it was")
-                            out.write(block)
-                            digest.update(block)
-                            left -= len(block)
-                            size += len(block)
-                out.flush()
-                os.fsync(out.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
-        held = {k: plan[k] for k in ("source", "split", "documents", "tokens")}
-        entry = {"file": plan["file"], **held, "bytes": size, "sha256": digest.hexdigest()}
-        write_json(Path(self.state) / "packed" / f"{rank:05d}.json", entry)
+        with writing(Path(self.root) / plan["file"], "wb") as out:
+            for block in self._blocks(plan):
+                out.write(block)
+                digest.update(block)
+                size += len(block)
+        entry = {k: plan[k] for k in ("file", "source", "split", "documents", "tokens")}
+        entry.update(bytes=size, sha256=digest.hexdigest())
+        write_json(state_file(self.state, "packed", rank), entry)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 __all__ = ["Watch", "format_bytes"]
-
-log = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
 
@@ -32,7 +28,7 @@ def format_bytes(n: float) -> str:
 class Watch:
     """Shows a stage's progress while the body runs: a bar on a terminal, a line now and then elsewhere.
 
-    :param title: what is going on.
+    :param title: what the stage does.
     :param state: the state folder.
     :param stage: the stage's name.
     :param total: input bytes, or None if they are not known: then tasks are counted.
@@ -52,13 +48,13 @@ class Watch:
     def read(self) -> tuple[int, int, int]:
         """(bytes, documents, finished tasks) so far."""
         finished = {p.name for p in self._marks.iterdir()} if self._marks.is_dir() else set()
-        names = [p for p in self._notes.iterdir()] if self._notes.is_dir() else []
+        names = list(self._notes.iterdir()) if self._notes.is_dir() else []
         for path in names:
             if path.name in self._finished:
                 continue  # its last note has been read
             try:
-                note = orjson.loads(path.read_bytes())
-                self._seen[path.name] = (note["bytes"], note["documents"])
+                size, documents = json.loads(path.read_bytes())
+                self._seen[path.name] = (size, documents)
             except (OSError, ValueError):
                 continue  # being written
         self._finished = finished
@@ -66,37 +62,28 @@ class Watch:
         return done, sum(d for _, d in self._seen.values()), len(finished)
 
     def _loop(self) -> None:
-        bar: Progress | None = None
-        task: Any = None
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        clocks = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        figures_column = TextColumn("{task.fields[figures]}")
+        on_terminal = self.console.is_terminal
         first, _, first_tasks = self.read()  # of an interrupted run: not part of this one's pace
-        if self.console.is_terminal:
-            bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-                console=self.console,
-            )  # fmt: skip
-            task = bar.add_task(self.title, total=self.total or self.tasks, figures="")
-            bar.start()
         last_line = time.monotonic()
-        while True:
-            stopping = self._stop.wait(0.5)
-            done, documents, tasks = self.read()
-            seconds = max(time.monotonic() - self._started, 1e-9)
-            position, total, before = (done, self.total, first) if self.total else (tasks, self.tasks, first_tasks)
-            pace = (position - before) / seconds
-            figures = f"{tasks}/{self.tasks} tasks, {documents:,} documents"
-            if self.total:
-                figures += f", {format_bytes(done)} of {format_bytes(self.total)}, {format_bytes(pace)}/s"
-            if bar is not None:
-                bar.update(task, completed=min(position, total or 1), figures=figures)
-            elif not stopping and time.monotonic() - last_line > _LINE_SECONDS:
-                last_line = time.monotonic()
-                left = f"{((total or 0) - position) / pace:.0f} s" if pace > 0 else "unknown"
-                self.console.print(f"{self.title}: {figures}, ETA {left}", highlight=False, soft_wrap=True)
-            if stopping:
-                break
-        if bar is not None:
-            bar.stop()
+        with Progress(*columns, figures_column, *clocks, console=self.console, disable=not on_terminal) as bar:
+            task = bar.add_task(self.title, total=self.total or self.tasks, figures="")
+            stopping = False
+            while not stopping:
+                stopping = self._stop.wait(0.5)
+                done, documents, tasks = self.read()
+                position, total, before = (done, self.total, first) if self.total else (tasks, self.tasks, first_tasks)
+                pace = (position - before) / max(time.monotonic() - self._started, 1e-9)
+                figures = f"{tasks}/{self.tasks} tasks, {documents:,} documents"
+                if self.total:
+                    figures += f", {format_bytes(done)} of {format_bytes(self.total)}, {format_bytes(pace)}/s"
+                bar.update(task, completed=min(position, total), figures=figures)
+                if not on_terminal and not stopping and time.monotonic() - last_line > _LINE_SECONDS:
+                    last_line = time.monotonic()
+                    left = f"{(total - position) / pace:.0f} s" if pace > 0 else "unknown"
+                    self.console.print(f"{self.title}: {figures}, ETA {left}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,25 +22,26 @@ from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
 from moda.data.manifest import MANIFEST, read_manifest
+from moda.data.token_files import token_dtype
 from moda.data.tokenizer import Tokenizer, load_tokenizer
 from moda.errors import UserError
+from moda.files import read_json, write_json
 from moda.typed import to_dict
 
 from . import dedup
-from .executors import make_executor, raise_errors, run_stage, start_ray
-from .inputs import make_tasks
+from .executors import disk_full, make_executor, raise_errors, run_stage, start_ray
 from .options import Dedup, ExecutorKind, PrepareOptions
 from .pack import ShardWriter, plan_shards
 from .progress import Watch
 from .readers import TaskReader
-from .tasks import STATE, Task, read_json, write_json, write_task
+from .tasks import STATE, Task, make_tasks, read_state, state_file, write_task
 from .tokenize import SPLITS, PartTokenizer
 
 __all__ = ["Preparation", "prepare"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the output; part of the manifest
+FORMAT = 2  # of the output; part of the manifest
 _NOT_IN_RESULT = ("output", "executor", "workers", "ray_address", "slurm")
 _POLL_SECONDS = 2.0
 _PACKED_BYTES = 256 << 20  # of shards that one process has written before another has started
@@ -74,43 +74,29 @@ def _locked(partial: Path) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by child processes
         except (BlockingIOError, PermissionError):
             handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(
-                "output", f"no other preparation at work in {partial}", holder, "wait for it to end"
-            ) from None
+            owner = handle.read().strip() or "another process"
+            raise UserError("output", f"no other preparation in {partial}", owner, "wait for it to end") from None
         try:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
             yield
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            hint = "free some and run the same command again: it goes on from here"
-            raise UserError("output", f"enough disk space under {partial}", hint=hint) from None
-
-
-def _result_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that the output depends on; they are part of the manifest."""
-    plain = to_dict(options)
-    return {k: v for k, v in plain.items() if k not in _NOT_IN_RESULT}
+            raise disk_full(e, partial) or e from None
 
 
 def _plan(options: PrepareOptions, tokenizer: Tokenizer, tasks: list[Task], inputs: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a preparation: the same plan gives the same bytes."""
-    files: list[list[Any]] = []
-    for task in tasks:
-        for p in task.pieces:
-            stamp = None if p.kind == "hf" else os.stat(p.path).st_mtime_ns
-            files.append([p.kind, p.path, p.start, p.end, p.size, stamp])
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    """What identifies a preparation: the same plan gives the same bytes. Its options are part of the manifest."""
+    pieces = [p for task in tasks for p in task.pieces]
+    stamps = {p.path: os.stat(p.path).st_mtime_ns if os.path.isfile(p.path) else None for p in pieces}
+    files = [[p.format, p.path, p.start, p.end, p.size, stamps[p.path]] for p in pieces]
     return {
         "format": FORMAT,
-        "options": _result_options(options),
+        "options": {k: v for k, v in to_dict(options).items() if k not in _NOT_IN_RESULT},
         "tokenizer": tokenizer.describe(),
         "tasks": len(tasks),
         "inputs": inputs,
-        "pieces": digest,
+        "pieces": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
     }
 
 
@@ -118,32 +104,20 @@ def _open_plan(state: Path, plan: dict[str, Any], tasks: list[Task]) -> None:
     """Start a preparation, or check that the one that was interrupted is this one."""
     file = state / "plan.json"
     if file.is_file():
-        before = read_json(file)
-        for name, value in plan.items():
-            if before.get(name) != value:
-                what = "input files" if name in ("pieces", "inputs", "tasks") else name
-                raise UserError(
-                    "output",
-                    f"the same {what} as the unfinished preparation in {state.parent}",
-                    hint="go on with what it was begun with, or pass --restart",
-                )
-        log.info("going on with the unfinished preparation in %s", state.parent)
+        before = read_json(file, "output")
+        changed = [name for name, value in plan.items() if before.get(name) != value]
+        if changed:
+            what = "input files" if changed[0] in ("pieces", "inputs", "tasks") else changed[0]
+            hint = "resume it with what it was begun with, or pass --restart"
+            raise UserError("output", f"the same {what} as the unfinished preparation in {state.parent}", hint=hint)
+        log.info("resuming the unfinished preparation in %s", state.parent)
     else:
         for rank, task in enumerate(tasks):
             write_task(state, rank, task)
-        write_json(file, plan, durable=True)
+        write_json(file, plan)
     shutil.rmtree(state / "errors", ignore_errors=True)
     for scratch in state.parent.rglob(".*.partial"):
         scratch.unlink(missing_ok=True)
-
-
-def _forget_unfinished(state: Path, stage: str, whole: Callable[[int], bool], tasks: int) -> None:
-    """Drop the completion marks of tasks whose files are not (or no longer) there."""
-    marks = state / "stages" / stage / "completions"
-    for rank in range(tasks):
-        mark = marks / f"{rank:05d}"
-        if mark.is_file() and not whole(rank):
-            mark.unlink()
 
 
 class _Stages:
@@ -162,75 +136,73 @@ class _Stages:
         stage: str,
         pipeline: list[PipelineStep],
         tasks: int,
+        *,
         total: int | None = None,
         workers: int | None = None,
+        is_whole: Callable[[int], bool] = lambda rank: True,
     ) -> None:
         """Run a stage until all its tasks are complete.
 
         :param total: input bytes, where the stage reads the input.
         :param workers: fewer workers than configured, for a stage too small to start them.
+        :param is_whole: whether the files of a finished task are there; those of which they are not run again.
 
         :raises UserError: with the reason if one fails.
         """
-        state = str(self.state)
+        for rank in range(tasks):
+            mark = self.state / "stages" / stage / "completions" / f"{rank:05d}"
+            if mark.is_file() and not is_whole(rank):
+                mark.unlink()
         executor = make_executor(
-            self.options.executor.value, pipeline, tasks, state=state, stage=stage,
-            workers=min(self.workers, workers or self.workers),
-            slurm=self.options.slurm or {},
+            self.options.executor.value, pipeline, tasks, state=str(self.state), stage=stage,
+            workers=min(self.workers, workers or self.workers), slurm=self.options.slurm or {},
         )  # fmt: skip
         if not executor.get_incomplete_ranks():
             return
         with Watch(title, self.state, stage, total, tasks, self.console):
             run_stage(executor)
             while left := executor.get_incomplete_ranks():  # Slurm's executor returns when it has submitted
-                raise_errors(state)
+                raise_errors(str(self.state))
                 if self.options.executor != ExecutorKind.slurm:
-                    logs = self.state / "stages" / stage / "logs"
-                    raise UserError(
-                        "executor", f"all tasks of {stage} to succeed", f"{len(left)} did not", f"see {logs}"
-                    )
+                    hint = f"see {self.state / 'stages' / stage / 'logs'}"
+                    raise UserError("executor", f"all tasks of {stage} to succeed", f"{len(left)} did not", hint)
                 time.sleep(_POLL_SECONDS)
 
 
-def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: list[Task], dtype: str) -> None:
+def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: list[Task], dtype: np.dtype) -> None:
     """Everything up to the parts."""
     options, state = stages.options, str(stages.state)
     total = sum(t.size for t in tasks) or None
-    found: list[dedup.Stage] = []
+    before: list[dedup.Stage] = []
     make_filter: Callable[[], PipelineStep] | None = None
     if options.dedup == Dedup.exact:
-        found, make_filter = dedup.exact(state, len(tasks))
+        before, make_filter = dedup.exact(state, len(tasks))
     elif options.dedup == Dedup.minhash:
-        m = options.minhash
-        settings = dict(n_grams=m.n_grams, buckets=m.buckets, hashes_per_bucket=m.hashes_per_bucket)
-        found, make_filter = dedup.minhash(state, len(tasks), **settings)
-    for name, pipeline, count in found:
-        stages.run(f"duplicates: {name}", name, pipeline, count, total if name == "hash" else None)
+        before, make_filter = dedup.minhash(state, len(tasks), **to_dict(options.minhash))
+    for name, pipeline, count in before:
+        stages.run(f"duplicates: {name}", name, pipeline, count, total=total if name == "hash" else None)
     parts = stages.state / "parts"
 
-    def whole(rank: int) -> bool:
+    def is_whole(rank: int) -> bool:
         """Whether a part's files are there with the sizes that it noted."""
         try:
-            held, name = read_json(parts / f"{rank:05d}.json"), f"{rank:05d}"
-            sizes = {s: [(parts / f"{name}.{s}.{kind}").stat().st_size for kind in ("tokens", "ends")] for s in SPLITS}
-        except (OSError, ValueError):
+            part = read_state(state, "parts", rank)
+            sizes = {s: [(parts / f"{rank:05d}.{s}.{k}").stat().st_size for k in ("tokens", "ends")] for s in SPLITS}
+        except (OSError, UserError):
             return False
-        width = np.dtype(dtype).itemsize
-        return all(sizes[s] == [held[s]["tokens"] * width, held[s]["documents"] * 8] for s in SPLITS)
+        return all(sizes[s] == [part[s]["tokens"] * dtype.itemsize, part[s]["documents"] * 8] for s in SPLITS)
 
-    _forget_unfinished(stages.state, "tokenize", whole, len(tasks))
-    path = str(tokenizer.path.resolve()) if tokenizer.path is not None else str(tokenizer.config.identifier)
     step = PartTokenizer(
-        state, path, vocab_size=tokenizer.config.vocab_size, eos_token_id=tokenizer.config.eos_token_id, dtype=dtype,
-        validation_fraction=options.validation_fraction,
+        state, tokenizer.location, vocab_size=tokenizer.config.vocab_size, eos_token_id=tokenizer.config.eos_token_id,
+        dtype=dtype.name, validation_fraction=options.validation_fraction,
     )  # fmt: skip
     pipeline = [TaskReader(state, "tokenize"), *([make_filter()] if make_filter else []), step]
-    stages.run("tokenizing", "tokenize", pipeline, len(tasks), total)
+    stages.run("tokenizing", "tokenize", pipeline, len(tasks), total=total, is_whole=is_whole)
 
 
-def _pack(stages: _Stages, tasks: list[Task], dtype: str) -> list[dict[str, Any]]:
+def _pack(stages: _Stages, tasks: list[Task], dtype: np.dtype) -> list[dict[str, Any]]:
     """Shards of all sources, written and hashed; what each holds, in order."""
-    state = stages.state
+    state, root = stages.state, stages.state.parent
     plans: list[dict[str, Any]] = []
     for name in stages.options.sources:
         ranks = [r for r, t in enumerate(tasks) if t.source == name]
@@ -240,41 +212,35 @@ def _pack(stages: _Stages, tasks: list[Task], dtype: str) -> list[dict[str, Any]
     if not any(p["split"] == "train" for p in plans):
         raise UserError("sources", "at least one document that is not empty")
     for rank, shard in enumerate(plans):
-        write_json(state / "pack" / f"{rank:05d}.json", shard)
-    root = state.parent
+        write_json(state_file(state, "pack", rank), shard)
 
-    def whole(rank: int) -> bool:
-        note, file = state / "packed" / f"{rank:05d}.json", root / plans[rank]["file"]
-        return note.is_file() and file.is_file() and file.stat().st_size == read_json(note)["bytes"]
+    def is_whole(rank: int) -> bool:
+        note, file = state_file(state, "packed", rank), root / plans[rank]["file"]
+        return note.is_file() and file.is_file() and file.stat().st_size == read_json(note, "output")["bytes"]
 
-    _forget_unfinished(state, "pack", whole, len(plans))
-    size = sum(p["tokens"] for p in plans) * np.dtype(dtype).itemsize
-    few = 1 + size // _PACKED_BYTES
-    stages.run("writing shards", "pack", [ShardWriter(str(root), str(state), dtype)], len(plans), workers=few)
-    return [read_json(state / "packed" / f"{rank:05d}.json") for rank in range(len(plans))]
+    few = 1 + sum(p["tokens"] for p in plans) * dtype.itemsize // _PACKED_BYTES
+    writer = ShardWriter(str(root), str(state), dtype.name)
+    stages.run("writing shards", "pack", [writer], len(plans), workers=few, is_whole=is_whole)
+    return [read_state(state, "packed", rank) for rank in range(len(plans))]
 
 
 def _source_summary(state: Path, tasks: list[Task], name: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents, tokens, bytes and hash of one source, and what was left out of it."""
-    counts: Counter = Counter()
-    splits: dict[str, Counter] = {split: Counter() for split in SPLITS}
+    counts: Counter[str] = Counter()
+    splits: dict[str, Counter[str]] = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     for rank, task in enumerate(tasks):
         if task.source == name:
-            counts.update(read_json(state / "reads" / f"{rank:05d}.json"))
-            part = read_json(state / "parts" / f"{rank:05d}.json")
+            counts.update(read_state(state, "reads", rank))
+            part = read_state(state, "parts", rank)
             for split in SPLITS:
                 splits[split].update(part[split])
-    keys = ("documents", "tokens", "bytes")
-    total = {k: sum(splits[s][k] for s in SPLITS) for k in keys}
-    read = counts.pop("documents", 0)
+    total = {k: sum(splits[s][k] for s in SPLITS) for k in ("documents", "tokens", "bytes")}
+    duplicates = counts.pop("documents", 0) - total["documents"]
     digest = hashlib.sha256("".join(s["sha256"] for s in shards if s["source"] == name).encode()).hexdigest()
     return {
-        **total,
-        **{split: {k: splits[split][k] for k in keys} for split in SPLITS},
-        "duplicates": read - total["documents"],
-        "skipped": dict(sorted(counts.items())),
-        "sha256": digest,
-    }
+        **total, **{s: dict(c) for s, c in splits.items()}, "duplicates": duplicates,
+        "skipped": dict(sorted(counts.items())), "sha256": digest,
+    }  # fmt: skip
 
 
 def _finish(partial: Path, out: Path) -> None:
@@ -296,7 +262,7 @@ def prepare(
     """Tokenize text into shards with a manifest.
 
     The output depends on the inputs and on the options that the manifest holds, and on nothing else. An interrupted
-    preparation goes on where it was when it is called again.
+    preparation resumes where it was when it is called again.
 
     :param restart: throw away an unfinished preparation of the same output.
     :param overwrite: replace a finished output, when the new one is complete.
@@ -308,12 +274,12 @@ def prepare(
     assert not isinstance(options.tokenizer, str)
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.load()  # now, rather than in every worker
-    dtype = "uint16" if tokenizer.config.vocab_size <= 2**16 else "uint32"
+    dtype = token_dtype(tokenizer.config.vocab_size)
     out = options.root
-    tasks, inputs = make_tasks(options)
-    plan = _plan(options, tokenizer, tasks, inputs)
     if out.exists() and not (out / MANIFEST).is_file():  # never to be replaced, whatever was asked
         raise UserError("output", "a folder that does not exist, or one that was prepared here", str(out))
+    tasks, inputs = make_tasks(options)
+    plan = _plan(options, tokenizer, tasks, inputs)
     if out.exists() and not overwrite:
         return _already_there(out, plan)
     partial = out.with_name(out.name + ".partial")
@@ -330,16 +296,11 @@ def prepare(
         stages = _Stages(options, state, console)
         _tokenize(stages, tokenizer, tasks, dtype)
         shards = _pack(stages, tasks, dtype)
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "tokenizer": tokenizer.describe(),
-            "dtype": dtype,
-            "options": plan["options"],
-            "inputs": inputs,
-            "sources": {name: _source_summary(state, tasks, name, shards) for name in options.sources},
-            "shards": {s.pop("file"): s for s in (dict(s) for s in shards)},
-        }
-        write_json(partial / MANIFEST, manifest, indent=1, durable=True)
+        manifest: dict[str, Any] = {k: plan[k] for k in ("format", "tokenizer", "options", "inputs")}
+        manifest["dtype"] = dtype.name
+        manifest["sources"] = {name: _source_summary(state, tasks, name, shards) for name in options.sources}
+        manifest["shards"] = {s["file"]: {k: v for k, v in s.items() if k != "file"} for s in shards}
+        write_json(partial / MANIFEST, manifest)
         _finish(partial, out)
     return Preparation(out, manifest, time.monotonic() - started)
 
@@ -350,7 +311,7 @@ def _already_there(out: Path, plan: dict[str, Any]) -> Preparation:
     :raises UserError: otherwise.
     """
     manifest = read_manifest(out / MANIFEST)
-    for name in ("options", "tokenizer", "inputs"):
+    for name in ("format", "options", "tokenizer", "inputs"):
         if manifest.get(name) != plan[name]:
             hint = "choose another output, or pass --overwrite to replace it once the new one is complete"
             raise UserError("output", f"a folder prepared with the same {name}", str(out), hint)
@@ -358,8 +319,7 @@ def _already_there(out: Path, plan: dict[str, Any]) -> Preparation:
         path = out / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
-            raise UserError(
-                "output", f"{path} with {entry['bytes']} bytes", size or "no file", "--overwrite makes it again"
-            )
+            hint = "--overwrite makes it again"
+            raise UserError("output", f"{path} with {entry['bytes']} bytes", size or "no file", hint)
     shutil.rmtree(out / STATE, ignore_errors=True)  # left by a kill between the last two steps
     return Preparation(out, manifest, 0.0)

@@ -1,4 +1,4 @@
-"""What one task reads, and the files in which a preparation keeps its state.
+"""Tasks: what each one reads, and the files in which a preparation keeps its state.
 
 Everything here is light: worker processes import it, and they need neither torch nor OLMo-core.
 A preparation of ``OUT`` works in ``OUT.partial``, which becomes ``OUT`` by one rename when everything is there:
@@ -15,88 +15,102 @@ A preparation of ``OUT`` works in ``OUT.partial``, which becomes ``OUT`` by one 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["STATE", "Piece", "Task", "read_json", "read_task", "write_json"]
+from moda.data.formats import FORMATS, Piece, Records
+from moda.data.text import find_files
+from moda.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from .options import PrepareOptions, SourceOptions
+
+__all__ = ["STATE", "Task", "make_tasks", "read_state", "read_task", "state_file", "write_task"]
 
 STATE = "state"  # the folder inside OUT.partial that holds all of the above but the finished shards
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one input.
-
-    :param kind: ``jsonl`` or ``lines`` (a document a line), ``text`` (a document a file), ``parquet`` or ``hf``.
-    :param path: the file, or the name or folder of a Hugging Face dataset.
-    :param start: first byte (plain ``jsonl`` and ``lines``), first row group (``parquet``) or shard (``hf``).
-    :param end: byte, row group or number of shards that bounds it; -1 for the whole file.
-    :param size: bytes of input, as far as they are known.
-    """
-
-    kind: str
-    path: str
-    start: int
-    end: int
-    size: int
+_SMALLEST, _LARGEST, _SHARES = 2 << 20, 256 << 20, 256
+_HUGGINGFACE_SHARDS = 8
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one task reads: pieces of one source, and how.
-
-    :param source: the source's name.
-    :param pieces: in order.
-    :param field: the text field of a record.
-    :param bad: ``error`` or ``skip``: what an unreadable record or file leads to.
-    :param empty: the same for a document without text.
-    :param hf: options of ``datasets.load_dataset`` for ``hf`` pieces.
-    """
+    """What one task reads: pieces of one source in order, and the settings of their :class:`moda.data.formats.Records`."""
 
     source: str
     pieces: list[Piece]
-    field: str
-    bad: str
-    empty: str
-    hf: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
     def size(self) -> int:
         return sum(p.size for p in self.pieces)
 
-
-def write_json(path: Path, data: Any, *, indent: int | None = None, durable: bool = False) -> None:
-    """Write a JSON file that appears whole or not at all.
-
-    :param durable: whether it survives a power failure (slower).
-
-    :raises OSError: if it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with scratch.open("w", encoding="utf-8") as f:
-            json.dump(data, f, indent=indent, ensure_ascii=False)
-            if durable:
-                f.flush()
-                os.fsync(f.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    @property
+    def records(self) -> Records:
+        return Records(**self.settings)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def state_file(state: str | Path, kind: str, rank: int) -> Path:
+    """The file of task or shard ``rank`` of one kind (``tasks``, ``reads``, ...) in the state folder."""
+    return Path(state) / kind / f"{rank:05d}.json"
+
+
+def read_state(state: str | Path, kind: str, rank: int) -> dict[str, Any]:
+    """The contents of a :func:`state_file`."""
+    return read_json(state_file(state, kind, rank), "output")
 
 
 def write_task(state: Path, rank: int, task: Task) -> None:
-    write_json(state / "tasks" / f"{rank:05d}.json", asdict(task))
+    """Write what task ``rank`` reads to the state folder."""
+    write_json(state_file(state, "tasks", rank), asdict(task))
 
 
-def read_task(state: Path, rank: int) -> Task:
-    data = read_json(state / "tasks" / f"{rank:05d}.json")
-    data["pieces"] = [Piece(**p) for p in data["pieces"]]
-    return Task(**data)
+def read_task(state: str | Path, rank: int) -> Task:
+    """What task ``rank`` reads."""
+    data = read_state(state, "tasks", rank)
+    return Task(data["source"], [Piece(**p) for p in data["pieces"]], data["settings"])
+
+
+def _files(name: str, source: SourceOptions) -> dict[str, tuple[str, int]]:
+    """Format and size of the files of a source, in a stable order, each once."""
+    files: dict[str, tuple[str, int]] = {}
+    for pattern in source.path:
+        for file in find_files(f"sources.{name}.path", pattern, source.format, source.field):
+            files.setdefault(file.path, (file.format.name, os.path.getsize(file.path)))
+    return files
+
+
+def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str, int]]]:
+    """All tasks in order, and for each source its input files and bytes.
+
+    Nothing here depends on workers or executor, so neither does the result.
+
+    :raises UserError: for a path that gives no files.
+    """
+    sources = {name: options.source(name) for name in options.sources}
+    found = {n: _files(n, s) if s.in_files else {} for n, s in sources.items()}
+    total = sum(size for files in found.values() for _, size in files.values())
+    target = options.task_bytes or min(max(total // _SHARES, _SMALLEST), _LARGEST)
+    tasks: list[Task] = []
+    for name, source in sources.items():
+        groups: list[list[Piece]] = []
+        if not source.in_files:
+            count = source.shards or _HUGGINGFACE_SHARDS
+            groups = [[Piece(source.format, str(source.path[0]), i, count)] for i in range(count)]
+        filled = target
+        for path, (format, size) in found[name].items():
+            for piece in FORMATS[format].pieces(path, size, target):
+                if filled + piece.size > target:
+                    groups.append([])
+                    filled = 0
+                groups[-1].append(piece)
+                filled += max(piece.size, 1)
+        settings = {
+            "key": f"sources.{name}", "field": source.field, "bad_input": options.bad_input.value,
+            "empty": options.empty.value,
+            "options": {"config": source.config, "split": source.split, "streaming": source.streaming},
+        }  # fmt: skip
+        tasks += [Task(name, group, settings) for group in groups]
+    inputs = {n: {"files": len(files), "bytes": sum(size for _, size in files.values())} for n, files in found.items()}
+    return tasks, inputs

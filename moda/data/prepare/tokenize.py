@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import os
 import re
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.tokens import DocumentTokenizer
 
+from moda.data.text import is_held_out
+from moda.data.tokenizer import encode_batch, load_encoder
 from moda.errors import UserError
+from moda.files import write_json, writing
 
-from .tasks import write_json
+from .tasks import state_file
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SPLITS", "PartTokenizer", "cut_text", "load", "split_of"]
+__all__ = ["SPLITS", "PartTokenizer", "cut_text"]
 
 SPLITS = ("train", "validation")
 _BATCH_CHARS = 1 << 20  # characters given to the tokenizer at a time
@@ -35,13 +35,8 @@ _LONGEST = 1 << 20  # characters of a document that are tokenized as one; longer
 _LINE_END = re.compile(r"[A-Za-z0-9.,;:)](\n)(?=[A-Za-z0-9])")
 _SPACE = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
-
-def split_of(text: bytes, validation_fraction: float) -> str:
-    """``train`` or ``validation``, by the document's contents alone: equal documents are on the same side, everywhere."""
-    if validation_fraction <= 0:
-        return "train"
-    share = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
-    return "validation" if share < validation_fraction else "train"
+#: (text, size of the document in bytes or -1 if it continues, split)
+Stretch = tuple[str, int, str]
 
 
 def cut_text(text: str, longest: int = _LONGEST) -> Iterator[str]:
@@ -60,28 +55,11 @@ def cut_text(text: str, longest: int = _LONGEST) -> Iterator[str]:
     yield text[start:]
 
 
-@lru_cache(maxsize=2)
-def load(path: str) -> tokenizers.Tokenizer:
-    """The tokenizer, once a process. What looks like a special token in a text is text: only we end documents."""
-    import tokenizers
-
-    loaded = (
-        tokenizers.Tokenizer.from_file(path) if os.path.isfile(path) else tokenizers.Tokenizer.from_pretrained(path)
-    )
-    loaded.encode_special_tokens = True
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded
-
-
 class _Part:
-    """A part's token file and the ends of its documents (uint64, in tokens), written aside."""
+    """A part that is being written: its tokens, and the ends of its documents (uint64, in tokens)."""
 
-    def __init__(self, folder: Path, rank: int, split: str, dtype: np.dtype) -> None:
-        self.name, self.dtype = folder / f"{rank:05d}.{split}", dtype
-        folder.mkdir(parents=True, exist_ok=True)
-        self._scratch = [self.name.with_name(f".{self.name.name}.{os.getpid()}.{kind}.partial") for kind in "te"]
-        self._tokens, self._ends = (path.open("wb") for path in self._scratch)
+    def __init__(self, tokens: IO[bytes], ends: IO[bytes], dtype: np.dtype) -> None:
+        self._tokens, self._ends, self.dtype = tokens, ends, dtype
         self.documents = self.tokens = self.bytes = 0
         self._pending = array("Q")
 
@@ -94,35 +72,24 @@ class _Part:
         self.bytes += size
         self._pending.append(self.tokens)
         if len(self._pending) >= 4096:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._ends.write(self._pending.tobytes())
         self._pending = array("Q")
 
-    def finish(self) -> dict[str, int]:
-        """Put the files in place; what they hold."""
-        self._flush()
-        for file, scratch, kind in zip((self._tokens, self._ends), self._scratch, ("tokens", "ends")):
-            file.close()  # not synced: the sizes are checked when the part is used
-            scratch.replace(self.name.with_name(f"{self.name.name}.{kind}"))
+    def summary(self) -> dict[str, int]:
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-
-    def discard(self) -> None:
-        for file, scratch in zip((self._tokens, self._ends), self._scratch):
-            with contextlib.suppress(OSError):  # closing flushes: on a full disk it repeats the error that led here
-                file.close()
-            scratch.unlink(missing_ok=True)
 
 
 class PartTokenizer(DocumentTokenizer):
-    """datatrove's tokenizer step, writing one part (train and validation) a task.
+    """datatrove's tokenizer step, writing one part (train and validation) per task.
 
-    Each document ends with eos. Unlike its base it holds two batches of a bounded number of characters at a time, whatever a
-    document's length, splits by :func:`split_of`, checks ids against the vocabulary, and writes aside.
+    Each document ends with eos. Unlike its base it keeps two batches of a bounded number of characters at a time, whatever a
+    document's length, splits by :func:`moda.data.text.is_held_out`, checks ids against the vocabulary, and writes atomically.
 
     :param state: the state folder.
-    :param tokenizer_path: a ``tokenizer.json``, or a hub name.
+    :param tokenizer: a ``tokenizer.json``, or a hub name.
     :param vocab_size: ids must be below it.
     :param eos_token_id: ends every document.
     """
@@ -130,44 +97,25 @@ class PartTokenizer(DocumentTokenizer):
     name = "parts of a preparation"
 
     def __init__(
-        self,
-        state: str,
-        tokenizer_path: str,
-        *,
-        vocab_size: int,
-        eos_token_id: int,
-        dtype: str,
-        validation_fraction: float,
+        self, state: str, tokenizer: str, *, vocab_size: int, eos_token_id: int, dtype: str, validation_fraction: float
     ) -> None:
-        super().__init__(str(Path(state) / "parts"), tokenizer_path, save_final_metadata=False, shuffle_documents=False)
+        super().__init__(str(Path(state) / "parts"), tokenizer, save_final_metadata=False, shuffle_documents=False)
         self.state, self.vocab_size, self.eos_token_id = state, vocab_size, eos_token_id
         self.dtype, self.validation_fraction = np.dtype(dtype), validation_fraction
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:  # type: ignore[override]
-        return load(self.tokenizer_name_or_path)
+        return load_encoder(self.tokenizer_name_or_path)
 
-    def _stretches(self, data: Any) -> Iterator[tuple[str, int, str]]:
-        """(text, size of the document in bytes or -1 if it goes on, split)."""
-        document: Document
+    def _stretches(self, data: Any) -> Iterator[Stretch]:
         for document in data:
-            raw = document.text.encode("utf-8", errors="surrogatepass")
-            split = split_of(raw, self.validation_fraction)
-            size = len(raw)
-            del raw
-            if len(document.text) <= _LONGEST:
-                yield document.text, size, split
-                continue
-            last = None
-            for stretch in cut_text(document.text):
-                if last is not None:
-                    yield last, -1, split
-                last = stretch
-            assert last is not None
-            yield last, size, split
+            split = "validation" if is_held_out(document.text, self.validation_fraction) else "train"
+            *first, last = cut_text(document.text)
+            yield from ((stretch, -1, split) for stretch in first)
+            yield last, len(document.text.encode("utf-8")), split
 
-    def _batches(self, data: Any) -> Iterator[list[tuple[str, int, str]]]:
-        batch: list[tuple[str, int, str]] = []
+    def _batches(self, data: Any) -> Iterator[list[Stretch]]:
+        batch: list[Stretch] = []
         chars = 0
         for item in self._stretches(data):
             batch.append(item)
@@ -178,12 +126,12 @@ class PartTokenizer(DocumentTokenizer):
         if batch:
             yield batch
 
-    def _encode(self, batch: list[tuple[str, int, str]]) -> Any:
-        return self.tokenizer.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
+    def _encode(self, batch: list[Stretch]) -> list[list[int]]:
+        return encode_batch(self.tokenizer, [text for text, _, _ in batch])
 
-    def _write(self, batch: list[tuple[str, int, str]], encoded: Any, parts: dict[str, _Part]) -> None:
-        for (_, size, split), e in zip(batch, encoded):
-            ids = np.asarray(e.ids if size < 0 else [*e.ids, self.eos_token_id], dtype=np.int64)
+    def _write(self, batch: list[Stretch], encoded: list[list[int]], parts: dict[str, _Part]) -> None:
+        for (_, size, split), tokens in zip(batch, encoded):
+            ids = np.asarray(tokens if size < 0 else [*tokens, self.eos_token_id], dtype=np.int64)
             if len(ids) and ids.max() >= self.vocab_size:
                 raise UserError("tokenizer.vocab_size", f"more than the largest token id {ids.max()}", self.vocab_size)
             parts[split].write(ids)
@@ -191,11 +139,18 @@ class PartTokenizer(DocumentTokenizer):
                 parts[split].end_document(size)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
-        parts = {split: _Part(self.output_folder_path, rank, split, self.dtype) for split in SPLITS}
-        try:
+        folder = Path(self.state) / "parts"
+        with contextlib.ExitStack() as files:
+
+            def part(split: str) -> _Part:
+                paths = [folder / f"{rank:05d}.{split}.{kind}" for kind in ("tokens", "ends")]
+                tokens, ends = (files.enter_context(writing(path, "wb")) for path in paths)
+                return _Part(tokens, ends, self.dtype)
+
+            parts = {split: part(split) for split in SPLITS}
             # The C library's memory for a process's first thread makes the tokenizer half again as slow as in any other.
             with ThreadPoolExecutor(1) as encoder:
-                previous: list[tuple[str, int, str]] = []
+                previous: list[Stretch] = []
                 running = encoder.submit(self._encode, previous)
                 for batch in itertools.chain(self._batches(data), [[]]):
                     with self.track_time(unit="batch"):
@@ -203,13 +158,8 @@ class PartTokenizer(DocumentTokenizer):
                         running = encoder.submit(self._encode, batch)
                         self._write(previous, encoded, parts)
                         previous = batch
-            held = {split: part.finish() for split, part in parts.items()}
-        finally:
-            for part in parts.values():
-                part.discard()
-        self.stat_update("tokens", value=sum(h["tokens"] for h in held.values()))
-        write_json(self.output_folder_path / f"{rank:05d}.json", held)
-
-    @property
-    def output_folder_path(self) -> Path:
-        return Path(self.state) / "parts"
+            for p in parts.values():
+                p.flush()
+        summary = {split: p.summary() for split, p in parts.items()}
+        self.stat_update("tokens", value=sum(s["tokens"] for s in summary.values()))
+        write_json(state_file(self.state, "parts", rank), summary)
