@@ -90,7 +90,8 @@ def load_decoder(
             "checkpoint", f"the weights of the model that its config describes in {folder}", hint=reason
         ) from None
     section = section if tokenizer is None else TokenizerSection(tokenizer)
-    return model.to(device=device, dtype=dtype).eval(), None if section is None else load_tokenizer(section), length
+    model = model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
+    return model, None if section is None else load_tokenizer(section), length
 
 
 class _Stream:

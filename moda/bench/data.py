@@ -72,14 +72,14 @@ def benchmark(
     from rich.table import Table
 
     from moda.config.schema import TokenizerSection
-    from moda.data import load_tokenizer
+    from moda.data.tokenizer import load_encoder, load_tokenizer
     from moda.data.manifest import MANIFEST, read_manifest
     from moda.data.prepare.options import PrepareOptions
     from moda.data.prepare.run import prepare
     from moda.errors import UserError
 
     named = load_tokenizer(TokenizerSection(tokenizer))
-    encoder = load(str(named.path) if named.path is not None else str(named.config.identifier))
+    encoder = load_encoder(str(named.path) if named.path is not None else str(named.config.identifier))
     cores = workers or len(os.sched_getaffinity(0))
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     taken: dict[str, list[float]] = {_ALONE: [], _OURS: []}

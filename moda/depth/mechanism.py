@@ -225,7 +225,7 @@ class DepthMechanism(Registered):
         if "mechanism" not in options:
             raise UserError(f"{key}.mechanism", f"one of {', '.join(cls.known)}", hint="it has no default")
         member = cls.member(options.pop("mechanism"), f"{key}.mechanism")
-        own = {f.name for f in dataclasses.fields(member)}
+        own = {f.name for f in dataclasses.fields(member)}  # type: ignore[arg-type]
         for name in options:
             owners = [m.name for m in cls.known.values() if name in {f.name for f in dataclasses.fields(m)}]
             if name not in own and owners:
