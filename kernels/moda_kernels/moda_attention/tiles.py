@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -107,15 +106,10 @@ class TileChooser:
 
 
 def _is_resource_error(error: Exception) -> bool:
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    kinds: tuple[type, ...] = (OutOfResources,)
-    with contextlib.suppress(ImportError):  # a Triton without these classes raises neither
-        from triton.compiler.errors import CompileTimeAssertionFailure
-        from triton.runtime.errors import PTXASError
-
-        kinds += (CompileTimeAssertionFailure, PTXASError)
-    return isinstance(error, kinds) or "PassManager" in str(error)
+    return isinstance(error, (OutOfResources, CompileTimeAssertionFailure, PTXASError)) or "PassManager" in str(error)
 
 
 def _time(run: Callable[[], None], repeats: int = 5) -> float:

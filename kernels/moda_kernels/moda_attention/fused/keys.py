@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -171,7 +173,10 @@ def key_gradients(
     tma = steps.tma_ready(q, grad_out)
 
     def launch(tile: Tile) -> None:
-        queries_, grads, lse, delta = q, grad_out, stats[0], stats[1]  # type: Any, Any, Any, Any
+        queries_: Any = q
+        grads: Any = grad_out
+        lse: Any = stats[0]
+        delta: Any = stats[1]
         if tma:
             queries_, grads = (steps.tma_descriptor(x, tile.rows, block_dim) for x in (q, grad_out))
             lse, delta = (steps.tma_rows(x, p.length, tile.rows) for x in (lse, delta))
