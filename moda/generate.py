@@ -1,15 +1,13 @@
-"""Text from a checkpoint, token by token, with a key/value cache.
-
-The cache holds the sequence's keys and values. Depth slots are not cached: a token's slots are read by later layers of the same
-token only, so they are thrown away when the token is done (see ``hf/decoder_moda.py``).
-"""
+"""Text from a checkpoint, by transformers' ``generate`` on the model as it is exported."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -17,8 +15,8 @@ from moda.checkpoints import kind_of, open_checkpoint, read_weights
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
-from moda.hf import fields_of, read_export, to_hf
-from moda.hf.decoder_moda import KVCache, MoDADecoder
+from moda.hf import read_export, section_of, to_hf
+from moda.typed import to_dict
 
 __all__ = ["Sampling", "generate", "load_decoder", "stream_text"]
 
@@ -30,6 +28,7 @@ class Sampling:
     :param temperature: 0 takes the likeliest.
     :param top_k: only among the k likeliest; None for all.
     :param top_p: only among the likeliest that together have this probability.
+    :param seed: the same seed gives the same tokens.
     """
 
     temperature: float = 0.8
@@ -38,62 +37,80 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UserError("--temperature", "a number >= 0", self.temperature)
         if self.top_k is not None and self.top_k < 1:
             raise UserError("--top-k", "a number >= 1", self.top_k)
         if not 0 < self.top_p <= 1:
             raise UserError("--top-p", "a number above 0, at most 1", self.top_p)
 
-    def choose(self, logits: torch.Tensor, generator: torch.Generator | None) -> int:
-        """A token for logits ``[V]``."""
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of transformers' ``generate``."""
         if self.temperature == 0:
-            return int(logits.argmax())
-        p = (logits.float() / self.temperature).softmax(-1)
-        if self.top_k is not None and self.top_k < len(p):
-            p = p.masked_fill(p < p.topk(self.top_k).values[-1], 0.0)
-        if self.top_p < 1:
-            ordered, order = p.sort(descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum()
-            p = p.index_fill(0, order[beyond], 0.0)
-        return int(torch.multinomial(p, 1, generator=generator))
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
 
 
 def load_decoder(
     folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
-) -> tuple[MoDADecoder, Tokenizer | None, int]:
-    """A checkpoint of this project or of OLMo-core, or an export, as a decoder with a cache.
+) -> tuple[Any, Tokenizer | None, int]:
+    """A checkpoint of this project or of OLMo-core, or an export, as the exported model.
 
-    :returns: the decoder, its tokenizer, and the context length.
+    :returns: the model (``MoDAForCausalLM``), its tokenizer, and the context length.
 
     :raises UserError: for a folder that is none of these.
     """
+    try:
+        from moda.hf.configuration_moda import MoDAConfig
+        from moda.hf.modeling_moda import MoDAForCausalLM
+    except ImportError:
+        raise UserError("generate", "transformers to be installed", hint="pip install -e '.[hf]'") from None
     section: TokenizerSection | None
     if kind_of(folder) in ("export", "huggingface"):
-        fields, named, _ = read_export(folder)
+        export = read_export(folder)
+        described, weights, length = export.model, export.weights, export.sequence_length
         section = TokenizerSection(str(folder)) if (folder / "tokenizer.json").is_file() else None
     else:
         checkpoint = open_checkpoint(folder)
-        fields = fields_of(checkpoint.model, checkpoint.sequence_length or 2048)
-        named, section = to_hf(read_weights(folder), fields.vocab_size), checkpoint.tokenizer
-    decoder = MoDADecoder(SimpleNamespace(**vars(fields)))
-    if fields.tie_word_embeddings:
-        named["lm_head.weight"] = named["model.embed_tokens.weight"]
+        described, length, section = (
+            section_of(checkpoint.model),
+            checkpoint.sequence_length or 2048,
+            checkpoint.tokenizer,
+        )
+        assert described.vocab_size is not None
+        weights = to_hf(read_weights(folder), described.vocab_size)
+    if described.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model = MoDAForCausalLM(MoDAConfig(model=to_dict(described), max_position_embeddings=length))
     try:
-        decoder.load_state_dict({name.removeprefix("model."): w for name, w in named.items()})
+        model.load_state_dict(weights)
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(
             "checkpoint", f"the weights of the model that its config describes in {folder}", hint=reason
         ) from None
     section = section if tokenizer is None else TokenizerSection(tokenizer)
-    found = None if section is None else load_tokenizer(section)
-    return decoder.to(device=device, dtype=dtype).eval(), found, fields.max_position_embeddings
+    return model.to(device=device, dtype=dtype).eval(), None if section is None else load_tokenizer(section), length
 
 
-@torch.no_grad()
+class _Stream:
+    """A streamer of transformers' ``generate`` that hands tokens to another thread; None ends them."""
+
+    def __init__(self) -> None:
+        self.tokens: queue.Queue[int | None] = queue.Queue()
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:
+            self.tokens.put(int(value))
+        self._prompt = False
+
+    def end(self) -> None:
+        self.tokens.put(None)
+
+
 def generate(
-    decoder: MoDADecoder,
+    model: Any,
     ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -108,30 +125,46 @@ def generate(
     if not ids:
         raise UserError("prompt", "at least one token", "none")
     if context_length is not None and len(ids) >= context_length:
-        raise UserError(
-            "prompt",
-            f"fewer tokens than the model's context of {context_length}",
-            len(ids),
-            "--context-length N allows more",
-        )
-    device = decoder.norm.weight.device
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KVCache()
-    new = torch.tensor([list(ids)], device=device)
+        expected = f"fewer tokens than the model's context of {context_length}"
+        raise UserError("prompt", expected, len(ids), "--context-length N allows more")
     room = max_new_tokens if context_length is None else min(max_new_tokens, context_length - len(ids))
-    for _ in range(room):
-        hidden = decoder.run(decoder.embed_tokens(new), cache=cache)
-        token = sampling.choose(decoder.lm_head(hidden[0, -1]), generator)
+    stream, failure = _Stream(), []
+
+    def run() -> None:
+        prompt = torch.tensor([list(ids)], device=model.device)
+        try:
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=room,
+                    eos_token_id=list(stop) or None,
+                    pad_token_id=0,
+                    streamer=stream,
+                    **sampling.arguments(),
+                )
+        except BaseException as e:
+            failure.append(e)
+            stream.end()
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    while (token := stream.tokens.get()) is not None:
         if token in stop:
-            return
+            break
         yield token
-        new = torch.tensor([[token]], device=device)
+    worker.join()
+    if failure:
+        raise failure[0]
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Pieces of text as soon as they are whole: a character whose bytes are spread over tokens waits for its last one."""
+    """Pieces of text as soon as they are whole: a character whose bytes are spread over tokens waits for its last one.
+
+    transformers' streamers hold text back until the next space.
+    """
     decoder = tokenizer.load()
     ids: list[int] = []
     shown = ""

@@ -39,13 +39,20 @@ def plain_logits(
     placement: str,
     head_norm: bool,
     depth: dict | None,
+    other: str | None = None,
+    dilation: int = 1,
     theta: float = 500_000.0,
 ) -> torch.Tensor:
-    """Logits ``[B, T, V]``. ``depth``: attention, ffn, key_norm, rope, slots, or None for a plain decoder."""
+    """Logits ``[B, T, V]``. ``depth``: MoDA's attention, ffn, key_norm, rope, slots, or None.
+
+    :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
+    """
     group = n_heads // n_kv_heads
     h = p["embeddings.weight"][ids]
     B, T, _ = h.shape
     slots: list[Slot] = []
+    first_values: list[torch.Tensor] = []
+    outputs = [h]
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         y = x @ p[f"{name}.weight"].T
@@ -74,7 +81,14 @@ def plain_logits(
         q = rotate(qk_norm(rq, p[f"{name}.q_norm.weight"]), theta)
         k = rotate(qk_norm(rk, p[f"{name}.k_norm.weight"]), theta)
         v = rv.reshape(B, T, n_kv_heads, head_dim)
+        if other == "value_residual":
+            first_values.append(v)
+            if layer > 0:
+                own, first = p[f"blocks.{layer}.depth.weights"]
+                v = own * v + first * first_values[0]
         seen = slots if depth is None or depth["slots"] is None else slots[max(0, len(slots) - depth["slots"]) :]
+        if depth is not None and "reads" in depth:  # any slots: a function of the layer and the kinds of slots
+            seen = [slots[i] for i in depth["reads"](layer, 2 if depth["ffn"] else 1)]
         out = torch.zeros(B, T, n_heads, head_dim, dtype=x.dtype)
         for head in range(n_heads):
             kv = head // group
@@ -98,7 +112,7 @@ def plain_logits(
         if depth is not None and layer < n_layers - 1:
             gain = p[f"{name}.k_norm.weight"]
             if depth["attention"] == "project":
-                d = f"{name}.depth_projection"
+                d = f"{name.removesuffix('.attention')}.depth.attention_slot"
                 if f"{d}.w_k.weight" in p:
                     slots.append(make_slot(linear(x, f"{d}.w_k"), linear(x, f"{d}.w_v"), gain, True))
                 else:  # no layer reads it
@@ -125,10 +139,12 @@ def plain_logits(
             h = rms(h, na)
         u = rms(h, nf) if enters else h
         if depth is not None and depth["ffn"] and layer < n_layers - 1:
-            d = f"{b}.ffn_depth_projection"
-            slots.append(
-                make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), p[f"{b}.attention.k_norm.weight"], True)
-            )
+            d = f"{b}.depth.ffn_slot"
+            if f"{d}.w_k.weight" in p:
+                gain = p[f"{b}.attention.k_norm.weight"]
+                slots.append(make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), gain, True))
+            else:  # no layer reads it
+                slots.append((torch.full((B, T, n_kv_heads, head_dim), math.nan), h, None))
         f = ffn(u, b)
         if placement == "reordered":
             f = rms(f, nf)
@@ -137,4 +153,9 @@ def plain_logits(
         h = h + f
         if placement == "post":
             h = rms(h, nf)
+        if other == "denseformer":
+            outputs.append(h)
+            read = [x for j, x in enumerate(outputs) if j % dilation == (layer + 1) % dilation]
+            h = torch.stack([a * x for a, x in zip(p[f"depth.averages.{layer}"], read)]).sum(0)
+            assert len(read) == len(p[f"depth.averages.{layer}"])
     return rms(h, p["lm_head.norm.weight"]) @ p["lm_head.w_out.weight"].T

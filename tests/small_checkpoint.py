@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from olmo_core.distributed.checkpoint import save_state_dict
 
 from moda.config.schema import RunConfig
-from moda.config.typed import from_dict, to_dict
 from moda.data import load_tokenizer
+from moda.model import transformer_config
+from moda.typed import from_dict, to_dict
 
 HUB = "allenai/gpt-neox-olmo-dolma-v1_5"
 MODEL: dict[str, Any] = dict(
     d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=8, ffn_hidden_size=24, norm_placement="post",
-    pad_vocab_to=64, depth_kv=dict(attention="reuse", ffn=True),
+    pad_vocab_to=64, depth=dict(mechanism="moda", attention="reuse", ffn=True),
 )  # fmt: skip
 
 
@@ -40,11 +42,20 @@ def run_config(tokenizer: Path, model: dict[str, Any] | None = None, sequence_le
     )
 
 
-def save_checkpoint(folder: Path, config: RunConfig, seed: int = 0) -> torch.nn.Module:
-    """Write ``folder`` as the trainer does, and return the model in it."""
+def save_checkpoint(
+    folder: Path, config: RunConfig, seed: int = 0, spoil: Callable[[torch.Tensor], Any] | None = None
+) -> torch.nn.Module:
+    """Write ``folder`` as the trainer does, and return the model in it.
+
+    :param spoil: changes one norm's weight in the checkpoint.
+    """
     vocab = load_tokenizer(config.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
-    model = randomise(config.model.transformer(vocab).build(init_device="cpu"), seed)
+    model = randomise(transformer_config(config.model, vocab).build(init_device="cpu"), seed)
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if spoil is not None:
+        name = "model.blocks.1.attention_norm.weight"
+        state[name] = state[name].clone()
+        spoil(state[name])
     save_state_dict(str(folder / "model_and_optim"), state)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     return model.eval()

@@ -45,7 +45,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "name": "tiny",
         "model": dict(
             d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=48, norm_placement="post",
-            depth_kv=dict(attention="reuse", ffn=True),
+            depth=dict(mechanism="moda", attention="reuse", ffn=True),
         ),
         "data": dict(
             text=[str(folder / "text")], tokenizer=str(folder / "tokenizer.json"), work_dir=str(folder / "work"),

@@ -152,12 +152,13 @@ def _load_requests(args: argparse.Namespace) -> list[Span]:
 
 def _build(args: argparse.Namespace) -> ScoredModel:
     from moda.config import load_config
+    from moda.model import transformer_config
 
     from .model import ScoredModel
 
     config = load_config(args.config, args.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = config.model.transformer(config.model.vocab_size or 50280)
+    built = transformer_config(config.model, config.model.vocab_size or 50280)
     module = built.build(init_device="cpu")
     module.init_weights(max_seq_len=config.train.sequence_length, device=torch.device("cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

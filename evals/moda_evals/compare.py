@@ -8,7 +8,7 @@ from resampling every task by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ import numpy as np
 from rich.table import Table
 
 from moda.errors import UserError
+from moda.files import writing
 
 from .paper import paper_rows
-from .sets import PAPER_SETS
-from .tasks import PAPER_TASKS
+from .report import markdown_table
+from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
 
-__all__ = ["Difference", "compare", "comparison_table", "markdown", "plot"]
+__all__ = ["Difference", "best_paper_pair", "compare", "comparison_table", "markdown", "plot", "remarks"]
 
 _SEED = 0
+_MOST_DRAWS = 1_000_000
+#: Bootstrap draws of A's figure and of B's, or None where the two cannot be paired.
+_Draws = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Difference:
     """B minus A on one task (percentage points) or set (percent of A's perplexity).
 
+    :param n: questions or documents in A; 0 for an average.
     :param low: 2.5th percentile of the bootstrap; None where a pairing is not possible.
     :param high: 97.5th percentile.
     :param paper: the same difference in the paper's printed rows.
@@ -39,12 +44,12 @@ class Difference:
     suite: str
     name: str
     title: str
+    n: int
     a: float
     b: float
     difference: float
     low: float | None
     high: float | None
-    n: int
     paper: float | None = None
 
     @property
@@ -53,109 +58,67 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def _accuracy_draws(a: str, b: str, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap draws of accuracy(B) - accuracy(A): only three kinds of question matter, so they are drawn as counts."""
-    n = len(a)
-    wins, losses = sum(x < y for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
-    counts = rng.multinomial(n, [wins / n, losses / n, (n - wins - losses) / n], size=draws)
-    return (counts[:, 0] - counts[:, 1]) / n
+def _paired(suite: Suite, a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two entries are of the same questions or documents."""
+    return a["n"] == b["n"] and (suite is DOWNSTREAM or a["source"] == b["source"])
 
 
-def _perplexity_draws(
-    a: Mapping[str, Any], b: Mapping[str, Any], draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap draws of both perplexities over the same documents."""
-    la, lb = np.asarray(a["loss"]), np.asarray(b["loss"])
-    ta, tb = np.asarray(a["tokens"], dtype=float), np.asarray(b["tokens"], dtype=float)
+def _accuracy_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> _Draws:
+    """Four kinds of question: those that neither, only A, only B or both get right. They are drawn as counts."""
+    n = len(a["correct"])
+    kinds = np.bincount([2 * (y == "1") + (x == "1") for x, y in zip(a["correct"], b["correct"])], minlength=4)
+    counts = rng.multinomial(n, kinds / n, size=draws)
+    return 100 * (counts[:, 1] + counts[:, 3]) / n, 100 * (counts[:, 2] + counts[:, 3]) / n
+
+
+def _perplexity_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> _Draws:
+    """Both perplexities over the same documents."""
+    documents = [(np.asarray(e["documents"]["loss"]), np.asarray(e["documents"]["tokens"], float)) for e in (a, b)]
     out = np.empty((2, draws))
-    step = max(1, 2_000_000 // len(la))
+    n = len(documents[0][0])
+    step = max(1, 2_000_000 // n)
     for at in range(0, draws, step):
-        index = rng.integers(0, len(la), size=(min(step, draws - at), len(la)))
-        out[0, at : at + len(index)] = np.exp(la[index].sum(1) / ta[index].sum(1))
-        out[1, at : at + len(index)] = np.exp(lb[index].sum(1) / tb[index].sum(1))
+        index = rng.integers(0, n, size=(min(step, draws - at), n))
+        for row, (loss, tokens) in zip(out, documents):
+            row[at : at + len(index)] = np.exp(loss[index].sum(1) / tokens[index].sum(1))
     return out[0], out[1]
 
 
-def _interval(draws: np.ndarray | None) -> tuple[float | None, float | None]:
-    if draws is None:
-        return None, None
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+def _change(suite: Suite, a: Any, b: Any) -> Any:
+    """B against A in the unit of :class:`Difference`; of numbers or of draws."""
+    return 100 * (b / a - 1) if suite is PERPLEXITY else b - a
 
 
-def _paper_pair(names: tuple[str, str] | None) -> tuple[Any, Any] | None:
-    if names is None:
-        return None
-    rows = paper_rows()
-    return rows[names[0]], rows[names[1]]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _accuracies(a: dict[str, Any], b: dict[str, Any], draws: int, paper: tuple[Any, Any] | None) -> list[Difference]:
+def _differences(
+    suite: Suite, a: dict[str, Any], b: dict[str, Any], draws: int, paper: tuple[str, str] | None
+) -> list[Difference]:
     rng = np.random.default_rng(_SEED)
+    resample = _perplexity_draws if suite is PERPLEXITY else _accuracy_draws
+    printed = [] if paper is None else [paper_rows()[name] for name in paper]
     out: list[Difference] = []
-    kept: dict[str, np.ndarray | None] = {}
-    for name, left in a["downstream"].items():
-        right = b["downstream"].get(name)
-        if right is None:
-            continue
-        paired = left["n"] == right["n"]
-        kept[name] = 100 * _accuracy_draws(left["correct"], right["correct"], draws, rng) if paired else None
-        printed = None
-        if paper is not None and name in paper[0].accuracy:
-            printed = paper[1].accuracy[name] - paper[0].accuracy[name]
-        x, y = 100 * left["accuracy"], 100 * right["accuracy"]
-        out.append(
-            Difference("downstream", name, left["title"], x, y, y - x, *_interval(kept[name]), left["n"], printed)
-        )
-    if all(name in kept for name in PAPER_TASKS):
-        chosen = [d for d in out if d.name in PAPER_TASKS]
-        parts = [kept[d.name] for d in chosen]
-        total = (
-            None if any(p is None for p in parts) else np.mean(np.stack([p for p in parts if p is not None]), axis=0)
-        )
-        printed = None if paper is None else paper[1].average_accuracy - paper[0].average_accuracy
-        x, y = _mean([d.a for d in chosen]), _mean([d.b for d in chosen])
-        out.append(Difference("downstream", "average", "mean of ten", x, y, y - x, *_interval(total), 0, printed))
-    return out
+    samples: dict[str, _Draws | None] = {}
 
+    def add(name: str, title: str, n: int, x: float, y: float, drawn: _Draws | None, rows: list[float]) -> None:
+        low, high = (None, None) if drawn is None else np.percentile(_change(suite, *drawn), [2.5, 97.5]).tolist()
+        paper_change = _change(suite, *rows) if rows else None
+        out.append(Difference(suite.name, name, title, n, x, y, _change(suite, x, y), low, high, paper_change))
 
-def _perplexities(a: dict[str, Any], b: dict[str, Any], draws: int, paper: tuple[Any, Any] | None) -> list[Difference]:
-    rng = np.random.default_rng(_SEED)
-    out: list[Difference] = []
-    kept: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
-    for name, left in a["perplexity"].items():
-        right = b["perplexity"].get(name)
-        if right is None:
+    left, right = a[suite.name], b[suite.name]
+    for name in suite.order([a]):
+        if name not in right:
             continue
-        paired = left["n"] == right["n"] and left["source"] == right["source"]
-        kept[name] = _perplexity_draws(left["documents"], right["documents"], draws, rng) if paired else None
-        pair = kept[name]
-        ratio = None if pair is None else 100 * (pair[1] / pair[0] - 1)
-        printed = None
-        if paper is not None and name in paper[0].perplexity:
-            printed = 100 * (paper[1].perplexity[name] / paper[0].perplexity[name] - 1)
-        x, y = left["perplexity"], right["perplexity"]
-        out.append(
-            Difference(
-                "perplexity", name, left["title"], x, y, 100 * (y / x - 1), *_interval(ratio), left["n"], printed
-            )
-        )
-    if all(s.name in kept for s in PAPER_SETS):
-        names = [s.name for s in PAPER_SETS]
-        pairs = [kept[n] for n in names]
-        total = None
-        if all(p is not None for p in pairs):
-            means = [np.mean(np.stack([p[side] for p in pairs if p is not None]), axis=0) for side in (0, 1)]
-            total = 100 * (means[1] / means[0] - 1)
-        printed = None if paper is None else 100 * (paper[1].average_perplexity / paper[0].average_perplexity - 1)
-        x, y = (_mean([r["perplexity"][n]["perplexity"] for n in names]) for r in (a, b))
-        out.append(
-            Difference("perplexity", "average", "mean of ten", x, y, 100 * (y / x - 1), *_interval(total), 0, printed)
-        )
+        x, y = left[name], right[name]
+        samples[name] = resample(x, y, draws, rng) if _paired(suite, x, y) else None
+        rows = [row.figures[suite.name][name] for row in printed if name in suite.paper]
+        add(name, x["title"], x["n"], suite.value(x), suite.value(y), samples[name], rows)
+    x_mean, y_mean = suite.average(left), suite.average(right)
+    if x_mean is not None and y_mean is not None:
+        parts = [drawn for name in suite.paper if (drawn := samples[name]) is not None]
+        drawn = None
+        if len(parts) == len(suite.paper):
+            drawn = np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0)
+        rows = [row.averages[suite.name] for row in printed]
+        add("average", "mean of ten", 0, suite.scale * x_mean, suite.scale * y_mean, drawn, rows)
     return out
 
 
@@ -164,96 +127,117 @@ def compare(
 ) -> list[Difference]:
     """B against A on everything both were measured on.
 
-    :param draws: bootstrap samples.
+    :param draws: bootstrap samples; at most 2,000 of perplexities.
     :param paper: two names of :func:`paper_rows` whose printed difference stands beside ours.
 
     :raises UserError: where the two have nothing in common, or were measured differently.
     """
-    for name in set(a["downstream"]) & set(b["downstream"]):
-        if a["downstream"][name]["metric"] != b["downstream"][name]["metric"]:
-            raise UserError(name, "one metric in both results", "two")
-    for name in set(a["perplexity"]) & set(b["perplexity"]):
-        cuts = a["perplexity"][name]["window"], b["perplexity"][name]["window"]
-        if cuts[0] != cuts[1]:
-            raise UserError(name, f"the same window and stride in both results ({cuts[0]})", cuts[1])
-    pair = _paper_pair(paper)
-    out = _perplexities(a, b, min(draws, 2000), pair) + _accuracies(a, b, draws, pair)
+    if not 1 <= draws <= _MOST_DRAWS:
+        raise UserError("--draws", f"a number from 1 to {_MOST_DRAWS:,}", draws)
+    for suite, key, what in ((DOWNSTREAM, "metric", "metric"), (PERPLEXITY, "window", "window and stride")):
+        for name in a[suite.name].keys() & b[suite.name].keys():
+            x, y = a[suite.name][name][key], b[suite.name][name][key]
+            if x != y:
+                raise UserError(name, f"the same {what} in both results ({x})", y)
+    out = _differences(PERPLEXITY, a, b, min(draws, 2000), paper) + _differences(DOWNSTREAM, a, b, draws, paper)
     if not out:
-        raise UserError("compare", "results with tasks or sets in common", "none")
+        raise UserError("compare", "results with tasks or sets in common", "; ".join(remarks(a, b)) or "none")
+    return out
+
+
+def remarks(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What is in one of the results only, and what both have but not of the same questions or documents."""
+    out = []
+    for letter, one, other in (("A", a, b), ("B", b, a)):
+        titles = [e["title"] for s in SUITES for name, e in one[s.name].items() if name not in other[s.name]]
+        if titles:
+            out.append(f"only in {letter} ({one['model']['label']}): {', '.join(titles)}")
+    for suite in SUITES:
+        for name in suite.order([a]):
+            x, y = a[suite.name][name], b[suite.name].get(name)
+            if y is not None and not _paired(suite, x, y):
+                counts = f"n = {x['n']} and {y['n']}" if x["n"] != y["n"] else f"{x['source']} and {y['source']}"
+                out.append(f"no interval for {x['title']}, measured on different data: {counts}")
     return out
 
 
 def _columns(d: Difference) -> list[str]:
     unit = "%" if d.suite == "perplexity" else "points"
     interval = "" if d.low is None else f"[{d.low:+.2f}, {d.high:+.2f}]"
-    printed = "" if d.paper is None else f"{d.paper:+.2f}"
-    return [d.title, str(d.n or ""), f"{d.a:.2f}", f"{d.b:.2f}", f"{d.difference:+.2f} {unit}", interval, printed]
+    paper = "" if d.paper is None else f"{d.paper:+.2f}"
+    return [d.title, str(d.n or ""), f"{d.a:.2f}", f"{d.b:.2f}", f"{d.difference:+.2f} {unit}", interval, paper]
 
 
-def _headings(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> list[str]:
-    head = ["", "n", a["model"]["label"], b["model"]["label"], "difference", "95 % interval"]
-    return head + (["paper"] if any(d.paper is not None for d in differences) else [])
+def _cells(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows; the paper's column only where it says something."""
+    headings = ["", "n", a["model"]["label"], b["model"]["label"], "difference", "95 % interval", "paper"]
+    width = 7 if any(d.paper is not None for d in differences) else 6
+    return headings[:width], [_columns(d)[:width] for d in differences]
 
 
 def comparison_table(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> Table:
-    """For a terminal; differences whose interval leaves out zero are bold."""
-    headings = _headings(a, b, differences)
-    out = Table(show_edge=False, pad_edge=False)
+    """For a terminal; differences whose interval leaves out zero are bold, and :func:`remarks` stand below."""
+    headings, rows = _cells(a, b, differences)
+    out = Table(show_edge=False, pad_edge=False, caption="\n".join(remarks(a, b)) or None, caption_justify="left")
     for i, heading in enumerate(headings):
         out.add_column(heading, justify="left" if i == 0 else "right")
-    for d in differences:
-        out.add_row(*_columns(d)[: len(headings)], style="bold" if d.clear else None)
+    for d, row in zip(differences, rows):
+        out.add_row(*row, style="bold" if d.clear else None)
     return out
 
 
 def markdown(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> str:
     """The comparison with what its columns mean."""
-    headings = _headings(a, b, differences)
-    out = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    out += ["| " + " | ".join(_columns(d)[: len(headings)]) + " |" for d in differences]
-    out += [
-        "",
-        "Perplexity: relative change, lower is better. Accuracy: percentage points, higher is better. Paired bootstrap.",
-        "",
-    ]
-    return "\n".join(out)
+    meaning = "Perplexity: relative change, lower is better. Accuracy: percentage points, higher is better."
+    notes = [f"{meaning} Paired bootstrap.", *remarks(a, b)]
+    return "\n".join([markdown_table(*_cells(a, b, differences)), *(f"{note}\n" for note in notes)])
+
+
+def _draw_panel(axis: Any, suite: Suite, chosen: list[Difference]) -> None:
+    for y, d in enumerate(reversed(chosen)):
+        better = (d.difference > 0) == (suite is DOWNSTREAM)
+        colour = "black" if not d.clear else "tab:blue" if better else "tab:red"
+        if d.low is not None:
+            axis.plot([d.low, d.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axis.plot(d.difference, y, "o", color=colour, markersize=5)
+        if d.paper is not None:
+            axis.plot(d.paper, y, "x", color="gray", markersize=6)
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(chosen)), [d.title for d in reversed(chosen)])
+    axis.set_ylim(-0.6, len(chosen) - 0.4)
+    label = "perplexity, change in % (lower" if suite is PERPLEXITY else "accuracy, points (higher"
+    axis.set_xlabel(f"{label} is better)")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def plot(a: dict[str, Any], b: dict[str, Any], differences: list[Difference], path: Path) -> None:
-    """Every difference with its interval, a panel for perplexity and one for accuracy."""
+    """Every difference with its interval, a panel for perplexity and one for accuracy.
+
+    :raises UserError: for a name whose ending is no format of matplotlib's.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    suites = [s for s in ("perplexity", "downstream") if any(d.suite == s for d in differences)]
-    tallest = max(sum(d.suite == s for d in differences) for s in suites)
-    figure, axes = plt.subplots(1, len(suites), figsize=(5.5 * len(suites), 1.4 + 0.34 * tallest), squeeze=False)
-    for axis, suite in zip(axes[0], suites):
-        chosen = [d for d in differences if d.suite == suite]
-        for y, d in enumerate(reversed(chosen)):
-            colour = (
-                "black" if not d.clear else ("tab:blue" if (d.difference > 0) == (suite == "downstream") else "tab:red")
-            )
-            if d.low is not None and d.high is not None:
-                axis.plot([d.low, d.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
-            axis.plot(d.difference, y, "o", color=colour, markersize=5)
-            if d.paper is not None:
-                axis.plot(d.paper, y, "x", color="gray", markersize=6)
-        axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set_yticks(range(len(chosen)), [d.title for d in reversed(chosen)])
-        axis.set_ylim(-0.6, len(chosen) - 0.4)
-        better = "lower is better" if suite == "perplexity" else "higher is better"
-        axis.set_xlabel(
-            f"perplexity, change in % ({better})" if suite == "perplexity" else f"accuracy, points ({better})"
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-    printed = "; x: the paper's printed difference" if any(d.paper is not None for d in differences) else ""
-    figure.suptitle(f"{b['model']['label']} minus {a['model']['label']}, 95 % paired bootstrap{printed}", fontsize=10)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    panels = {s: chosen for s in SUITES if (chosen := [d for d in differences if d.suite == s.name])}
+    paper = "; x: the paper's printed difference" if any(d.paper is not None for d in differences) else ""
+    title = f"{b['model']['label']} minus {a['model']['label']}, 95 % paired bootstrap{paper}"
+    wrapped = textwrap.wrap(title, 72 * len(panels))  # characters of 10 points in the figure's width
+    height = 1.2 + 0.2 * len(wrapped) + 0.34 * max(map(len, panels.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), height), squeeze=False)
+    try:
+        formats = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in formats:
+            raise UserError("--plot", f"a file name that ends in one of {', '.join(sorted(formats))}", str(path))
+        for axis, (suite, chosen) in zip(axes[0], panels.items()):
+            _draw_panel(axis, suite, chosen)
+        figure.suptitle("\n".join(wrapped), fontsize=10)
+        figure.tight_layout()
+        with writing(path, "wb") as f:
+            figure.savefig(f, dpi=150, format=path.suffix[1:].lower())
+    finally:
+        plt.close(figure)
 
 
 def best_paper_pair(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:

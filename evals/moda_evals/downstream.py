@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from .scoring import Progress, Scores, Span, continuation, score
 from .tasks import Question, Task, load_questions
 
 __all__ = ["Answer", "answers", "evaluate_task", "fit", "standard_error", "summarise"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,8 @@ def fit(task: Task, questions: Sequence[Question], context_length: int, truncate
                 cut += 1
                 keep = context_length - len(choice.tokens) + 1
                 if keep < 1:
-                    raise UserError(
-                        task.name,
-                        f"answers shorter than the model's context of {context_length} tokens",
-                        f"{question.id} with {len(choice.tokens)} tokens",
-                    )
+                    expected = f"answers shorter than the model's context of {context_length} tokens"
+                    raise UserError(task.name, expected, f"{question.id} with {len(choice.tokens)} tokens")
                 context = context[-keep:]
             spans[-1].append(continuation(context, choice.tokens))
     if cut and not truncate:
@@ -95,9 +95,9 @@ def answers(questions: Sequence[Question], spans: Sequence[Sequence[Span]], scor
     return [Answer(q, tuple(float(next(flat).sum(dtype="float64")) for _ in s)) for q, s in zip(questions, spans)]
 
 
-def summarise(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
-    """The figures of a task. Accuracies are fractions; ``correct`` has one digit a question."""
-    right = [a.is_right(task.metric) for a in found]
+def summarise(task: Task, answered: Sequence[Answer]) -> dict[str, Any]:
+    """The figures of a task. Accuracies are fractions; ``correct`` has one digit per question."""
+    right = [a.is_right(task.metric) for a in answered]
     n = len(right)
     return {
         "title": task.title,
@@ -106,9 +106,9 @@ def summarise(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
         "n": n,
         "accuracy": sum(right) / n,
         "standard_error": standard_error(right),
-        "accuracy_raw": sum(a.is_right("acc") for a in found) / n,
-        "accuracy_per_character": sum(a.is_right("len_norm") for a in found) / n,
-        "bits_per_byte": sum(a.bits_per_byte for a in found) / n,
+        "accuracy_raw": sum(a.is_right("acc") for a in answered) / n,
+        "accuracy_per_character": sum(a.is_right("len_norm") for a in answered) / n,
+        "bits_per_byte": sum(a.bits_per_byte for a in answered) / n,
         "correct": "".join("1" if r else "0" for r in right),
     }
 
@@ -132,14 +132,14 @@ def evaluate_task(
 
     :returns: :func:`summarise`'s figures, with ``truncated``, ``tokens``, ``padding`` and ``seconds``.
     """
+    log.info("%s: tokenizing questions", task.title)
     questions = load_questions(task, model.tokenizer, limit)
     spans, cut = fit(task, questions, model.context_length, truncate)
     scores = score(model, [s for q in spans for s in q], batch_tokens=batch_tokens, progress=progress)
-    found = answers(questions, spans, scores)
-    result = summarise(task, found)
-    result.update(
-        truncated=cut, tokens=scores.tokens, padding=scores.padded / max(1, scores.tokens), seconds=scores.seconds
-    )
+    answered = answers(questions, spans, scores)
+    padding = scores.padded / max(1, scores.tokens)
+    result = summarise(task, answered)
+    result.update(truncated=cut, tokens=scores.tokens, padding=padding, seconds=scores.seconds)
     if per_example:
         result["examples"] = [
             {
@@ -149,6 +149,6 @@ def evaluate_task(
                 "log_likelihoods": list(a.log_likelihoods),
                 "characters": [c.characters for c in a.question.choices],
             }
-            for a in found
+            for a in answered
         ]
     return result

@@ -9,7 +9,6 @@ own in-loop tasks are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,15 @@ from olmo_core.train import Duration, Trainer
 from olmo_core.train.callbacks import Callback
 
 from moda.config.schema import RunConfig
-from moda.errors import UserError, nearest
+from moda.errors import UserError
 from moda.train.plan import Plan
 from moda.train.validation import TimedEvaluator
 
 from .downstream import answers, fit, summarise
 from .model import TextTokenizer
 from .scoring import Scores, Span, plan_batches
-from .tasks import TASKS, Question, Task, load_questions
+from .shared_prefix import Tree, lay_out
+from .tasks import Question, Task, load_questions, resolve_tasks
 
 __all__ = ["TaskEvaluator", "check_downstream", "downstream_callbacks"]
 
@@ -44,13 +44,12 @@ def check_downstream(config: RunConfig) -> None:
     :raises UserError: naming the nearest known task.
     """
     section = config.eval.downstream
-    if section is not None and config.parallel.tensor > 1:
-        raise UserError(
-            "eval.downstream", "parallel.tensor: 1 (its ranks have no whole logits)", config.parallel.tensor
-        )
-    for name in section.tasks if section is not None else ():
-        if name not in TASKS:
-            raise UserError("eval.downstream.tasks", "known tasks", name, nearest(name, TASKS))
+    if section is None:
+        return
+    if config.parallel.tensor > 1:
+        expected = "parallel.tensor: 1 (its ranks have no whole logits)"
+        raise UserError("eval.downstream", expected, config.parallel.tensor)
+    resolve_tasks(section.tasks, "eval.downstream.tasks")
 
 
 class TaskEvaluator(Evaluator):
@@ -69,46 +68,34 @@ class TaskEvaluator(Evaluator):
         device: torch.device | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(name="downstream", batches=[], device=device)
         self.task, self.questions, self.spans, self.group = task, questions, spans, group
         self.flat = [s for q in spans for s in q]
         planned = plan_batches([len(s.ids) for s in self.flat], batch_tokens)
         rank, ranks = get_rank(group), get_world_size(group)
-        rounds = -(-len(planned) // ranks)
         # A rank that has no batch left repeats the first one: under FSDP all ranks run the same number of times.
-        self.planned = [planned[i] if (i := r * ranks + rank) < len(planned) else planned[0] for r in range(rounds)]
+        own = [planned[i if i < len(planned) else 0] for i in range(rank, -(-len(planned) // ranks) * ranks, ranks)]
+        super().__init__(name="downstream", batches=[self._batch(indices) for indices in own], device=device)
         self._sums: dict[int, float] = {}
-        self._current: list[int] = []
+
+    def _batch(self, indices: list[int]) -> dict[str, Any]:
+        trees = [Tree(self.flat[i].ids, ((),)) for i in indices]
+        return {"input_ids": lay_out(trees).ids, "index": torch.tensor(indices)}
 
     @property
     def display_name(self) -> str:
         return f"downstream {self.task.name}"
 
-    @property
-    def total_batches(self) -> int:
-        return len(self.planned)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.planned:
-            self._current = batch
-            width = max(len(self.flat[i].ids) for i in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, i in enumerate(batch):
-                ids[row, : len(self.flat[i].ids)] = torch.tensor(self.flat[i].ids)
-            yield {"input_ids": ids}
-
     def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
         """Note the log-likelihoods of the batch just run."""
-        del batch, ce_loss
+        del ce_loss
         if logits is None:
-            raise UserError(
-                "eval.downstream", "a model that gives whole logits (no tensor or context parallelism)", "none"
-            )
-        for row, i in enumerate(self._current):
+            expected = "a model that gives whole logits (no tensor or context parallelism)"
+            raise UserError("eval.downstream", expected, "none")
+        for row, i in enumerate(batch["index"].tolist()):
             span = self.flat[i]
-            picked = logits[row, span.start : span.start + len(span.targets)].float()
-            targets = torch.tensor(span.targets, device=picked.device)
-            self._sums[i] = -F.cross_entropy(picked, targets, reduction="sum").item()
+            chosen = logits[row, span.start : span.start + len(span.targets)].float()
+            targets = torch.tensor(span.targets, device=chosen.device)
+            self._sums[i] = -F.cross_entropy(chosen, targets, reduction="sum").item()
 
     def compute_metrics(self) -> dict[str, torch.Tensor]:
         """The task's figures over all ranks."""
@@ -119,48 +106,26 @@ class TaskEvaluator(Evaluator):
             sums = {k: v for part in parts if part is not None for k, v in part.items()}
         scores = Scores([np.asarray([sums[i]]) for i in range(len(self.flat))], 0, 0, 0.0)
         result = summarise(self.task, answers(self.questions, self.spans, scores))
-        error = float("nan") if result["standard_error"] is None else result["standard_error"]
-        log.info(
-            "downstream %s: %.1f ± %.1f %% of %d questions",
-            self.task.name,
-            100 * result["accuracy"],
-            100 * error,
-            result["n"],
-        )
-        return {
-            f"{self.task.name}/{figure}": torch.tensor(
-                float("nan") if result[figure] is None else float(result[figure])
-            )
-            for figure in FIGURES
-        }
+        figures = {name: float("nan") if result[name] is None else float(result[name]) for name in FIGURES}
+        accuracy, error = 100 * figures["accuracy"], 100 * figures["standard_error"]
+        log.info("downstream %s: %.1f ± %.1f %% of %d questions", self.task.name, accuracy, error, result["n"])
+        return {f"{self.task.name}/{name}": torch.tensor(figure) for name, figure in figures.items()}
 
     def reset_metrics(self) -> None:
         self._sums = {}
 
 
-def _evaluators(plan: Plan, trainer: Trainer) -> Iterator[tuple[str, TaskEvaluator]]:
-    config = plan.config
-    section = config.eval.downstream
-    assert section is not None
-    tokenizer = TextTokenizer(plan.tokenizer)
+def _evaluator(task: Task, tokenizer: TextTokenizer, config: RunConfig, trainer: Trainer) -> TaskEvaluator:
+    assert config.eval.downstream is not None
     length = config.train.sequence_length
-    for name in dict.fromkeys(section.tasks):
-        task = TASKS[name]
-        questions = load_questions(task, tokenizer, section.limit)
-        spans, cut = fit(task, questions, length, truncate=True)
-        if cut:
-            log.warning("%s: %d prompts are longer than %d tokens and lose their beginning", name, cut, length)
-        yield (
-            name,
-            TaskEvaluator(
-                task,
-                questions,
-                spans,
-                batch_tokens=config.train.microbatch_size * length,
-                device=trainer.device,
-                group=trainer.dp_process_group,
-            ),
-        )
+    log.info("downstream %s: tokenizing questions", task.name)
+    questions = load_questions(task, tokenizer, config.eval.downstream.limit)
+    spans, cut = fit(task, questions, length, truncate=True)
+    if cut:
+        log.warning("%s: %d prompts are longer than %d tokens and lose their beginning", task.name, cut, length)
+    tokens = config.train.microbatch_size * length
+    group = trainer.dp_process_group
+    return TaskEvaluator(task, questions, spans, batch_tokens=tokens, device=trainer.device, group=group)
 
 
 def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:
@@ -168,9 +133,11 @@ def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:
     config = plan.config.eval
     if config.downstream is None:
         return {}
+    tokenizer = TextTokenizer(plan.tokenizer)
+    tasks = resolve_tasks(config.downstream.tasks, "eval.downstream.tasks")
     return {
         "downstream": TimedEvaluator(
-            evaluators=[evaluator for _, evaluator in _evaluators(plan, trainer)],
+            evaluators=[_evaluator(task, tokenizer, plan.config, trainer) for task in tasks],
             eval_interval=config.downstream.interval,
             eval_on_startup=config.on_start,
             eval_on_finish=config.on_finish,

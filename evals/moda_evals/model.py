@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,14 @@ from moda.checkpoints import kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
+from moda.files import read_json
 
 from .shared_prefix import Layout, shared_attention
 
-__all__ = ["MAX_LOGITS", "ScoredModel", "TextTokenizer", "checkpoint_label", "load"]
+__all__ = [
+    "DTYPES", "MAX_LOGITS", "ModelInfo", "ScoredModel", "TextTokenizer", "build_model", "checkpoint_label",
+    "choose_device", "load", "open_model",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -31,31 +34,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TextTokenizer:
-    """Text to ids and back, with the ids that belong in front of every text.
+    """Text to ids and back. No special token is ever made of text or added to it, as in training data.
 
     :param tokenizer: the tokenizer's description and file.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.description = tokenizer
+        self.eos_token_id = tokenizer.config.eos_token_id
         self._tokenizer = tokenizer.load()
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        dressed = self._tokenizer.encode("a", add_special_tokens=True).ids
-        start = next((i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), 0)
-        #: Ids that the tokenizer puts before a text (a beginning-of-sequence token), usually none.
-        self.prefix: tuple[int, ...] = tuple(dressed[:start])
-
-    @property
-    def eos_token_id(self) -> int:
-        return self.description.config.eos_token_id
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token is text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, nothing added."""
-        return [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
@@ -68,14 +60,12 @@ def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @dataclass
-class ScoredModel:
-    """A model that can be asked for log-probabilities.
+class ModelInfo:
+    """What is known of a model before its weights are read.
 
     :param label: short name for tables.
     :param path: the checkpoint's folder.
     :param kind: ``moda``, ``olmo-core`` or ``huggingface``.
-    :param module: the network; called with ids ``[B, T]`` it gives logits, or an output that has them.
-    :param head: the submodule that turns hidden states ``[B, T, d_model]`` into logits, or None if it is not known.
     :param tokenizer_info: the tokenizer's description (its file is read when text must be encoded), or None.
     :param context_length: tokens that the model was made for.
     :param settings: the configuration that came with the checkpoint.
@@ -84,8 +74,6 @@ class ScoredModel:
     label: str
     path: str
     kind: str
-    module: nn.Module
-    head: nn.Module | None
     tokenizer_info: Tokenizer | None
     context_length: int
     vocab_size: int
@@ -96,15 +84,26 @@ class ScoredModel:
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer itself.
 
-        :raises UserError: where it is not at hand, or has more tokens than the model.
+        :raises UserError: where the checkpoint does not name it or its file cannot be read.
         """
         if self._tokenizer is None:
             if self.tokenizer_info is None:
-                raise UserError(
-                    "checkpoint", "a checkpoint that names its tokenizer", self.path, "give one with --tokenizer"
-                )
+                expected = "a checkpoint that names its tokenizer"
+                raise UserError("checkpoint", expected, self.path, "give one with --tokenizer")
             self._tokenizer = TextTokenizer(self.tokenizer_info)
         return self._tokenizer
+
+
+@dataclass(kw_only=True)
+class ScoredModel(ModelInfo):
+    """A model that can be asked for log-probabilities.
+
+    :param module: the network; called with ids ``[B, T]`` it gives logits, or an output that has them.
+    :param head: the submodule that turns hidden states ``[B, T, d_model]`` into logits, or None if it is not known.
+    """
+
+    module: nn.Module
+    head: nn.Module | None
 
     @property
     def ends_with_head(self) -> bool:
@@ -119,17 +118,13 @@ class ScoredModel:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
-    @property
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
-
     def describe(self) -> dict[str, Any]:
         """What a result says about the model it belongs to."""
         return {
             "label": self.label,
             "path": self.path,
             "kind": self.kind,
-            "parameters": self.n_params,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
             "context_length": self.context_length,
             "tokenizer": None if self.tokenizer_info is None else self.tokenizer_info.describe(),
             "config": self.settings,
@@ -146,42 +141,37 @@ class ScoredModel:
     ) -> torch.Tensor:
         """Log-probability that ``targets[i]`` comes after token ``columns[i]`` of row ``rows[i]``; fp32 ``[N]``.
 
-        The head runs on the N asked positions only, where it is known, and on no more at once than give 2 GiB of logits where
+        The head runs on these N positions only, where it is known, and on no more at once than give 2 GiB of logits where
         it is the model's last step (:attr:`ends_with_head`).
 
         :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
         device = self.device
-        plain = layout.is_plain
         ids, rows, columns, targets = (_send(t, device) for t in (layout.ids, rows, columns, targets))
-        hook, asked = None, []
-        if self.head is not None:
+        hidden: list[torch.Tensor] = []  # what the head is asked about, [1, N, d_model]
 
-            def pick(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                hidden = args[0]
-                if hidden.shape[:2] != ids.shape:
-                    return None
-                asked.append(hidden[rows, columns][None])
-                return (hidden[:1, :1] if self.ends_with_head else asked[0], *args[1:]), kwargs
+        def pick(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args[0].shape[:2] != ids.shape:
+                return None
+            hidden.append(args[0][rows, columns][None])
+            return (args[0][:1, :1] if self.ends_with_head else hidden[0], *args[1:]), kwargs
 
-            hook = self.head.register_forward_pre_hook(pick, with_kwargs=True)
-        try:
-            with contextlib.ExitStack() as stack:
-                shared = {} if plain else stack.enter_context(shared_attention(self.module, layout, device))
-                logits = self.logits(ids, **shared)
-        finally:
-            if hook is not None:
-                hook.remove()
-        if not asked or self.head is None:
+        with contextlib.ExitStack() as stack:
+            if self.head is not None:
+                stack.callback(self.head.register_forward_pre_hook(pick, with_kwargs=True).remove)
+            options = {} if layout.is_plain else stack.enter_context(shared_attention(self.module, layout, device))
+            logits = self.logits(ids, **options)
+        if not hidden or self.head is None:
             return -F.cross_entropy(logits[rows, columns].float(), targets, reduction="none")
         if not self.ends_with_head:
             return -F.cross_entropy(logits[0].float(), targets, reduction="none")
         at_once = max(1, MAX_LOGITS // self.vocab_size)
-        found = []
         with torch.no_grad():
-            for hidden, wanted in zip(asked[0].split(at_once, 1), targets.split(at_once)):
-                found.append(-F.cross_entropy(self.head(hidden)[0].float(), wanted, reduction="none"))
-        return torch.cat(found)
+            losses = [
+                F.cross_entropy(self.head(part)[0].float(), target, reduction="none")
+                for part, target in zip(hidden[0].split(at_once, 1), targets.split(at_once))
+            ]
+        return -torch.cat(losses)
 
 
 def checkpoint_label(path: Path) -> str:
@@ -190,69 +180,70 @@ def checkpoint_label(path: Path) -> str:
     return f"{path.parent.name}-{path.name}" if path.name.startswith("step") else path.name
 
 
-def _default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def choose_device(name: str | None) -> torch.device:
+    """The device of ``--device``; a GPU where there is one if None.
+
+    :raises UserError: for a device that this machine does not have.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in known:
+        raise UserError("--device", f"one of {', '.join(known)}", name)
+    return torch.device(name)
 
 
-def _tokenizer(given: str | None, found: TokenizerSection | None, vocab_size: int) -> Tokenizer | None:
-    """The checkpoint's tokenizer, or the one given instead of it; it must be able to be the model's."""
-    theirs = None if found is None else load_tokenizer(found)
-    if given is None:
-        ours = theirs
+def _choose_tokenizer(option: str | None, section: TokenizerSection | None, vocab_size: int) -> Tokenizer | None:
+    """The checkpoint's tokenizer (``section``), or the one of ``--tokenizer``, which must be the same one."""
+    own = None if section is None else load_tokenizer(section)
+    if option is None:
+        chosen = own
     else:
-        hub = theirs.hub if theirs is not None else None
-        ours = load_tokenizer(TokenizerSection(given, hub=hub))
-    if ours is None:
+        chosen = load_tokenizer(TokenizerSection(option, hub=None if own is None else own.hub))
+    if chosen is None:
         return None
-    if ours.config.vocab_size > vocab_size:
-        raise UserError(
-            "--tokenizer" if given else "checkpoint",
-            f"a tokenizer of at most the {vocab_size:,} tokens that the model knows",
-            f"{ours.name} with {ours.config.vocab_size:,}",
+    key = "checkpoint" if option is None else "--tokenizer"
+    config = chosen.config
+    if config.vocab_size > vocab_size:
+        expected = f"a tokenizer of at most the {vocab_size:,} tokens that the model knows"
+        raise UserError(key, expected, f"{chosen.name} with {config.vocab_size:,}")
+    if option is None or own is None or chosen.fingerprint == own.fingerprint:
+        return chosen
+    same_numbers = (config.vocab_size, config.eos_token_id) == (own.config.vocab_size, own.config.eos_token_id)
+    if own.path is not None or not same_numbers:
+        expected, got = (
+            f"{t.name}, {t.config.vocab_size:,} tokens, document end {t.config.eos_token_id} ({t.fingerprint[:20]})"
+            for t in (own, chosen)
         )
-    if given is not None and theirs is not None:
-        mine, other = ours.config, theirs.config
-        same_file = ours.fingerprint == theirs.fingerprint
-        if theirs.path is not None and not same_file:
-            raise UserError(
-                "--tokenizer", f"the tokenizer that the model was trained with: {theirs.name} ({theirs.fingerprint[:20]})",
-                f"{ours.name} ({ours.fingerprint[:20]})",
-            )  # fmt: skip
-        if (mine.vocab_size, mine.eos_token_id) != (other.vocab_size, other.eos_token_id) and not same_file:
-            raise UserError(
-                "--tokenizer",
-                f"a tokenizer like {theirs.name}: {other.vocab_size:,} tokens, document end {other.eos_token_id}",
-                f"{mine.vocab_size:,} tokens, document end {mine.eos_token_id} ({ours.name})",
-            )
-    return ours
+        raise UserError(key, f"the tokenizer that the model was trained with: {expected}", got)
+    return chosen
 
 
-def _load_trained(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None) -> ScoredModel:
+#: Reads the weights: the network and its head.
+Build = Callable[[torch.device, torch.dtype], tuple[nn.Module, "nn.Module | None"]]
+
+
+def _open_trained(path: Path, tokenizer: str | None) -> tuple[ModelInfo, Build]:
     checkpoint = open_checkpoint(path)
-    module = load_model(checkpoint, device, dtype)
-    padding = getattr(checkpoint.model.lm_head, "padding", 0)
-    vocab = checkpoint.model.vocab_size - padding
-    return ScoredModel(
-        label=checkpoint_label(path),
-        path=str(path),
-        kind=checkpoint.kind,
-        module=module,
-        head=module.lm_head,
-        tokenizer_info=_tokenizer(tokenizer, checkpoint.tokenizer, vocab),
-        context_length=checkpoint.sequence_length or 2048,
-        vocab_size=vocab,
-        settings=checkpoint.settings,
-    )
+    vocab = checkpoint.model.vocab_size - getattr(checkpoint.model.lm_head, "padding", 0)
+    chosen = _choose_tokenizer(tokenizer, checkpoint.tokenizer, vocab)
+    length = checkpoint.sequence_length or 2048
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
+        module = load_model(checkpoint, device, dtype)
+        return module, module.lm_head
+
+    label = checkpoint_label(path)
+    return ModelInfo(label, str(path), checkpoint.kind, chosen, length, vocab, checkpoint.settings), build
 
 
-def _load_huggingface(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None) -> ScoredModel:
+def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any]) -> tuple[ModelInfo, Build]:
     try:
         import transformers
     except ImportError:
-        raise UserError(
-            "checkpoint", "transformers, to load a Hugging Face folder", hint="pip install 'moda[hf]'"
-        ) from None
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        expected = "transformers, to load a Hugging Face folder"
+        raise UserError("checkpoint", expected, hint="pip install -e '.[hf]'") from None
     if not list(path.glob("*.safetensors")):
         raise UserError("checkpoint", "weights in safetensors (pickles are not read)", str(path))
     transformers.logging.set_verbosity_error()
@@ -260,31 +251,55 @@ def _load_huggingface(path: Path, device: torch.device, dtype: torch.dtype, toke
     from moda.hf import register
 
     register()  # a folder exported by this project is read by this project's classes, never by the code in the folder
-    try:
-        module: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as e:  # transformers raises many kinds
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(
-            "checkpoint", f"a causal language model that transformers loads from {path}", hint=reason
-        ) from None
-    module = module.to(device).eval()
-    module.config.use_cache = False
-    head = module.get_output_embeddings()
+    safe: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+
+    def read(loader: Any, **options: Any) -> Any:
+        try:
+            return loader.from_pretrained(path, **safe, **options)
+        except Exception as e:  # transformers raises many kinds
+            reason = " ".join(str(e).split())[:200]
+            expected = f"a causal language model that transformers loads from {path}"
+            raise UserError("checkpoint", expected, hint=reason) from None
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
+        module = read(transformers.AutoModelForCausalLM, dtype=dtype, use_safetensors=True).to(device).eval()
+        module.config.use_cache = False
+        return module, module.get_output_embeddings()
+
+    config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
-    vocab = int(module.config.vocab_size)
-    return ScoredModel(
-        label=checkpoint_label(path),
-        path=str(path),
-        kind="huggingface",
-        module=module,
-        head=head,
-        tokenizer_info=_tokenizer(tokenizer, section, vocab),
-        context_length=int(getattr(module.config, "max_position_embeddings", None) or 2048),
-        vocab_size=vocab,
-        settings=settings,
-    )
+    vocab, length = int(config.vocab_size), int(getattr(config, "max_position_embeddings", None) or 2048)
+    chosen = _choose_tokenizer(tokenizer, section, vocab)
+    return ModelInfo(checkpoint_label(path), str(path), "huggingface", chosen, length, vocab, settings), build
+
+
+def open_model(path: str, tokenizer: str | None = None, context_length: int | None = None) -> tuple[ModelInfo, Build]:
+    """All that can be known, and refused, of a checkpoint before its weights are read; and what reads them.
+
+    :param tokenizer: a tokenizer file to use where the checkpoint's own cannot be reached; it must be the same tokenizer.
+    :param context_length: use this instead of the length that the model was trained on.
+
+    :raises UserError: for a folder that is no checkpoint of a known kind.
+    """
+    folder = Path(path).expanduser()
+    if kind_of(folder) in ("export", "huggingface"):
+        info, build = _open_huggingface(folder, tokenizer, read_json(folder / "config.json", "checkpoint"))
+    else:
+        info, build = _open_trained(folder, tokenizer)
+    info.context_length = context_length or info.context_length
+    return info, build
+
+
+def build_model(info: ModelInfo, build: Build, device: torch.device, dtype: str | None) -> ScoredModel:
+    """Read the weights of what :func:`open_model` gave.
+
+    :param dtype: a name in :data:`DTYPES`; bfloat16 on a GPU and float32 on a CPU if None.
+
+    :raises UserError: for a damaged checkpoint.
+    """
+    log.info("%s: loading %s", info.label, info.path)
+    module, head = build(device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    return ScoredModel(**vars(info), module=module, head=head)
 
 
 def load(
@@ -295,21 +310,5 @@ def load(
     tokenizer: str | None = None,
     context_length: int | None = None,
 ) -> ScoredModel:
-    """Load a checkpoint of this project, of OLMo-core, or a Hugging Face folder.
-
-    :param dtype: ``float32``, ``bfloat16`` or ``float16``; bfloat16 on a GPU and float32 on a CPU if None.
-    :param tokenizer: a tokenizer file to use where the checkpoint's own cannot be reached; it must be the same tokenizer.
-    :param context_length: use this instead of the length that the model was trained on.
-
-    :raises UserError: for a folder that is none of these, or a damaged one.
-    """
-    folder = Path(path).expanduser()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = _default_dtype(device) if dtype is None else DTYPES[dtype]
-    if kind_of(folder) in ("export", "huggingface"):
-        model = _load_huggingface(folder, device, kind, tokenizer)
-    else:
-        model = _load_trained(folder, device, kind, tokenizer)
-    if context_length is not None:
-        model.context_length = context_length
-    return model
+    """Load a checkpoint of this project, of OLMo-core, or a Hugging Face folder: :func:`open_model`, :func:`build_model`."""
+    return build_model(*open_model(path, tokenizer, context_length), device or choose_device(None), dtype)

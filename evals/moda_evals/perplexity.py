@@ -8,22 +8,24 @@ With s = W a token that begins a window has none and is left out, as is the firs
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from moda.errors import UserError
 
-from .model import ScoredModel
+from .model import ModelInfo, ScoredModel
 from .scoring import Progress, Span, score
-from .sets import DocumentSet, TokenDocument
+from .sets import OpenSet, TokenDocument
 
-__all__ = ["Windows", "average", "evaluate_set", "loss_error", "windows"]
+__all__ = ["Windows", "evaluate_set", "loss_error", "windows"]
 
 _CHUNK = 1 << 20  # tokens whose windows are planned together
+_MAX_EXPONENT = 709.0  # of what math.exp can give
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Windows:
             raise UserError("--window", "at least 2 tokens", self.size)
         if not 1 <= self.stride <= self.size:
             raise UserError("--stride", f"1 to the window's {self.size} tokens", self.stride)
+
+    def check(self, model: ModelInfo) -> None:
+        """:raises UserError: for a window longer than the model's context."""
+        if self.size > model.context_length:
+            expected = f"at most the model's context of {model.context_length} tokens"
+            raise UserError("--window", expected, self.size, "or --context-length N")
 
 
 def windows(n: int, cut: Windows) -> Iterator[tuple[int, int, int]]:
@@ -74,28 +82,23 @@ def loss_error(losses: np.ndarray, tokens: np.ndarray) -> float | None:
     return float(math.sqrt(n / (n - 1) * float((residuals**2).sum())) / tokens.sum())
 
 
-def _read(documents: Iterator[TokenDocument], limit: int | None, cut: Windows) -> Iterator[list[TokenDocument]]:
+def _groups(documents: Iterator[TokenDocument], limit: int | None, cut: Windows) -> Iterator[list[TokenDocument]]:
     """Documents with something to predict, in groups of about ``_CHUNK`` tokens."""
     group: list[TokenDocument] = []
-    held, count = 0, 0
-    for document in documents:
-        if limit is not None and count == limit:
-            break
-        if len(document.ids) < 2:
-            continue
+    size = 0
+    for document in itertools.islice((d for d in documents if len(d.ids) >= 2), limit):
         group.append(document)
-        count += 1
-        held += min(len(document.ids), cut.size) if cut.head else len(document.ids)
-        if held >= _CHUNK:
+        size += min(len(document.ids), cut.size) if cut.head else len(document.ids)
+        if size >= _CHUNK:
             yield group
-            group, held = [], 0
+            group, size = [], 0
     if group:
         yield group
 
 
 def evaluate_set(
     model: ScoredModel,
-    documents: DocumentSet,
+    documents: OpenSet,
     cut: Windows,
     *,
     limit: int | None = None,
@@ -106,26 +109,22 @@ def evaluate_set(
     """Loss of a model on a set.
 
     :param limit: only the first so many documents.
-    :param per_example: keep every token's log-probability sum by document id (``documents`` is always there).
+    :param per_example: add every document's loss as ``examples``.
 
-    :returns: ``loss`` (nats a token, all tokens weighing the same), ``perplexity`` (its exponential), ``bits_per_byte`` (None
-        where the text's bytes are not known), standard errors over documents, counts.
+    :returns: ``loss`` (nats per token, all tokens weighing the same), ``perplexity`` (its exponential), ``bits_per_byte``
+        (None where the text's bytes are not known), standard errors over documents, counts.
+
+    :raises UserError: for a window longer than the model's context, or a set with nothing to predict.
     """
-    if cut.size > model.context_length:
-        raise UserError(
-            "--window",
-            f"at most the model's context of {model.context_length} tokens",
-            cut.size,
-            "or --context-length N",
-        )
+    cut.check(model)
     losses: list[float] = []
     tokens: list[int] = []
     lengths: list[int] = []
     n_bytes: int | None = 0
     used, padded, seconds, done = 0, 0, 0.0, 0
-    for group in _read(documents.documents(), limit, cut):
+    for group in _groups(documents.documents(), limit, cut):
         spans = [_spans(d.ids, cut) for d in group]
-        flat = [s for per_document in spans for s in per_document]
+        flat = [s for of_document in spans for s in of_document]
 
         def report(now: int, total: int, before: int = done) -> None:
             if progress is not None:
@@ -134,45 +133,39 @@ def evaluate_set(
         scores = score(model, flat, batch_tokens=batch_tokens, progress=report)
         done += sum(len(s.ids) for s in flat)
         used, padded, seconds = used + scores.tokens, padded + scores.padded, seconds + scores.seconds
-        at = 0
-        for document, own in zip(group, spans):
-            arrays = scores.log_probs[at : at + len(own)]
-            at += len(own)
+        log_probs = iter(scores.log_probs)
+        for document, of_document in zip(group, spans):
+            arrays = list(itertools.islice(log_probs, len(of_document)))
             losses.append(-float(sum(a.sum(dtype=np.float64) for a in arrays)))
-            tokens.append(sum(len(a) for a in arrays))
+            tokens.append(sum(map(len, arrays)))
             lengths.append(len(document.ids))
             whole = not cut.head or len(document.ids) <= cut.size
             if n_bytes is not None:
                 n_bytes = None if document.n_bytes is None or not whole else n_bytes + document.n_bytes
     if not tokens:
         raise UserError(documents.name, f"documents of two tokens or more in {documents.source}", "none")
-    total, count = float(np.sum(losses)), int(np.sum(tokens))
+    total, count = float(np.sum(losses)), sum(tokens)
     loss = total / count
+    perplexity = math.exp(loss) if loss < _MAX_EXPONENT else math.inf
     error = loss_error(np.asarray(losses), np.asarray(tokens))
     result: dict[str, Any] = {
         "title": documents.title,
         "source": documents.source,
         "loss": loss,
         "loss_standard_error": error,
-        "perplexity": math.exp(loss),
-        "standard_error": None if error is None else error * math.exp(loss),
+        "perplexity": perplexity,
+        "standard_error": None if error is None else error * perplexity,
         "bits_per_byte": total / math.log(2) / n_bytes if n_bytes else None,
         "n": len(tokens),
         "tokens_scored": count,
-        "tokens_in_documents": int(np.sum(lengths)),
-        "window": {"size": cut.size, "stride": cut.stride, "head": cut.head},
+        "tokens_in_documents": sum(lengths),
+        "window": asdict(cut),
         "documents": {"loss": [round(x, 4) for x in losses], "tokens": tokens},
         "tokens": used,
         "padding": padded / max(1, used),
         "seconds": seconds,
     }
     if per_example:
-        result["examples"] = [
-            {"id": i, "loss": x, "tokens": t, "length": n} for i, (x, t, n) in enumerate(zip(losses, tokens, lengths))
-        ]
+        rows = enumerate(zip(losses, tokens, lengths))
+        result["examples"] = [{"id": i, "loss": x, "tokens": t, "length": n} for i, (x, t, n) in rows]
     return result
-
-
-def average(results: Sequence[dict[str, Any]]) -> float:
-    """The mean of the sets' perplexities, as the paper takes it."""
-    return sum(r["perplexity"] for r in results) / len(results)

@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from .scoring import Progress as Report
 
@@ -17,58 +16,38 @@ __all__ = ["TaskProgress"]
 
 log = logging.getLogger(__name__)
 
-_INTERVAL = 15.0  # seconds between two lines
+_INTERVAL = 10.0  # seconds between two lines
 
 
-class TaskProgress:
-    """One bar a task.
+class TaskProgress(Progress):
+    """One bar per task.
 
     :param title: the checkpoint's label.
     :param enabled: False on all ranks but the first.
     """
 
     def __init__(self, title: str, *, enabled: bool = True, console: Console | None = None) -> None:
-        self.title, self.enabled = title, enabled
         console = console or Console(stderr=True)
-        self._bars: Progress | None = None
-        if enabled and console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-
-    def __enter__(self) -> TaskProgress:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._label, self._lines = title, enabled and not console.is_terminal
+        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+        super().__init__(*columns, console=console, disable=not enabled or self._lines)
 
     @contextmanager
-    def task(self, name: str) -> Iterator[Report]:
+    def measure(self, name: str) -> Iterator[Report]:
         """Report a task's progress through the function that this gives."""
         started = last = time.monotonic()
-        bar = None if self._bars is None else self._bars.add_task(f"{self.title}: {name}", total=None)
+        bar = self.add_task(f"{self._label}: {name}", total=None)
 
         def report(done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
-            if self._bars is not None and bar is not None:
-                self._bars.update(bar, completed=done, total=total)
-            elif self.enabled and now - last >= _INTERVAL and 0 < done < total:
+            self.update(bar, completed=done, total=total)
+            if self._lines and now - last >= _INTERVAL and 0 < done < total:
                 last = now
                 left = (now - started) * (total - done) / done
-                log.info("%s: %s %.0f %%, ETA %d s", self.title, name, 100 * done / total, left)
+                log.info("%s: %s %.0f %%, ETA %d s", self._label, name, 100 * done / total, left)
 
         yield report
-        if self._bars is not None and bar is not None:
-            self._bars.update(bar, total=1, completed=1)
-        elif self.enabled:
-            log.info("%s: %s done in %.1f s", self.title, name, time.monotonic() - started)
+        self.update(bar, total=1, completed=1)
+        if self._lines:
+            log.info("%s: %s done in %.1f s", self._label, name, time.monotonic() - started)

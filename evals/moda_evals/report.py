@@ -11,70 +11,50 @@ from typing import Any
 
 from rich.table import Table
 
-from .paper import SOURCE, paper_rows
-from .sets import PAPER_SETS
-from .tasks import TASKS
+from moda.files import write_text
 
-__all__ = ["Line", "lines", "markdown", "table", "write_reports"]
+from .paper import SOURCE, paper_rows
+from .suites import DOWNSTREAM, SUITES, Suite
+from .tasks import METRICS
+
+__all__ = ["Line", "lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table: a name, how many questions or documents, and one cell a checkpoint.
+    """One row of a table: a title, how many questions or documents, and one cell per checkpoint."""
 
-    :param suite: ``perplexity`` or ``downstream``.
-    """
-
-    suite: str
     title: str
     n: str
     cells: list[str]
 
 
-def _cell(value: float | None, error: float | None, scale: float = 1.0) -> str:
-    if value is None:
-        return ""
-    text = f"{value * scale:.2f}"
-    return text if error is None else f"{text} ± {error * scale:.2f}"
+def _cell(value: float | None, error: float | None = None) -> str:
+    return "" if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
-def _order(suite: str, results: Sequence[dict[str, Any]]) -> list[str]:
-    known = [s.name for s in PAPER_SETS] if suite == "perplexity" else list(TASKS)
-    seen = list(dict.fromkeys(name for r in results for name in r[suite]))
-    return [n for n in known if n in seen] + [n for n in seen if n not in known]
-
-
-def _counts(entries: Sequence[dict[str, Any] | None]) -> str:
-    return "/".join(str(n) for n in dict.fromkeys(e["n"] for e in entries if e is not None))
-
-
-def lines(results: Sequence[dict[str, Any]], paper: bool = False) -> list[Line]:
-    """The rows of the table: perplexities, then accuracies in percent, each with the paper's average where it is whole.
+def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) -> list[Line]:
+    """The rows of a suite, and the paper's average where one is whole.
 
     :param paper: add the paper's printed rows as further columns.
     """
     rows = list(paper_rows().values()) if paper else []
     out: list[Line] = []
-    for name in _order("perplexity", results):
-        entries = [r["perplexity"].get(name) for r in results]
-        cells = ["" if e is None else _cell(e["perplexity"], e["standard_error"]) for e in entries]
-        cells += [_cell(p.perplexity.get(name), None) for p in rows]
-        title = next(e["title"] for e in entries if e is not None)
-        out.append(Line("perplexity", title, _counts(entries), cells))
-    averages = [r["averages"]["perplexity"] for r in results]
+    for name in suite.order(results):
+        entries = [r[suite.name].get(name) for r in results]
+        errors = [None if e is None else e["standard_error"] for e in entries]
+        cells = [
+            "" if e is None else _cell(suite.value(e), None if error is None else suite.scale * error)
+            for e, error in zip(entries, errors)
+        ]
+        cells += [_cell(row.figures[suite.name].get(name)) for row in rows]
+        present = [e for e in entries if e is not None]
+        counts = "/".join(dict.fromkeys(str(e["n"]) for e in present))
+        out.append(Line(present[0]["title"], counts, cells))
+    averages = [suite.average(r[suite.name]) for r in results]
     if any(a is not None for a in averages):
-        cells = [_cell(a, None) for a in averages] + [_cell(p.average_perplexity, None) for p in rows]
-        out.append(Line("perplexity", "mean of the ten", "", cells))
-    for name in _order("downstream", results):
-        entries = [r["downstream"].get(name) for r in results]
-        cells = ["" if e is None else _cell(e["accuracy"], e["standard_error"], 100) for e in entries]
-        cells += [_cell(p.accuracy.get(name), None) for p in rows]
-        title = next(e["title"] for e in entries if e is not None)
-        out.append(Line("downstream", title, _counts(entries), cells))
-    averages = [r["averages"]["accuracy"] for r in results]
-    if any(a is not None for a in averages):
-        cells = [_cell(a, None, 100) for a in averages] + [_cell(p.average_accuracy, None) for p in rows]
-        out.append(Line("downstream", "mean of the ten", "", cells))
+        cells = [_cell(None if a is None else suite.scale * a) for a in averages]
+        out.append(Line("mean of the ten", "", cells + [_cell(row.averages[suite.name]) for row in rows]))
     return out
 
 
@@ -83,24 +63,38 @@ def _headings(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
     return names + ([f"{name} (paper)" for name in paper_rows()] if paper else [])
 
 
+def _windows(results: Sequence[dict[str, Any]]) -> str:
+    """How documents were cut; where that differs, by set."""
+    by_cut: dict[str, dict[str, None]] = {}
+    for entry in (e for r in results for e in r["perplexity"].values()):
+        cut = entry["window"]
+        text = f"window {cut['size']}, stride {cut['stride']}"
+        text += ", first window of each document only" if cut["head"] else ""
+        by_cut.setdefault(text, {})[entry["title"]] = None
+    if len(by_cut) == 1:
+        return next(iter(by_cut))
+    return "; ".join(f"{text} for {', '.join(titles)}" for text, titles in by_cut.items())
+
+
+def _metrics(results: Sequence[dict[str, Any]]) -> str:
+    by_metric: dict[str, list[str]] = {}
+    for name in DOWNSTREAM.order(results):
+        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
+        by_metric.setdefault(METRICS.get(entry["metric"], entry["metric"]), []).append(entry["title"])
+    return "; ".join(f"{metric} for {', '.join(titles)}" for metric, titles in by_metric.items())
+
+
 def notes(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
     """What the figures mean, and what was left out."""
     out: list[str] = []
-    measured = [e for r in results for e in r["perplexity"].values()]
-    if measured:
-        cuts = {(e["window"]["size"], e["window"]["stride"], e["window"]["head"]) for e in measured}
-        said = "; ".join(
-            f"window {size}, stride {stride}" + (", first window of each document only" if head else "")
-            for size, stride, head in sorted(cuts)
-        )
-        out.append(
-            f"Perplexity: exp of the mean loss over all scored tokens; {said}; ± standard error over documents (n)."
-        )
+    if any(r["perplexity"] for r in results):
+        meaning = "Perplexity: exp of the mean loss over all scored tokens"
+        out.append(f"{meaning}; {_windows(results)}; ± standard error over documents (n).")
     if any(r["downstream"] for r in results):
-        out.append("Accuracy in percent ± standard error; n questions; metric: " + _metrics(results) + ".")
-    cut = {name for r in results for name, e in r["downstream"].items() if e["truncated"]}
-    if cut:
-        out.append(f"Prompts longer than the context were cut from the left in: {', '.join(sorted(cut))}.")
+        out.append(f"Accuracy in percent ± standard error; n questions; metric: {_metrics(results)}.")
+    truncated = {name for r in results for name, e in r["downstream"].items() if e["truncated"]}
+    if truncated:
+        out.append(f"Prompts longer than the context were cut from the left in: {', '.join(sorted(truncated))}.")
     limits = {r["settings"]["limit"] for r in results} - {None}
     if limits:
         out.append(f"Only the first {', '.join(map(str, sorted(limits)))} questions or documents of each set.")
@@ -111,65 +105,50 @@ def notes(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
     return out
 
 
-def _metrics(results: Sequence[dict[str, Any]]) -> str:
-    by_metric: dict[str, list[str]] = {}
-    for name in _order("downstream", results):
-        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
-        by_metric.setdefault(entry["metric"], []).append(entry["title"])
-    said = {"acc": "log-likelihood", "len_norm": "log-likelihood per character"}
-    return "; ".join(f"{said[m]} for {', '.join(titles)}" for m, titles in by_metric.items())
-
-
 def table(results: Sequence[dict[str, Any]], paper: bool = False) -> Table:
     """For a terminal."""
     out = Table(show_edge=False, pad_edge=False)
     out.add_column("", no_wrap=True)
-    out.add_column("n", justify="right")
-    for heading in _headings(results, paper):
-        out.add_column(heading, justify="right", no_wrap=True)
-    suite = None
-    for line in lines(results, paper):
-        if line.suite != suite:
-            suite = line.suite
+    for heading in ("n", *_headings(results, paper)):
+        out.add_column(heading, justify="right", no_wrap=heading != "n")
+    for suite in SUITES:
+        rows = lines(suite, results, paper)
+        if rows:
             out.add_section()
-            out.add_row("[bold]perplexity" if suite == "perplexity" else "[bold]accuracy, %")
-        out.add_row(line.title, line.n, *line.cells)
+            out.add_row(f"[bold]{suite.heading}")
+        for row in rows:
+            out.add_row(row.title, row.n, *row.cells)
     return out
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns but the first are aligned to the right."""
+    rule = "|---" + "|---:" * (len(headings) - 1) + "|"
+    return "\n".join(["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
 def markdown(results: Sequence[dict[str, Any]], paper: bool = False) -> str:
     """The table and its notes."""
     out = []
-    for suite, heading in (("perplexity", "perplexity"), ("downstream", "accuracy, %")):
-        chosen = [line for line in lines(results, paper) if line.suite == suite]
-        if not chosen:
-            continue
-        headings = [heading, "n", *_headings(results, paper)]
-        out.append("| " + " | ".join(headings) + " |")
-        out.append("|---" + "|---:" * (len(headings) - 1) + "|")
-        out += ["| " + " | ".join([line.title, line.n, *line.cells]) + " |" for line in chosen]
-        out.append("")
+    for suite in SUITES:
+        rows = [[row.title, row.n, *row.cells] for row in lines(suite, results, paper)]
+        if rows:
+            out.append(markdown_table([suite.heading, "n", *_headings(results, paper)], rows))
     return "\n".join([*out, *(f"{note}\n" for note in notes(results, paper))])
 
 
 def as_csv(results: Sequence[dict[str, Any]]) -> str:
-    """One figure a line."""
+    """One figure per line."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["checkpoint", "suite", "name", "figure", "value", "standard_error", "n"])
     for r in results:
         label = r["model"]["label"]
-        for name, e in r["perplexity"].items():
-            for figure, error in (
-                ("perplexity", e["standard_error"]), ("loss", e["loss_standard_error"]), ("bits_per_byte", None),
-            ):  # fmt: skip
-                writer.writerow([label, "perplexity", name, figure, e[figure], error, e["n"]])
-        for name, e in r["downstream"].items():
-            for figure, error in (
-                ("accuracy", e["standard_error"]), ("accuracy_raw", None), ("accuracy_per_character", None),
-                ("bits_per_byte", None),
-            ):  # fmt: skip
-                writer.writerow([label, "downstream", name, figure, e[figure], error, e["n"]])
+        for suite in SUITES:
+            for name, e in r[suite.name].items():
+                for figure, error in suite.figures.items():
+                    row = [label, suite.name, name, figure, e[figure], None if error is None else e[error], e["n"]]
+                    writer.writerow(row)
         for name, value in r["averages"].items():
             if value is not None:
                 writer.writerow([label, "average", name, name, value, None, None])
@@ -178,6 +157,5 @@ def as_csv(results: Sequence[dict[str, Any]]) -> str:
 
 def write_reports(results: Sequence[dict[str, Any]], folder: Path, paper: bool = False) -> None:
     """``results.md`` and ``results.csv`` in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(markdown(results, paper), encoding="utf-8")
-    (folder / "results.csv").write_text(as_csv(results), encoding="utf-8")
+    write_text(folder / "results.md", markdown(results, paper))
+    write_text(folder / "results.csv", as_csv(results))

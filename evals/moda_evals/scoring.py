@@ -52,7 +52,7 @@ def continuation(context: Sequence[int], tokens: Sequence[int]) -> Span:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities, one fp32 array a span, and what they cost.
+    """Log-probabilities, one fp32 array per span, and what they cost.
 
     :param tokens: tokens that went through the model, ``padded`` of them padding; ``seconds`` on the slowest rank.
     """
@@ -79,7 +79,7 @@ def plan_batches(
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    held = 0
+    in_batch = 0  # positions
     for i in order:
         scored = 0 if positions is None else positions[i]
         if batches:
@@ -87,11 +87,11 @@ def plan_batches(
             full = (size + 1) * longest > batch_tokens
             # A batch of some size ends where the rest would be padded by more than a third.
             full = full or (size * longest * 8 > batch_tokens and lengths[i] * 3 < longest * 2)
-        if not batches or full or held + scored > max_positions:
+        if not batches or full or in_batch + scored > max_positions:
             batches.append([])
-            held = 0
+            in_batch = 0
         batches[-1].append(i)
-        held += scored
+        in_batch += scored
     return batches
 
 
@@ -126,18 +126,18 @@ class _Batch:
         flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
         self._ready: torch.cuda.Event | None = None
         if flat.is_cuda:  # a copy asked for later would wait for the next batch, which is then on the same stream
-            self._found = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            self._found.copy_(flat, non_blocking=True)
+            self._log_probs = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._log_probs.copy_(flat, non_blocking=True)
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(flat.device))
         else:
-            self._found = flat
+            self._log_probs = flat
 
     def read(self) -> list[np.ndarray]:
         """Log-probabilities of each span, in the order in which they were given."""
         if self._ready is not None:
             self._ready.synchronize()
-        return np.split(self._found.numpy(), np.cumsum(self._lengths)[:-1])
+        return np.split(self._log_probs.numpy(), np.cumsum(self._lengths)[:-1])
 
 
 def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, max_positions: int) -> list[list[int]]:
@@ -153,11 +153,7 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
 
 
 def score(
-    model: ScoredModel,
-    spans: Sequence[Span],
-    *,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
+    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int | None = None, progress: Progress | None = None
 ) -> Scores:
     """Score spans, shared among all ranks; every rank gets all results.
 

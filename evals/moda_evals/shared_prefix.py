@@ -26,9 +26,6 @@ from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.rope import RotaryEmbedding
 from olmo_core.nn.transformer import Transformer
 
-from moda.model.attention import MoDAAttention
-from moda.model.transformer import MoDATransformer
-
 __all__ = ["Layout", "Tree", "can_share", "grow", "lay_out", "shared_attention"]
 
 #: Longest row of a tree: its attention holds a mask of this size squared.
@@ -120,21 +117,20 @@ def lay_out(trees: Sequence[Tree], multiple: int = 1) -> Layout:
 
 
 def can_share(module: nn.Module) -> bool:
-    """Whether a model can run trees: one of this project or of OLMo-core with ordinary attention, not compiled."""
+    """Whether a model can run trees: one of this project that says so or of OLMo-core with ordinary attention, not compiled."""
     if not isinstance(module, Transformer) or module.compile_enabled:
         return False
     mixers = [part for part in module.modules() if isinstance(part, SequenceMixer)]
-    return bool(mixers) and all(map(_is_ordinary, mixers))
+    if any(type(getattr(mixer, "rope", None)) not in (RotaryEmbedding, type(None)) for mixer in mixers):
+        return False
+    says = getattr(module, "shares_prefix", None)
+    return bool(mixers) and all(map(_is_ordinary, mixers)) if says is None else says
 
 
 def _is_ordinary(mixer: SequenceMixer) -> bool:
-    if type(mixer) not in (Attention, MoDAAttention) or type(mixer.rope) not in (RotaryEmbedding, type(None)):
+    if type(mixer) is not Attention:
         return False
-    if isinstance(mixer, MoDAAttention):
-        return True
-    assert isinstance(mixer, Attention)
-    backend = mixer.backend
-    plain = type(backend) is TorchAttentionBackend and backend.window_size == (-1, -1)
+    plain = type(mixer.backend) is TorchAttentionBackend and mixer.backend.window_size == (-1, -1)
     return plain and mixer.sinks is None and not mixer.scalable_softmax
 
 
@@ -156,29 +152,24 @@ def _rotation_output(
     return tuple(x[0].unflatten(0, positions.shape) for x in output)
 
 
-def _attention_output(mask: torch.Tensor, _module: Any, args: tuple[Any, ...], _output: Any) -> torch.Tensor:
+def _attention_output(mask: torch.Tensor, module: Any, args: tuple[Any, ...], _output: Any) -> torch.Tensor:
     """OLMo-core's SDPA again, with the mask in place of the causal one."""
     q, k, v = (x.transpose(1, 2) for x in args[0])
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scale = _module.scale
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(1, 2).contiguous()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=module.scale)
+    return out.transpose(1, 2).contiguous()
 
 
 @contextlib.contextmanager
 def shared_attention(module: nn.Module, layout: Layout, device: torch.device) -> Iterator[dict[str, Any]]:
     """While this is open, a call of ``module`` with the yielded keyword arguments runs ``layout.ids`` as trees."""
     mask, positions = layout.mask(device), layout.positions.to(device)
-    hooks = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for part in module.modules():
             if isinstance(part, RotaryEmbedding):
-                hooks.append(
-                    part.register_forward_pre_hook(functools.partial(_rotation_input, positions), with_kwargs=True)
-                )
-                hooks.append(part.register_forward_hook(functools.partial(_rotation_output, positions)))
+                before, after = (functools.partial(f, positions) for f in (_rotation_input, _rotation_output))
+                hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(part.register_forward_hook(after).remove)
             elif isinstance(part, TorchAttentionBackend):
-                hooks.append(part.register_forward_hook(functools.partial(_attention_output, mask)))
-        yield {"mask": mask} if isinstance(module, MoDATransformer) else {}
-    finally:
-        for hook in hooks:
-            hook.remove()
+                hooks.callback(part.register_forward_hook(functools.partial(_attention_output, mask)).remove)
+        yield {"mask": mask} if getattr(module, "shares_prefix", False) else {}

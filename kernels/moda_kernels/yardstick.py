@@ -5,8 +5,9 @@ Inputs are drawn in the dtype under test. The very same values, upcast to fp64, 
     err(x) = ||x - truth||_F / ||truth||_F                                (Frobenius norms over the whole tensor, in fp64)
 
 a result passes when ``err(result) <= 2 * err(plain)``, where ``plain`` is what unfused PyTorch computes in that dtype (matrix
-products, softmax and autograd on low-precision tensors: :func:`plain_attention`). The factor is :data:`FACTOR` everywhere;
-there are no per-test tolerances.
+products, softmax and autograd on low-precision tensors). Both truth and ``plain`` come from one function,
+:func:`~moda_kernels.moda_attention.naive.naive_attention`. The factor is :data:`FACTOR` everywhere; there are no per-test
+tolerances.
 
 Three corners. A result that is not finite where the truth is finite never passes. Where the truth is exactly zero the
 relative error has no meaning: the absolute norms are compared instead. And the bound never falls below one rounding of the
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["FACTOR", "FLOOR", "Verdict", "compare", "plain_attention", "relative_error", "report", "verdicts"]
+__all__ = ["FACTOR", "FLOOR", "Verdict", "compare", "relative_error", "report", "verdicts"]
 
 FACTOR = 2.0
 
@@ -90,72 +91,5 @@ def verdicts(
 
 
 def report(judged: Sequence[Verdict]) -> str:
-    """One line a tensor, failures first."""
+    """One line per tensor, failures first."""
     return "\n".join(str(v) for v in sorted(judged, key=lambda v: v.passed))
-
-
-def plain_attention(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None = None,
-    depth_v: torch.Tensor | None = None,
-    *,
-    q_depth: torch.Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    depth_chunk: int = 1,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """MoDA as anyone would write it: dense logits, one softmax, in the dtype of its inputs, differentiable by autograd.
-
-    In a low-precision dtype this is the yardstick's ``plain``; in fp64 it is a second, independent truth. Shapes as in
-    :func:`moda_kernels.moda_attention.moda_attention`; returns ``[B, T, Hq, D]`` and the LSE ``[B, Hq, T]``. Memory grows as
-    T * (T + S * T) where ``depth_chunk > 1`` or documents are packed, so it is for small shapes.
-    """
-    B, T, Hq, D = q.shape
-    heads = (k if k is not None else depth_k).shape[-2]  # type: ignore[union-attr]
-    scale = D**-0.5 if scale is None else scale
-    token = torch.arange(T, device=q.device)
-    start = torch.zeros_like(token)
-    if cu_seqlens is not None:
-        cu = cu_seqlens.long()
-        start = cu[torch.searchsorted(cu, token, right=True) - 1]
-
-    def expand(x: torch.Tensor) -> torch.Tensor:  # [..., Hk, D] -> [..., Hq, D]
-        return x.repeat_interleave(Hq // heads, dim=-2)
-
-    logits, values = [], []
-    if k is not None and v is not None:
-        s = torch.einsum("bthd,bnhd->bhtn", q, expand(k)) * scale
-        seen = start[:, None] == start[None, :]
-        if causal:
-            seen = seen & (token[:, None] >= token[None, :])
-        logits.append(s.masked_fill(~seen, float("-inf")))
-        values.append(expand(v).transpose(1, 2))  # [B, Hq, N, D], shared by all queries
-    deep = depth_k is not None and depth_v is not None and depth_k.shape[0] > 0
-    own = deep and depth_chunk == 1
-    if deep:
-        assert depth_k is not None and depth_v is not None
-        qd = q if q_depth is None else q_depth
-        if own:
-            logits.append(torch.einsum("bthd,sbthd->bhts", qd, expand(depth_k)) * scale)
-        else:
-            s = torch.einsum("bthd,sbuhd->bhtus", qd, expand(depth_k)) * scale
-            first = start + (token - start) // depth_chunk * depth_chunk
-            seen = (token[None, :] <= token[:, None]) & (token[None, :] >= first[:, None])
-            logits.append(s.masked_fill(~seen[:, :, None], float("-inf")).flatten(-2))
-            values.append(expand(depth_v).permute(1, 3, 2, 0, 4).flatten(2, 3))
-    joined = torch.cat(logits, dim=-1)
-    lse = torch.logsumexp(joined.double() if joined.dtype == torch.float64 else joined.float(), dim=-1)
-    probs = joined.softmax(dim=-1)
-    out = torch.zeros(B, Hq, T, D, dtype=q.dtype, device=q.device)
-    at = 0
-    for value in values:
-        n = value.shape[2]
-        out = out + torch.einsum("bhtn,bhnd->bhtd", probs[..., at : at + n], value)
-        at += n
-    if own:
-        assert depth_v is not None
-        out = out + torch.einsum("bhts,sbthd->bhtd", probs[..., at:], expand(depth_v))
-    return out.transpose(1, 2).contiguous(), lse

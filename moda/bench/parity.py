@@ -31,14 +31,15 @@ State = dict[str, torch.Tensor]
 
 
 def _build(backend: str) -> Any:
-    from moda.config.schema import ModelConfig
-    from moda.config.typed import from_dict
+    from moda.config.model import ModelConfig
+    from moda.model import transformer_config
+    from moda.typed import from_dict
 
     model = dict(
         d_model=256, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=64, ffn_hidden_size=512, vocab_size=256,
-        norm_placement="post", depth_kv={}, attention_backend=backend,
+        norm_placement="post", depth={"mechanism": "moda"}, attention_backend=backend,
     )  # fmt: skip
-    return from_dict(ModelConfig, model).transformer().build(init_device="cuda")
+    return transformer_config(from_dict(ModelConfig, model)).build(init_device="cuda")
 
 
 def _start(seed: int) -> State:

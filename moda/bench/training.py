@@ -49,11 +49,12 @@ def time_steps(
     """
     from moda.config import load_config
     from moda.data import load_tokenizer
+    from moda.model import transformer_config
 
     run = load_config(config)
     vocab = run.model.vocab_size or load_tokenizer(run.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = run.model.transformer(vocab).build(init_device=device.type)
+    model = transformer_config(run.model, vocab).build(init_device=device.type)
     model.init_weights(max_seq_len=length, device=device)
     model = model.to(torch.bfloat16)
     if compiled:

@@ -18,10 +18,11 @@ from olmo_core.nn.transformer import Transformer, TransformerConfig
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from moda.config.schema import ModelConfig, TokenizerSection
-from moda.config.typed import from_dict
 from moda.data import load_tokenizer
 from moda.errors import UserError
 from moda.files import read_json
+from moda.model import transformer_config
+from moda.typed import from_dict
 
 from .find import CONFIG, STATE, Kind, kind_of
 from .seal import CHECKSUMS, differences
@@ -150,7 +151,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         vocab = load_tokenizer(tokenizer).config.vocab_size
     length = train.get("sequence_length")
     length = length if isinstance(length, int) and length > 0 else None
-    return Checkpoint(folder, kind, architecture.transformer(vocab), tokenizer, length, settings)
+    return Checkpoint(folder, kind, transformer_config(architecture, vocab), tokenizer, length, settings)
 
 
 def _olmo_core_config(file: Path, model: dict[str, Any]) -> TransformerConfig:

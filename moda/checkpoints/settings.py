@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moda.config.schema import ModelConfig
-from moda.config.typed import from_dict, to_dict
 from moda.errors import UserError
 from moda.files import read_json
+from moda.typed import from_dict, to_dict
 
 from .find import CONFIG
 

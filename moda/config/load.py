@@ -11,9 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from moda.errors import UserError, nearest
+from moda.typed import from_dict
 
 from .schema import RunConfig
-from .typed import from_dict
 
 __all__ = ["load_config", "read_yaml"]
 
@@ -41,7 +41,12 @@ def _load_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """Merge sections; ``section: null`` above drops the section below."""
+    """Merge sections. ``section: null`` above drops the section below, and so does the name of another depth mechanism."""
+    key = "model.depth.mechanism"
+    names = [OmegaConf.select(config, key) for config in (below, above)]
+    if None not in names and names[0] != names[1]:
+        below = below.copy()
+        OmegaConf.update(below, "model.depth", None)
     return cast(DictConfig, OmegaConf.merge(below, above))
 
 

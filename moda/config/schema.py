@@ -6,186 +6,19 @@ tokens. Sections check themselves when they are made; what concerns several sect
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
-
-from olmo_core.config import DType
-from olmo_core.nn.attention import AttentionConfig
-from olmo_core.nn.feed_forward import FeedForwardConfig
-from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
-from olmo_core.nn.rope import RoPEConfig
 
 from moda.errors import UserError
-from moda.model import (
-    DepthAttention,
-    DepthKeyNorm,
-    DepthKVConfig,
-    DepthRoPE,
-    MoDAAttentionConfig,
-    MoDABlockConfig,
-    MoDATransformerConfig,
-    NormPlacement,
-    PaddedLMHeadConfig,
-)
 
-from .choices import Backend, Checkpointing, DataParallel, Optimizer, QKNorm
+from .choices import Checkpointing, DataParallel, Optimizer
+from .model import ModelConfig
+from .ranges import above, at_least
 
 __all__ = [
-    "CheckpointConfig", "DataConfig", "DepthKVSection", "EvalConfig", "LoggingConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "RunConfig", "TrainConfig",
+    "CheckpointConfig", "DataConfig", "EvalConfig", "LoggingConfig", "ModelConfig", "OptimConfig", "ParallelConfig",
+    "RunConfig", "TrainConfig",
 ]  # fmt: skip
-
-
-def _at_least(key: str, value: float | None, low: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= low):
-        raise UserError(key, f"a number >= {low:g}", value)
-
-
-def _above(key: str, value: float | None, low: float) -> None:
-    if value is not None and not (math.isfinite(value) and value > low):
-        raise UserError(key, f"a number > {low:g}", value)
-
-
-@dataclass
-class DepthKVSection:
-    """``model.depth_kv``; absent or null: a plain OLMo2 model.
-
-    :param attention: ``reuse`` the layer's own K/V or ``project`` separate ones.
-    :param ffn: whether each FFN's input gives a slot too.
-    :param key_norm: ``writer``, ``reader`` or ``none``.
-    :param rope: ``same_position`` or ``none``.
-    :param slots: how many of the most recent slots a layer reads; null for all.
-    """
-
-    attention: DepthAttention = DepthAttention.reuse
-    ffn: bool = True
-    key_norm: DepthKeyNorm = DepthKeyNorm.writer
-    rope: DepthRoPE = DepthRoPE.same_position
-    slots: int | None = None
-
-    def __post_init__(self) -> None:
-        # Plain strings are welcome from Python, as they are from YAML.
-        self.attention, self.key_norm = DepthAttention(self.attention), DepthKeyNorm(self.key_norm)
-        self.rope = DepthRoPE(self.rope)
-        _at_least("model.depth_kv.slots", self.slots, 1)
-
-    def build(self) -> DepthKVConfig:
-        return DepthKVConfig(self.attention, self.ffn, self.key_norm, self.rope, self.slots)
-
-
-@dataclass
-class ModelConfig:
-    """``model``: the decoder.
-
-    :param d_model: width of the residual stream.
-    :param n_layers: L.
-    :param n_heads: query heads.
-    :param n_kv_heads: key/value heads; ``n_heads`` if null.
-    :param head_dim: ``d_model / n_heads`` if null.
-    :param ffn_hidden_size: width of the SwiGLU FFN.
-    :param vocab_size: tokens the model can predict; the tokenizer's if null.
-    :param pad_vocab_to: embedding and head get a multiple of this many rows; padding stays out of the softmax.
-    :param tie_embeddings: whether head and embedding share their matrix.
-    :param norm_placement: ``pre``, ``post``, ``reordered`` or ``peri``.
-    :param qk_norm: RMSNorm on queries and keys over all heads (``full``), per ``head``, or ``none``.
-    :param bias: whether the linears of the blocks have biases.
-    :param attention_backend: backend of the MoDA operator.
-    """
-
-    d_model: int
-    n_layers: int
-    n_heads: int
-    ffn_hidden_size: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    vocab_size: int | None = None
-    pad_vocab_to: int = 1
-    tie_embeddings: bool = True
-    norm_placement: NormPlacement = NormPlacement.reordered
-    qk_norm: QKNorm = QKNorm.full
-    bias: bool = False
-    norm_eps: float = 1e-6
-    rope_theta: int = 500_000
-    init_std: float = 0.02
-    depth_kv: DepthKVSection | None = None
-    attention_backend: Backend = Backend.auto
-
-    def __post_init__(self) -> None:
-        self.norm_placement, self.qk_norm = NormPlacement(self.norm_placement), QKNorm(self.qk_norm)
-        self.attention_backend = Backend(self.attention_backend)
-        for name in ("d_model", "n_layers", "n_heads", "ffn_hidden_size", "n_kv_heads", "head_dim", "pad_vocab_to"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        _at_least("model.vocab_size", self.vocab_size, 2)
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            _above(f"model.{name}", getattr(self, name), 0)
-        if self.head_dim is None:
-            if self.d_model % self.n_heads:
-                raise UserError(
-                    "model.n_heads",
-                    f"a divisor of model.d_model ({self.d_model})",
-                    self.n_heads,
-                    "or set model.head_dim",
-                )
-            self.head_dim = self.d_model // self.n_heads
-        if self.head_dim % 2:
-            raise UserError("model.head_dim", "an even number (rotary embedding)", self.head_dim)
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
-        if self.n_heads % self.n_kv_heads:
-            raise UserError("model.n_kv_heads", f"a divisor of model.n_heads ({self.n_heads})", self.n_kv_heads)
-        if self.depth_kv is not None:
-            if self.qk_norm == QKNorm.none and self.depth_kv.key_norm != DepthKeyNorm.none:
-                raise UserError(
-                    "model.depth_kv.key_norm", "none where model.qk_norm is none", self.depth_kv.key_norm.value
-                )
-        elif self.attention_backend not in (Backend.auto, Backend.reference):
-            raise UserError(
-                "model.attention_backend",
-                "auto without model.depth_kv (OLMo-core's own attention runs)",
-                self.attention_backend.value,
-            )
-
-    def transformer(self, vocab_size: int | None = None) -> MoDATransformerConfig:
-        """OLMo-core's form of this model.
-
-        :param vocab_size: the tokenizer's, used where ``vocab_size`` is null.
-        """
-        vocab = self.vocab_size or vocab_size
-        if vocab is None:
-            raise UserError("model.vocab_size", "a number of tokens, where no tokenizer gives one")
-        rows = -(-vocab // self.pad_vocab_to) * self.pad_vocab_to
-        norm = LayerNormConfig(name=LayerNormType.rms, eps=self.norm_eps, bias=False)
-        mixer: dict[str, Any] = dict(
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            head_dim=self.head_dim,
-            bias=self.bias,
-            rope=RoPEConfig(theta=self.rope_theta),
-            qk_norm=None if self.qk_norm == QKNorm.none else norm,
-            use_head_qk_norm=True if self.qk_norm == QKNorm.head else None,
-        )
-        attention = (
-            AttentionConfig(**mixer)
-            if self.depth_kv is None
-            else MoDAAttentionConfig(**mixer, depth_kv=self.depth_kv.build())
-        )
-        return MoDATransformerConfig(
-            d_model=self.d_model,
-            vocab_size=rows,
-            n_layers=self.n_layers,
-            block=MoDABlockConfig(
-                norm_placement=self.norm_placement,
-                sequence_mixer=attention,
-                feed_forward=FeedForwardConfig(hidden_size=self.ffn_hidden_size, bias=self.bias, dtype=DType.float32),
-                layer_norm=norm,
-            ),
-            lm_head=PaddedLMHeadConfig(layer_norm=norm, bias=False, padding=rows - vocab),
-            tie_word_embeddings=self.tie_embeddings,
-            init_std=self.init_std,
-            attention_backend=self.attention_backend.value,
-        )
 
 
 @dataclass
@@ -233,9 +66,9 @@ class MixtureSource:
         if (self.ratio is None) == (self.tokens is None):
             both = "neither" if self.ratio is None else "both"
             raise UserError("data.mixture.sources", "a ratio or a number of tokens for each source", both)
-        _above("data.mixture.sources.ratio", self.ratio, 0)
-        _at_least("data.mixture.sources.tokens", self.tokens, 1)
-        _at_least("data.mixture.sources.max_repetition", self.max_repetition, 1)
+        above("data.mixture.sources.ratio", self.ratio, 0)
+        at_least("data.mixture.sources.tokens", self.tokens, 1)
+        at_least("data.mixture.sources.max_repetition", self.max_repetition, 1)
 
 
 @dataclass
@@ -254,7 +87,7 @@ class MixtureSection:
             raise UserError("data.mixture.sources", "at least one source")
         if len({source.ratio is None for source in self.sources.values()}) > 1:
             raise UserError("data.mixture.sources", "ratios for all sources or tokens for all sources", "some of each")
-        _at_least("data.mixture.seed", self.seed, 0)
+        at_least("data.mixture.seed", self.seed, 0)
 
 
 @dataclass
@@ -298,7 +131,7 @@ class DataConfig:
             raise UserError(
                 "data", "exactly one of data.mix, data.paths, data.mixture and data.text", ", ".join(given) or "none"
             )
-        _at_least("data.mix_tokens", self.mix_tokens, 1)
+        at_least("data.mix_tokens", self.mix_tokens, 1)
         if self.mix_tokens is not None and self.mix is None:
             raise UserError("data.mix_tokens", "null without data.mix", self.mix_tokens)
         self.verify = Verify(self.verify)
@@ -308,7 +141,7 @@ class DataConfig:
             self.tokenizer = TokenizerSection(self.tokenizer)
         if not 0 < self.validation_fraction < 1:
             raise UserError("data.validation_fraction", "a number between 0 and 1", self.validation_fraction)
-        _at_least("data.num_workers", self.num_workers, 0)
+        at_least("data.num_workers", self.num_workers, 0)
 
 
 @dataclass
@@ -332,9 +165,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "max_grad_norm", "z_loss"):
-            _above(f"optim.{name}", getattr(self, name), 0)
+            above(f"optim.{name}", getattr(self, name), 0)
         for name in ("weight_decay", "warmup_steps", "final_lr_ratio"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
+            at_least(f"optim.{name}", getattr(self, name), 0)
         if self.final_lr_ratio > 1:
             raise UserError("optim.final_lr_ratio", "a number from 0 to 1", self.final_lr_ratio)
         if not all(0 <= b < 1 for b in self.betas):
@@ -367,8 +200,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "global_batch_size", "microbatch_size", "max_tokens", "max_steps"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
-        _at_least("train.seed", self.seed, 0)
+            at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.seed", self.seed, 0)
         if (self.max_tokens is None) == (self.max_steps is None):
             both = "neither" if self.max_tokens is None else "both"
             raise UserError("train.max_tokens", "exactly one of train.max_tokens and train.max_steps", both)
@@ -393,7 +226,7 @@ class ParallelConfig:
     :param data: ``fsdp`` (FSDP2), ``hsdp`` or ``ddp``.
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
-    :param tensor: tensor-parallel ranks (1; more only without depth KV).
+    :param tensor: tensor-parallel ranks (1; more only without a depth mechanism).
     :param activation_checkpointing: what is recomputed in the backward pass.
     :param block_interval: every how many blocks, for ``selected_blocks``.
     :param modules: globs of module names, for ``selected_modules``.
@@ -411,8 +244,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("shard_degree", "tensor", "block_interval"):
-            _at_least(f"parallel.{name}", getattr(self, name), 1)
-        _at_least("parallel.prefetch", self.prefetch, 0)
+            at_least(f"parallel.{name}", getattr(self, name), 1)
+        at_least("parallel.prefetch", self.prefetch, 0)
         mode = self.activation_checkpointing
         needs = {
             Checkpointing.selected_blocks: "block_interval",
@@ -448,8 +281,8 @@ class DownstreamSection:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UserError("eval.downstream.tasks", "at least one task", self.tasks)
-        _at_least("eval.downstream.interval", self.interval, 1)
-        _at_least("eval.downstream.limit", self.limit, 1)
+        at_least("eval.downstream.interval", self.interval, 1)
+        at_least("eval.downstream.limit", self.limit, 1)
 
 
 @dataclass
@@ -470,8 +303,8 @@ class EvalConfig:
     downstream: DownstreamSection | None = None
 
     def __post_init__(self) -> None:
-        _at_least("eval.interval", self.interval, 1)
-        _at_least("eval.max_batches", self.max_batches, 1)
+        at_least("eval.interval", self.interval, 1)
+        at_least("eval.max_batches", self.max_batches, 1)
 
 
 @dataclass
@@ -491,7 +324,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("interval", "ephemeral_interval", "keep"):
-            _at_least(f"checkpoint.{name}", getattr(self, name), 1)
+            at_least(f"checkpoint.{name}", getattr(self, name), 1)
         if self.ephemeral_interval is not None and self.ephemeral_interval >= self.interval:
             raise UserError(
                 "checkpoint.ephemeral_interval",
@@ -519,7 +352,7 @@ class LoggingConfig:
     wandb: WandBSection = field(default_factory=WandBSection)
 
     def __post_init__(self) -> None:
-        _at_least("logging.interval", self.interval, 1)
+        at_least("logging.interval", self.interval, 1)
 
 
 @dataclass
@@ -548,17 +381,15 @@ class RunConfig:
                 f"a divisor of train.global_batch_size ({self.train.global_batch_size})",
                 self.train.microbatch_size,
             )
-        depth = self.model.depth_kv is not None
-        if self.parallel.tensor > 1 and depth:
-            raise UserError(
-                "parallel.tensor", "1 with model.depth_kv (the depth stream is not split)", self.parallel.tensor
-            )
-        if self.data.document_masking and not depth:
-            raise UserError(
-                "data.document_masking",
-                "false without model.depth_kv (OLMo-core's torch attention has no such mask)",
-                True,
-            )
+        refused = self.model.refuses("tensor_parallel")
+        if self.parallel.tensor > 1 and refused is not None:
+            raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", self.parallel.tensor)
+        if self.data.document_masking:
+            refused = self.model.refuses("document_masking")
+            if self.model.depth is None:
+                refused = "OLMo-core's torch attention, which runs without model.depth, has no such mask"
+            if refused is not None:
+                raise UserError("data.document_masking", f"false ({refused})", True)
 
     @property
     def save_folder(self) -> str:

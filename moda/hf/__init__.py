@@ -1,23 +1,15 @@
 """Hugging Face: export of checkpoints, import back again, and the modelling files that an exported folder carries.
 
-``decoder_moda.py``, ``configuration_moda.py`` and ``modeling_moda.py`` are copied into exported folders: they import neither
-this project nor its kernels.
+``decoder_moda.py``, ``configuration_moda.py`` and ``modeling_moda.py`` are copied into exported folders, with the depth
+mechanisms, norm placements and the model section that they import (:mod:`.bundle`): torch and transformers are all that
+they need.
 """
 
 from __future__ import annotations
 
-from .convert import ModelFields, fields_of, from_hf, read_export, to_hf, write_checkpoint, write_export
+from .convert import Export, from_hf, read_export, section_of, to_hf, write_checkpoint, write_export
 
-__all__ = [
-    "ModelFields",
-    "fields_of",
-    "from_hf",
-    "read_export",
-    "register",
-    "to_hf",
-    "write_checkpoint",
-    "write_export",
-]
+__all__ = ["Export", "from_hf", "read_export", "register", "section_of", "to_hf", "write_checkpoint", "write_export"]
 
 
 def register() -> None:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
-from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+from olmo_core.nn.transformer import TransformerConfig
 
 from moda.checkpoints import STATE, Checkpoint, read_weights
+from moda.config.choices import QKNorm
+from moda.config.model import ModelConfig
 from moda.config.schema import RunConfig
-from moda.config.typed import from_dict, to_dict
 from moda.data import load_tokenizer
 from moda.errors import UserError
-from moda.model import MoDABlockConfig, MoDATransformerConfig
+from moda.files import read_json, write_json, write_text
+from moda.model import ModelTransformerConfig, transformer_config
+from moda.placements import NormPlacement
+from moda.typed import from_dict, to_dict
 
-__all__ = ["ModelFields", "fields_of", "from_hf", "read_export", "to_hf", "write_checkpoint", "write_export"]
+from .bundle import bundle
+
+__all__ = ["Export", "from_hf", "read_export", "section_of", "to_hf", "write_checkpoint", "write_export"]
 
 log = logging.getLogger(__name__)
 
-CODE = ("configuration_moda.py", "decoder_moda.py", "modeling_moda.py")
 WEIGHTS = "model.safetensors"
 RUN = "moda_run.json"  # the run's configuration, for the way back
 _AUTO_MAP = {
@@ -35,51 +39,18 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_moda.MoDAForCausalLM",
 }
 
-
-@dataclass(frozen=True)
-class ModelFields:
-    """The model's settings as an exported ``config.json`` names them (see ``configuration_moda.py``)."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    rope_base: float
-    max_position_embeddings: int
-    norm_placement: str
-    qk_norm: str
-    use_bias: bool
-    depth_attention: str | None
-    depth_ffn: bool
-    depth_key_norm: str
-    depth_rope: str
-    depth_slots: int | None
-    tie_word_embeddings: bool
-
-
-_NAMES: tuple[tuple[str, str], ...] = (  # ours, theirs, inside a block
-    ("attention.w_q", "self_attn.q_proj"),
-    ("attention.w_k", "self_attn.k_proj"),
-    ("attention.w_v", "self_attn.v_proj"),
-    ("attention.w_out", "self_attn.o_proj"),
-    ("attention.q_norm", "self_attn.q_norm"),
-    ("attention.k_norm", "self_attn.k_norm"),
-    ("attention.depth_projection.w_k", "self_attn.depth_proj.k_proj"),
-    ("attention.depth_projection.w_v", "self_attn.depth_proj.v_proj"),
-    ("ffn_depth_projection.w_k", "ffn_depth_proj.k_proj"),
-    ("ffn_depth_projection.w_v", "ffn_depth_proj.v_proj"),
-    ("feed_forward.w1", "mlp.gate_proj"),
-    ("feed_forward.w3", "mlp.up_proj"),
-    ("feed_forward.w2", "mlp.down_proj"),
-    ("attention_norm", "attention_norm"),
-    ("feed_forward_norm", "feedforward_norm"),
-    ("post_attention_norm", "post_attention_norm"),
-    ("post_feed_forward_norm", "post_feedforward_norm"),
-)
+#: Modules of a block, ours and exported; norms and what belongs to the depth mechanism keep their names.
+_MODULES = {
+    "attention.w_q": "self_attn.q_proj",
+    "attention.w_k": "self_attn.k_proj",
+    "attention.w_v": "self_attn.v_proj",
+    "attention.w_out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
 _OUTER = {
     "embeddings.weight": "model.embed_tokens.weight",
     "lm_head.norm.weight": "model.norm.weight",
@@ -88,20 +59,25 @@ _OUTER = {
 _PADDED = ("embeddings.weight", "lm_head.w_out.weight")
 
 
-def _rename(name: str, outer: dict[str, str], inner: dict[str, str], blocks: tuple[str, str]) -> str:
+def _rename(name: str, outer: dict[str, str], modules: dict[str, str], stem: str, to_stem: str) -> str:
+    """The name on the other side. ``stem`` is what stands before a block's number: ``blocks.`` or ``model.layers.``"""
     if name in outer:
         return outer[name]
-    match = re.fullmatch(rf"{re.escape(blocks[0])}\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None or match.group(2) not in inner:
-        raise UserError("checkpoint", "parameters of a MoDA or OLMo2 model", name)
-    return f"{blocks[1]}.{match.group(1)}.{inner[match.group(2)]}.{match.group(3)}"
+    depth, to_depth = (s.removesuffix("blocks.").removesuffix("layers.") + "depth." for s in (stem, to_stem))
+    if name.startswith(depth):
+        return to_depth + name.removeprefix(depth)
+    match = re.fullmatch(rf"{re.escape(stem)}(\d+)\.(.+)\.(\w+)", name)
+    if match is not None:
+        index, module, leaf = match.groups()
+        if module in modules or module.endswith("_norm") or module.split(".")[0] == "depth":
+            return f"{to_stem}{index}.{modules.get(module, module)}.{leaf}"
+    raise UserError("checkpoint", "parameters of a model of this project or of OLMo2", name)
 
 
 def to_hf(weights: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """The weights under their exported names, without rows that only pad the vocabulary."""
-    inner = dict(_NAMES)
     return {
-        _rename(name, _OUTER, inner, ("blocks", "model.layers")): (
+        _rename(name, _OUTER, _MODULES, "blocks.", "model.layers."): (
             w[:vocab_size] if name in _PADDED else w
         ).contiguous()
         for name, w in weights.items()
@@ -113,46 +89,35 @@ def from_hf(weights: dict[str, torch.Tensor], rows: int | None = None) -> dict[s
 
     :param rows: rows of the embedding; further ones than the weights have are zero.
     """
-    outer, inner = {v: k for k, v in _OUTER.items()}, {theirs: ours for ours, theirs in _NAMES}
-    found = {_rename(n, outer, inner, ("model.layers", "blocks")): w for n, w in weights.items()}
+    outer, modules = ({v: k for k, v in names.items()} for names in (_OUTER, _MODULES))
+    ours = {_rename(n, outer, modules, "model.layers.", "blocks."): w for n, w in weights.items()}
     for name in _PADDED:
-        if rows is not None and name in found and found[name].shape[0] < rows:
-            w = found[name]
-            found[name] = torch.cat([w, w.new_zeros(rows - w.shape[0], *w.shape[1:])])
-    return found
+        if rows is not None and name in ours and ours[name].shape[0] < rows:
+            w = ours[name]
+            ours[name] = torch.cat([w, w.new_zeros(rows - w.shape[0], *w.shape[1:])])
+    return ours
 
 
 def _refuse(what: str, got: object) -> UserError:
     return UserError("checkpoint", f"{what}, which an exported model has", got)
 
 
-def fields_of(model: TransformerConfig, max_position_embeddings: int) -> ModelFields:
-    """The exported settings of a model's config.
+def section_of(model: TransformerConfig) -> ModelConfig:
+    """The model section of a transformer's config, with its vocabulary.
 
-    :raises UserError: for options of OLMo-core that the exported model does not have.
+    :raises UserError: for options of OLMo-core that a model section does not have.
     """
+    if isinstance(model, ModelTransformerConfig):
+        return dataclasses.replace(model.model, vocab_size=model.vocab_size - model.lm_head.padding)
     block, attention = model.block, None if isinstance(model.block, dict) else model.block.sequence_mixer
     if model.block_overrides or not isinstance(attention, AttentionConfig) or isinstance(block, dict):
         raise _refuse("one kind of block with attention", type(block).__name__)
-    if isinstance(block, MoDABlockConfig):
-        placement = block.norm_placement.value
-    else:
-        known = {
-            TransformerBlockType.default: "pre",
-            TransformerBlockType.reordered_norm: "reordered",
-            TransformerBlockType.peri_norm: "peri",
-        }
-        if block.name not in known:
-            raise _refuse("a default, reordered_norm or peri_norm block", block.name)
-        placement = known[block.name]
+    placements = {p.olmo_core_block: p() for p in NormPlacement.known.values() if p.olmo_core_block is not None}
+    if str(block.name) not in placements:
+        raise _refuse(f"a block of type {', '.join(placements)}", block.name)
     for option in (
-        "gate",
-        "clip_qkv",
-        "sliding_window",
-        "scalable_softmax",
-        "attention_sinks",
-        "qk_norm_per_head_gains",
-    ):
+        "gate", "clip_qkv", "sliding_window", "scalable_softmax", "attention_sinks", "qk_norm_per_head_gains",
+    ):  # fmt: skip
         if getattr(attention, option, None):
             raise _refuse(f"attention without {option}", option)
     rope, norm, ffn = attention.rope, block.layer_norm, block.feed_forward
@@ -163,29 +128,22 @@ def fields_of(model: TransformerConfig, max_position_embeddings: int) -> ModelFi
     biases = {attention.bias is not False, ffn.bias is not False}
     if len(biases) > 1 or model.lm_head.bias is not False:
         raise _refuse("biases on all linears of the blocks or on none, and none on the head", biases)
-    padding = getattr(model.lm_head, "padding", 0)
-    depth = model.depth_kv if isinstance(model, MoDATransformerConfig) else None
-    qk_norm = "none" if attention.qk_norm is None else ("head" if attention.use_head_qk_norm else "full")
-    return ModelFields(
-        vocab_size=model.vocab_size - padding,
-        hidden_size=model.d_model,
-        num_hidden_layers=model.n_layers,
-        num_attention_heads=attention.n_heads,
-        num_key_value_heads=attention.n_kv_heads or attention.n_heads,
-        head_dim=attention.head_dim or model.d_model // attention.n_heads,
-        intermediate_size=ffn.hidden_size,
-        rms_norm_eps=float(norm.eps or 1e-5),
-        rope_base=float(rope.theta),
-        max_position_embeddings=max_position_embeddings,
-        norm_placement=placement,
-        qk_norm=qk_norm,
-        use_bias=biases.pop(),
-        depth_attention=None if depth is None else depth.attention.value,
-        depth_ffn=depth is not None and depth.ffn,
-        depth_key_norm="none" if depth is None else depth.key_norm.value,
-        depth_rope="none" if depth is None else depth.rope.value,
-        depth_slots=None if depth is None else depth.slots,
-        tie_word_embeddings=model.tie_word_embeddings,
+    return ModelConfig(
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        n_heads=attention.n_heads,
+        n_kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
+        ffn_hidden_size=ffn.hidden_size,
+        vocab_size=model.vocab_size,
+        tie_embeddings=model.tie_word_embeddings,
+        norm_placement=placements[str(block.name)],
+        qk_norm=QKNorm.none
+        if attention.qk_norm is None
+        else (QKNorm.head if attention.use_head_qk_norm else QKNorm.full),
+        bias=biases.pop(),
+        norm_eps=float(norm.eps or 1e-5),
+        rope_theta=rope.theta,
     )
 
 
@@ -208,11 +166,28 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> dict[str
         "eos_token": loaded.id_to_token(ids["eos_token_id"]),
         "pad_token": loaded.id_to_token(ids["pad_token_id"]),
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    write_json(out / "tokenizer_config.json", settings)
     return ids
 
 
-def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.float32) -> ModelFields:
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("OUT", "a new or empty folder", str(out))
+
+
+def _check_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that are not the model's, or not finite."""
+    model = checkpoint.model.build(init_device="meta")
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            got = tuple(weights[name].shape) if name in weights else "none"
+            raise UserError("checkpoint", f"{name} {shape}, as {checkpoint.folder / 'config.json'} describes", got)
+        if not weights[name].isfinite().all():
+            raise UserError("checkpoint", "finite weights", f"{name} with NaN or infinity")
+
+
+def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.float32) -> ModelConfig:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`` loads.
 
     The folder appears whole or not at all.
@@ -221,108 +196,103 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
     """
     from safetensors.torch import save_file
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("OUT", "a new or empty folder", str(out))
+    _check_new(out)
     length = checkpoint.sequence_length or 4096
-    fields = fields_of(checkpoint.model, length)
-    weights = to_hf(read_weights(checkpoint.folder), fields.vocab_size)
-    if fields.tie_word_embeddings:
+    section = section_of(checkpoint.model)
+    assert section.vocab_size is not None
+    native = read_weights(checkpoint.folder)
+    _check_weights(checkpoint, native)
+    weights = to_hf(native, section.vocab_size)
+    if section.tie_embeddings:
         weights.pop("lm_head.weight", None)
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         save_file({n: w.to(dtype) for n, w in weights.items()}, str(scratch / WEIGHTS), metadata={"format": "pt"})
+        (scratch / WEIGHTS).chmod(0o644)
         ids = _write_tokenizer(checkpoint, scratch, length)
         config = {
             "architectures": ["MoDAForCausalLM"],
             "model_type": "moda",
             "auto_map": _AUTO_MAP,
             "dtype": str(dtype).removeprefix("torch."),
-            **asdict(fields),
+            "model": to_dict(section),
+            "max_position_embeddings": length,
             "bos_token_id": None,
             **ids,
         }
-        (scratch / "config.json").write_text(json.dumps(config, indent=1))
-        (scratch / "generation_config.json").write_text(json.dumps({"bos_token_id": None, **ids}, indent=1))
+        write_json(scratch / "config.json", config)
+        write_json(scratch / "generation_config.json", {"bos_token_id": None, **ids})
         if checkpoint.kind == "moda":
-            (scratch / RUN).write_text(json.dumps(checkpoint.settings, indent=1))
-        for name in CODE:
-            shutil.copyfile(Path(__file__).with_name(name), scratch / name)
+            write_json(scratch / RUN, checkpoint.settings)
+        for name, text in bundle().items():
+            write_text(scratch / name, text)
         if out.is_dir():
             out.rmdir()
         scratch.replace(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return fields
+    return section
 
 
-def read_export(folder: Path) -> tuple[ModelFields, dict[str, torch.Tensor], dict[str, Any]]:
-    """An exported folder's settings, weights and whole ``config.json``, without running its code.
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """An exported folder.
+
+    :param model: its model section.
+    :param sequence_length: tokens of the sequences that the model was trained on.
+    :param weights: under their exported names.
+    :param config: the whole ``config.json``.
+    """
+
+    model: ModelConfig
+    sequence_length: int
+    weights: dict[str, torch.Tensor]
+    config: dict[str, Any]
+
+
+def read_export(folder: Path) -> Export:
+    """Read an exported folder, without running its code.
 
     :raises UserError: for a folder that is no export of this project.
     """
     from safetensors.torch import load_file
 
+    expected = f"an export of this project with config.json and {WEIGHTS}"
+    config = read_json(folder / "config.json", "folder")
+    if config.get("model_type") != "moda" or not isinstance(config.get("model"), dict):
+        raise UserError("folder", expected, str(folder), "config.json has no model section of model_type moda")
+    section = from_dict(ModelConfig, config["model"], "model")
+    length = config.get("max_position_embeddings")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if config["model_type"] != "moda":
-            raise KeyError("model_type")
-        fields = from_dict(ModelFields, {k: v for k, v in config.items() if k in ModelFields.__dataclass_fields__})
         weights = load_file(str(folder / WEIGHTS))
-    except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(
-            "folder", f"an export of this project with config.json and {WEIGHTS}", str(folder), str(e)
-        ) from None
-    return fields, weights, config
+    except Exception as e:  # safetensors raises its own kinds on damaged files
+        raise UserError("folder", expected, str(folder), str(e).split("\n")[0]) from None
+    return Export(section, length if isinstance(length, int) and length > 0 else 4096, weights, config)
 
 
-def _run_settings(folder: Path, out: Path, fields: ModelFields, config: dict[str, Any]) -> RunConfig:
+def _run_settings(folder: Path, out: Path, export: Export) -> RunConfig:
     """The run's configuration as it was exported, or the least that describes the model."""
     if (folder / RUN).is_file():
         try:
-            run = from_dict(RunConfig, json.loads((folder / RUN).read_text()))
-            model = run.model.transformer(run.model.vocab_size or fields.vocab_size)
-            if fields_of(model, fields.max_position_embeddings) == fields:
+            run = from_dict(RunConfig, read_json(folder / RUN, RUN))
+            if section_of(transformer_config(run.model, export.model.vocab_size)) == export.model:
                 return run
             log.warning("%s does not describe the model of config.json: left out", folder / RUN)
-        except (UserError, json.JSONDecodeError, UnicodeDecodeError) as e:
+        except UserError as e:
             log.warning("%s is left out: %s", folder / RUN, e)
-    depth = None
-    if fields.depth_attention is not None:
-        depth = {
-            "attention": fields.depth_attention,
-            "ffn": fields.depth_ffn,
-            "key_norm": fields.depth_key_norm,
-            "rope": fields.depth_rope,
-            "slots": fields.depth_slots,
-        }
-    section = {
-        "d_model": fields.hidden_size,
-        "n_layers": fields.num_hidden_layers,
-        "n_heads": fields.num_attention_heads,
-        "n_kv_heads": fields.num_key_value_heads,
-        "head_dim": fields.head_dim,
-        "ffn_hidden_size": fields.intermediate_size,
-        "vocab_size": fields.vocab_size,
-        "tie_embeddings": fields.tie_word_embeddings,
-        "norm_placement": fields.norm_placement,
-        "qk_norm": fields.qk_norm,
-        "bias": fields.use_bias,
-        "norm_eps": fields.rms_norm_eps,
-        "rope_theta": fields.rope_base,
-        "depth_kv": depth,
-    }
     file = out / "tokenizer.json"
     tokenizer = {
         "identifier": str(file) if (folder / "tokenizer.json").is_file() else "unknown",
-        "vocab_size": fields.vocab_size,
-        "eos_token_id": config.get("eos_token_id") or 0,
-        "pad_token_id": config.get("pad_token_id"),
+        "vocab_size": export.model.vocab_size,
+        "eos_token_id": export.config.get("eos_token_id") or 0,
+        "pad_token_id": export.config.get("pad_token_id"),
     }
     data = {"paths": ["none"], "tokenizer": tokenizer}
-    train = {"sequence_length": fields.max_position_embeddings, "max_steps": 1, "save_folder": str(out.parent)}
-    return from_dict(RunConfig, {"name": folder.resolve().name, "model": section, "data": data, "train": train})
+    train = {"sequence_length": export.sequence_length, "max_steps": 1, "save_folder": str(out.parent)}
+    sections = {"model": to_dict(export.model), "data": data, "train": train}
+    return from_dict(RunConfig, {"name": folder.resolve().name, **sections})
 
 
 def write_checkpoint(folder: Path, out: Path) -> RunConfig:
@@ -334,15 +304,14 @@ def write_checkpoint(folder: Path, out: Path) -> RunConfig:
     """
     from olmo_core.distributed.checkpoint import save_state_dict
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("OUT", "a new or empty folder", str(out))
-    fields, weights, config = read_export(folder)
-    run = _run_settings(folder, out, fields, config)
-    rows = run.model.transformer(run.model.vocab_size or fields.vocab_size).vocab_size
-    state = {f"model.{name}": w.float() for name, w in from_hf(weights, rows).items()}
+    _check_new(out)
+    export = read_export(folder)
+    run = _run_settings(folder, out, export)
+    rows = run.model.rows(export.model.vocab_size)
+    state = {f"model.{name}": w.float() for name, w in from_hf(export.weights, rows).items()}
     out.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
     save_state_dict(str(out / STATE), state)
-    (out / "config.json").write_text(json.dumps(to_dict(run), indent=1))
+    write_json(out / "config.json", to_dict(run))
     return run

@@ -1,48 +1,35 @@
-"""A MoDA decoder in plain PyTorch, with a key/value cache: what an exported folder carries along.
+"""The decoder of a model section in plain PyTorch, with a key/value cache: what an exported folder carries.
 
-Imports nothing but torch. Token t of layer l attends, under one softmax, to the sequence's keys 0..t (cached from step to step)
-and to the depth slots that earlier layers wrote for the same token t. Depth slots have no cross-token term: they live inside
-one call and are never cached. See arXiv 2603.15619.
+The depth mechanism and the norm placement are the very files that training uses. Tokens of a call are new tokens: their keys and
+values join the cache, while what a mechanism keeps (depth slots, block outputs) belongs to a token's own pass through the
+layers and is thrown away after it. Blocks take tensors and return tensors, so that device maps can move them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-Slot = tuple[torch.Tensor, torch.Tensor]
+from moda.config.model import ModelConfig
+from moda.depth.mechanism import DepthLayer, DepthModel, State
+from moda_kernels.depth.layout import DepthLayout
 
 
 class Cache(Protocol):
-    """What the decoder asks of a cache: Hugging Face's, or :class:`KVCache`."""
+    """What the decoder asks of a cache of Hugging Face's."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any: ...
 
     def get_seq_length(self) -> int: ...
 
 
-class KVCache:
-    """Keys and values ``[B, Hk, T, D]`` of every layer so far."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any:
-        """Append a layer's new keys and values and return all of them."""
-        if layer_idx == len(self.layers):
-            self.layers.append((key_states, value_states))
-        else:
-            k, v = self.layers[layer_idx]
-            self.layers[layer_idx] = (torch.cat([k, key_states], dim=2), torch.cat([v, value_states], dim=2))
-        return self.layers[layer_idx]
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class MoDARMSNorm(nn.Module):
@@ -54,50 +41,9 @@ class MoDARMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.weight.to(_wide(x)) * self.scaled(x)).to(x.dtype)
-
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """``x / rms(x)``, in fp32 or above, without the gain."""
-        x = x.to(_wide(x))
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-class DepthLayout:
-    """Which slots a model writes and reads, in order of writing: layer 0 attention, layer 0 FFN, layer 1 attention, ...
-
-    :param window: how many of the most recent slots a layer reads; None for all. What no layer reads is not written.
-    """
-
-    def __init__(self, n_layers: int, ffn: bool, window: int | None) -> None:
-        self.n_layers, self.per_layer, self.window = n_layers, 2 if ffn else 1, window
-
-    def first_read(self, layer: int) -> int:
-        """The first slot, counted over all that could be written, that a layer reads."""
-        return 0 if self.window is None else max(0, layer * self.per_layer - self.window)
-
-    def writes(self, layer: int, kind: int) -> bool:
-        """Whether a layer's attention (0) or FFN (1) writes a slot that some layer reads."""
-        return (
-            kind < self.per_layer
-            and layer + 1 < self.n_layers
-            and (self.first_read(layer + 1) <= layer * self.per_layer + kind)
-        )
-
-
-class DepthProjection(nn.Module):
-    """One depth K/V pair from a tensor of the block."""
-
-    def __init__(self, hidden_size: int, width: int, bias: bool) -> None:
-        super().__init__()
-        self.k_proj = nn.Linear(hidden_size, width, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, width, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.k_proj(x), self.v_proj(x)
+        wide = x.to(_wide(x))
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight.to(wide.dtype) * scaled).to(x.dtype)
 
 
 def rotary(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,181 +54,187 @@ def rotary(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[tor
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE of ``[B, T, H, D]``, halves convention, in fp32 or above."""
     wide = x.to(_wide(x))
-    cos, sin = (t.to(wide.dtype) for t in cos_sin)
     a, b = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    return (wide * cos.to(wide.dtype) + torch.cat([-b, a], dim=-1) * sin.to(wide.dtype)).to(x.dtype)
 
 
 class MoDAAttention(nn.Module):
-    """Attention over cached sequence keys and the depth slots of the current tokens."""
+    """The linears and norms of an attention; :class:`_Steps` says what is done with them."""
 
-    def __init__(self, config: Any, layer: int, layout: DepthLayout | None) -> None:
+    def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.layout = layer, layout
-        self.n_heads, self.n_kv_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
-        self.kind, self.qk_norm = config.depth_attention, config.qk_norm
-        self.key_norm, self.rotate_depth = config.depth_key_norm, config.depth_rope == "same_position"
-        d, bias = config.hidden_size, config.use_bias
-        q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d, q_width, bias=bias)
-        self.k_proj = nn.Linear(d, kv_width, bias=bias)
-        self.v_proj = nn.Linear(d, kv_width, bias=bias)
-        self.o_proj = nn.Linear(q_width, d, bias=bias)
-        if self.qk_norm != "none":
-            head = self.qk_norm == "head"
-            self.q_norm = MoDARMSNorm(self.head_dim if head else q_width, config.rms_norm_eps)
-            self.k_norm = MoDARMSNorm(self.head_dim if head else kv_width, config.rms_norm_eps)
-        if self.kind == "project" and layout is not None and layout.writes(layer, 0):
-            self.depth_proj = DepthProjection(d, kv_width, bias)
+        assert model.n_kv_heads is not None and model.head_dim is not None
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = (
+            layer,
+            model.n_heads,
+            model.n_kv_heads,
+            model.head_dim,
+        )
+        q_width, kv_width = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+        self.q_proj = nn.Linear(model.d_model, q_width, bias=model.bias)
+        self.k_proj = nn.Linear(model.d_model, kv_width, bias=model.bias)
+        self.v_proj = nn.Linear(model.d_model, kv_width, bias=model.bias)
+        self.o_proj = nn.Linear(q_width, model.d_model, bias=model.bias)
+        self.per_head = model.qk_norm.value == "head"
+        self.q_norm = self.k_norm = None
+        if model.qk_norm.value != "none":
+            self.q_norm = MoDARMSNorm(model.head_dim if self.per_head else q_width, model.norm_eps)
+            self.k_norm = MoDARMSNorm(model.head_dim if self.per_head else kv_width, model.norm_eps)
 
-    def _normed(self, x: torch.Tensor, norm: MoDARMSNorm | None, gain: bool = True) -> torch.Tensor:
-        """QK-norm of ``[B, T, H * D]``, over everything or per head; ``[B, T, H, D]``."""
-        if self.qk_norm == "head":
+
+class _Steps:
+    """The decoding side of :class:`moda.depth.mechanism.AttentionHost`. A slot in the state is a pair ``[B, T, Hk, D]``.
+
+    No module itself: module hooks move their arguments to a device, and must leave the attention where it is.
+    """
+
+    def __init__(self, attention: MoDAAttention) -> None:
+        self.attention = attention
+        self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+
+    def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+        return tuple(linear(x) for linear in linears)
+
+    def gain(self, norm: Any) -> torch.Tensor:
+        ones = torch.ones(
+            self.head_dim * (1 if self.attention.per_head else self.n_kv_heads), device=norm.weight.device
+        )
+        if norm.weight.device.type == "meta":  # offloaded: only a call brings the weights
+            ones = torch.ones_like(ones, device="cpu")
+        return norm(ones.to(_wide(norm.weight))) * math.sqrt(1 + norm.eps)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(x, self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+
+    def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        if self.attention.per_head:
             x = x.unflatten(-1, (-1, self.head_dim))
-        if norm is not None:
-            x = norm(x) if gain else norm.scaled(x).to(x.dtype)
-        return x if self.qk_norm == "head" else x.unflatten(-1, (-1, self.head_dim))
+        x = x if norm is None else norm(x)
+        return x if self.attention.per_head else x.unflatten(-1, (-1, self.head_dim))
 
-    def slot(self, raw: Slot, cos_sin: Any, projected: bool) -> Slot:
-        """Depth keys and values ``[B, T, Hk, D]``, as later layers read them, of raw ones ``[B, T, Hk * D]``."""
-        k, v = raw
-        if self.key_norm == "reader":
-            k = self._normed(k, self.k_norm, gain=False)
-        else:
-            plain = self.qk_norm == "none" or (self.key_norm == "none" and projected)
-            k = self._normed(k, None if plain else self.k_norm)
-        return (rotate(k, cos_sin) if self.rotate_depth else k), v.unflatten(-1, (-1, self.head_dim))
+    def rotate(self, q: torch.Tensor, k: torch.Tensor, context: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return _rotate(q, *context["rotary"]), _rotate(k, *context["rotary"])
 
-    def _with_reader_gain(self, q: torch.Tensor) -> torch.Tensor:
-        gain = self.k_norm.weight.view(-1, self.head_dim)
-        if gain.shape[0] > 1:
-            gain = gain.repeat_interleave(self.n_heads // self.n_kv_heads, dim=0)
-        return (q.to(_wide(q)) * gain.to(_wide(q))).to(q.dtype)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
+        return self.attend_with_slots(q, k, v, None, (), context)[0]
 
-    def forward(
-        self, x: torch.Tensor, slots: list[Slot], cos_sin: Any, mask: torch.Tensor, cache: Cache | None
-    ) -> torch.Tensor:
-        """``[B, T, hidden]`` of ``[B, T, hidden]``; this layer's own slot is appended to ``slots``."""
-        B, T, _ = x.shape
-        raw_k, raw_v = self.k_proj(x), self.v_proj(x)
-        with_norm = self.qk_norm != "none"
-        q = self._normed(self.q_proj(x), self.q_norm if with_norm else None)
-        k = rotate(self._normed(raw_k, self.k_norm if with_norm else None), cos_sin)
-        v = raw_v.unflatten(-1, (-1, self.head_dim))
-        q_depth = None
-        if self.kind is not None and self.key_norm == "reader":
-            q_depth = rotate(self._with_reader_gain(q), cos_sin) if self.rotate_depth else None
-            q = rotate(q, cos_sin)
-            q_depth = self._with_reader_gain(q) if q_depth is None else q_depth
-        else:
-            q = rotate(q, cos_sin)
-            q_depth = q
-
+    def attend_with_slots(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_depth: torch.Tensor | None,
+        state: State,
+        context: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, State]:
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.layer)
-        group = self.n_heads // self.n_kv_heads
-        wide = _wide(x)
+        if context["cache"] is not None:
+            keys, values = context["cache"].update(keys, values, self.attention.layer)
+        wide, groups = _wide(q), (self.n_kv_heads, self.n_heads // self.n_kv_heads)
         scale = 1.0 / math.sqrt(self.head_dim)
-        grouped = q.transpose(1, 2).unflatten(1, (self.n_kv_heads, group)).to(wide)  # [B, Hk, G, T, D]
-        logits = torch.einsum("bkgtd,bksd->bkgts", grouped, keys.to(wide)) * scale
+        grouped = q.unflatten(2, groups).to(wide)  # [B, T, Hk, G, D]
+        logits = torch.einsum("btkgd,bksd->bkgts", grouped, keys.to(wide)) * scale
+        mask = F.pad(context["mask"], (0, keys.shape[2] - context["mask"].shape[-1]))  # a static cache is longer
         logits = logits.masked_fill(~mask[:, None, None], -math.inf)
-        read = self._read(slots)
-        if read:
-            depth_k = torch.stack([s[0] for s in read]).to(wide)  # [S, B, T, Hk, D]
-            depth_v = torch.stack([s[1] for s in read]).to(wide)
-            by_group = q_depth.unflatten(2, (self.n_kv_heads, group)).to(wide)  # [B, T, Hk, G, D]
-            depth_logits = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
-            weights = torch.cat([logits, depth_logits], dim=-1).softmax(-1)
-            weights, depth_weights = weights.split([logits.shape[-1], len(read)], dim=-1)
-            out = torch.einsum("bkgts,bksd->btkgd", weights, values.to(wide))
-            out = out + torch.einsum("bkgts,sbtkd->btkgd", depth_weights, depth_v)
+        n = keys.shape[2]
+        if state:
+            depth_k, depth_v = (torch.stack(state[i::2]).to(wide) for i in (0, 1))  # [S, B, T, Hk, D]
+            by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
+            depth = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
+            weights = torch.cat([logits, depth], dim=-1).softmax(-1)
+            out = torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
+            out = out + torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))
         else:
             out = torch.einsum("bkgts,bksd->btkgd", logits.softmax(-1), values.to(wide))
-        self._write(slots, x, (raw_k, raw_v), (k, v), cos_sin)
-        return self.o_proj(out.to(x.dtype).reshape(B, T, -1))
+        return out.flatten(2, 3).to(q.dtype), state
 
-    def _read(self, slots: list[Slot]) -> list[Slot]:
-        if self.layout is None or self.layout.window is None:
-            return slots
-        return slots[max(0, len(slots) - self.layout.window) :]
+    def write_slot(
+        self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Mapping[str, Any]
+    ) -> State:
+        return (*state, k, v)
 
-    def _write(self, slots: list[Slot], x: torch.Tensor, raw: Slot, rotated: Slot, cos_sin: Any) -> None:
-        if self.layout is None or self.kind is None or self.layer + 1 == self.layout.n_layers:
-            return
-        if self.kind == "project":
-            # A slot that no layer reads has no projection; a place holder keeps the count right.
-            written = self.layout.writes(self.layer, 0)
-            slots.append(self.slot(self.depth_proj(x), cos_sin, True) if written else rotated)
-        elif self.key_norm == "reader" or not self.rotate_depth:
-            slots.append(self.slot(raw, cos_sin, False))
-        else:
-            slots.append(rotated)
+    def output(self, out: torch.Tensor) -> torch.Tensor:
+        return self.attention.o_proj(out.flatten(2))
+
+
+class _Slots:
+    """The slot memory of decoding: pairs of tensors by slot number. See :class:`moda.depth.mechanism.SlotMemory`."""
+
+    def __init__(self, layout: DepthLayout) -> None:
+        self.layout = layout
+        self.slots: dict[int, State] = {}
+
+    def enter(self, layer: int) -> State:
+        return tuple(x for slot in self.layout.read_slots(layer) for x in self.slots[slot])
+
+    def leave(self, layer: int, state: State) -> None:
+        written = [self.layout.written_slot(layer, kind) for kind in range(self.layout.kinds)]
+        new = state[2 * len(self.layout.read_slots(layer)) :]
+        for i, slot in enumerate(slot for slot in written if slot is not None):
+            self.slots[slot] = new[2 * i : 2 * i + 2]
 
 
 class MoDAMLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        d, width, bias = config.hidden_size, config.intermediate_size, config.use_bias
-        self.gate_proj = nn.Linear(d, width, bias=bias)
-        self.up_proj = nn.Linear(d, width, bias=bias)
-        self.down_proj = nn.Linear(width, d, bias=bias)
+        self.gate_proj = nn.Linear(model.d_model, model.ffn_hidden_size, bias=model.bias)
+        self.up_proj = nn.Linear(model.d_model, model.ffn_hidden_size, bias=model.bias)
+        self.down_proj = nn.Linear(model.ffn_hidden_size, model.d_model, bias=model.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoDALayer(nn.Module):
-    """A block with one of four norm placements: ``pre``, ``post``, ``reordered``, ``peri``."""
+    """A block: attention and FFN, each with the norms of its placement, through the depth mechanism."""
 
-    def __init__(self, config: Any, layer: int, layout: DepthLayout | None) -> None:
+    def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.placement, self.layer, self.layout = config.norm_placement, layer, layout
-        self.self_attn = MoDAAttention(config, layer, layout)
-        self.mlp = MoDAMLP(config)
-        d, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = MoDARMSNorm(d, eps)
-        self.feedforward_norm = MoDARMSNorm(d, eps)
-        if self.placement == "peri":
-            self.post_attention_norm = MoDARMSNorm(d, eps)
-            self.post_feedforward_norm = MoDARMSNorm(d, eps)
-        if layout is not None and layout.writes(layer, 1):
-            width = config.num_key_value_heads * config.head_dim
-            self.ffn_depth_proj = DepthProjection(d, width, config.use_bias)
-
-    def _add(self, x: torch.Tensor, out: torch.Tensor, norm: nn.Module, after: nn.Module | None) -> torch.Tensor:
-        if self.placement == "reordered":
-            return x + norm(out)
-        if after is not None:
-            return x + after(out)
-        return norm(x + out) if self.placement == "post" else x + out
+        self.placement = model.norm_placement
+        self.self_attn = MoDAAttention(model, layer)
+        self.mlp = MoDAMLP(model)
+        for sublayer in ("attention", "feed_forward"):
+            for name in self.placement.norm_names(sublayer):
+                self.add_module(name, MoDARMSNorm(model.d_model, model.norm_eps))
+        self.depth = DepthLayer() if model.depth is None else model.depth.build_layer(model, layer)
 
     def forward(
-        self, x: torch.Tensor, slots: list[Slot], cos_sin: Any, mask: torch.Tensor, cache: Cache | None
-    ) -> torch.Tensor:
-        enters, peri = self.placement in ("pre", "peri"), self.placement == "peri"
-        out = self.self_attn(self.attention_norm(x) if enters else x, slots, cos_sin, mask, cache)
-        h = self._add(x, out, self.attention_norm, self.post_attention_norm if peri else None)
-        u = self.feedforward_norm(h) if enters else h
-        if self.layout is not None and self.layout.per_layer == 2 and self.layer + 1 < self.layout.n_layers:
-            if self.layout.writes(self.layer, 1):
-                slots.append(self.self_attn.slot(self.ffn_depth_proj(u), cos_sin, True))
+        self,
+        stream: Any,
+        state: State,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> tuple[Any, State]:
+        """The stream and the mechanism's state after the block."""
+        steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache}
+        for sublayer in ("attention", "feed_forward"):
+            norms = [getattr(self, name) for name in self.placement.norm_names(sublayer)]
+            x = self.placement.receive(self.depth("receive", sublayer, stream), norms)
+            if sublayer == "attention":
+                out, state = self.depth("attend", steps, x, state, context)
             else:
-                slots.append(slots[-1])  # read by no layer: a place holder
-        return self._add(h, self.mlp(u), self.feedforward_norm, self.post_feedforward_norm if peri else None)
+                out, state = self.depth("feed_forward", lambda x: self.mlp(x), steps, x, state, context)
+            add = lambda stream, out, name=sublayer: self.depth("add", name, stream, out)  # noqa: E731
+            stream = self.placement.combine(stream, out, norms, add)
+        return stream, state
 
 
 def causal_mask(
     attention_mask: torch.Tensor | None, batch: int, new: int, past: int, device: torch.device
 ) -> torch.Tensor:
-    """Which keys a new token sees: bool ``[B, new, past + new]``; padding keys (0 in ``attention_mask``) only itself."""
+    """Which keys a new token sees: bool ``[B, new, past + new]``; padding keys (0 in ``attention_mask``) only itself.
+
+    A mask ``[B, 1, new, keys]``, as transformers makes it for static caches, is taken as it is: bool, or 0 where a key is seen.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
     total = past + new
     at = torch.arange(past, total, device=device)[:, None]
     mask = (torch.arange(total, device=device)[None] <= at)[None].expand(batch, -1, -1)
@@ -294,23 +246,25 @@ def causal_mask(
 
 
 class DecoderParts:
-    """Embedding, layers and final norm, and how they run, for a class that is an ``nn.Module``.
-
-    ``config`` is any object with the fields of ``configuration_moda.py``.
-    """
+    """Embedding, layers, depth mechanism and final norm, and how they run, for a class that is an ``nn.Module``."""
 
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
+    depth: DepthModel
     norm: MoDARMSNorm
 
-    def build(self, config: Any) -> None:
+    def build(self, model: ModelConfig) -> None:
         """Make the submodules."""
-        self.head_dim, self.theta = config.head_dim, config.rope_base
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        n = config.num_hidden_layers
-        layout = DepthLayout(n, config.depth_ffn, config.depth_slots) if config.depth_attention is not None else None
-        self.layers = nn.ModuleList(MoDALayer(config, i, layout) for i in range(n))
-        self.norm = MoDARMSNorm(config.hidden_size, config.rms_norm_eps)
+        assert model.vocab_size is not None and model.head_dim is not None
+        self.head_dim, self.theta = model.head_dim, float(model.rope_theta)
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
+        self.layers = nn.ModuleList(MoDALayer(model, i) for i in range(model.n_layers))
+        self.depth = DepthModel() if model.depth is None else model.depth.build_model(model)
+        self.norm = MoDARMSNorm(model.d_model, model.norm_eps)
+
+    def open_slots(self, layout: DepthLayout, device: torch.device) -> _Slots:
+        """See :class:`moda.depth.mechanism.Host`."""
+        return _Slots(layout)
 
     def run(
         self,
@@ -318,36 +272,28 @@ class DecoderParts:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        streams: list[Any] | None = None,
     ) -> torch.Tensor:
         """Final hidden states ``[B, T, hidden]`` of the new tokens' embeddings ``[B, T, hidden]``.
 
         :param attention_mask: ``[B, past + T]``, 0 for padding (on the left when generating).
         :param position_ids: ``[B, T]``; counted from the cache and the mask if None.
+        :param streams: takes the residual stream before every block.
         """
         B, T, _ = embedded.shape
         past = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
-            if attention_mask is not None:
+            if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + T]
             else:
                 position_ids = torch.arange(past, past + T, device=embedded.device)[None]
-        cos_sin = rotary(position_ids, self.head_dim, self.theta)
+        angles = rotary(position_ids, self.head_dim, self.theta)
         mask = causal_mask(attention_mask, B, T, past, embedded.device)
-        slots: list[Slot] = []
-        h = embedded
-        for layer in self.layers:
-            h = layer(h, slots, cos_sin, mask, cache)
-        return self.norm(h)
-
-
-class MoDADecoder(DecoderParts, nn.Module):
-    """The decoder with its head, for use without transformers."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.build(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Logits ``[B, T, vocab]`` of new ids ``[B, T]``."""
-        return self.lm_head(self.run(self.embed_tokens(ids), cache=cache))
+        stream, forward_pass = self.depth.begin(embedded, self)
+        for i, layer in enumerate(self.layers):
+            stream, state = forward_pass.enter(i, stream)
+            if streams is not None:
+                streams.append(stream)
+            stream, state = layer(stream, state, angles, mask, cache=cache)
+            stream = forward_pass.leave(i, stream, state)
+        return self.norm(forward_pass.finish(stream))

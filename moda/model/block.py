@@ -1,54 +1,39 @@
-"""Transformer blocks: the four norm placements, with and without a depth stream."""
+"""Transformer blocks: a norm placement, and a depth mechanism's part."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from olmo_core.config import StrEnum
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.transformer import TransformerBlock, TransformerBlockConfig, TransformerBlockType
 from olmo_core.nn.transformer.block import TransformerBlockBase
-from olmo_core.nn.transformer.init import init_linear
 
-from moda_kernels.depth_stream import FFN
+from moda.config.model import ModelConfig
+from moda.depth.mechanism import DepthLayer, State
+from moda.placements import NormPlacement
+from moda.placements.placement import Add, Norms
+from moda.typed import from_dict
 
-from .attention import MoDAAttention, MoDAAttentionConfig
-from .depth_kv import DepthProjection
-
-__all__ = ["MoDABlock", "MoDABlockConfig", "NormPlacement", "PlacedBlock"]
-
-
-class NormPlacement(StrEnum):
-    """Where a sublayer f has its norm N."""
-
-    pre = "pre"
-    """``x + f(N(x))``"""
-    post = "post"
-    """``N(x + f(x))``"""
-    reordered = "reordered"
-    """``x + N(f(x))``, as OLMo2 was released"""
-    peri = "peri"
-    """``x + N(f(N(x)))``"""
-
-
-_OLMO_CORE_TYPES = {
-    NormPlacement.pre: TransformerBlockType.default,
-    NormPlacement.reordered: TransformerBlockType.reordered_norm,
-    NormPlacement.peri: TransformerBlockType.peri_norm,
-}
+__all__ = ["DepthBlock", "ModelBlockConfig", "PlacedBlock"]
 
 
 @dataclass
-class MoDABlockConfig(TransformerBlockConfig):
-    """A block with a norm placement; with depth KV if its attention has it.
+class ModelBlockConfig(TransformerBlockConfig):
+    """A block of a model. A plain one whose norm placement OLMo-core has is built by OLMo-core itself.
 
-    Without depth KV the placements that OLMo-core has are built by OLMo-core itself.
+    :param section: the model's section in its plain form, which OLMo-core can serialise.
     """
 
-    norm_placement: NormPlacement = NormPlacement.reordered
+    section: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """The model's section."""
+        return from_dict(ModelConfig, self.section, "model")
 
     def build(
         self,
@@ -60,146 +45,89 @@ class MoDABlockConfig(TransformerBlockConfig):
         cache: BufferCache | None = None,
     ) -> TransformerBlockBase:
         assert self.feed_forward is not None and self.layer_norm is not None
+        parts: dict[str, Any] = dict(
+            sequence_mixer=self.sequence_mixer, feed_forward=self.feed_forward, layer_norm=self.layer_norm
+        )
         place: dict[str, Any] = dict(d_model=d_model, block_idx=block_idx, n_layers=n_layers)
         place.update(init_device=init_device, cache=cache)
-        depth = isinstance(self.sequence_mixer, MoDAAttentionConfig)
-        if not depth and self.norm_placement in _OLMO_CORE_TYPES:
-            plain = TransformerBlockConfig(
-                name=_OLMO_CORE_TYPES[self.norm_placement],
-                sequence_mixer=self.sequence_mixer,
-                feed_forward=self.feed_forward,
-                layer_norm=self.layer_norm,
-            )
-            return plain.build(**place)
-        return (MoDABlock if depth else PlacedBlock)(
-            norm_placement=self.norm_placement,
-            sequence_mixer=self.sequence_mixer,
-            feed_forward=self.feed_forward,
-            layer_norm=self.layer_norm,
-            **place,
-        )
+        if self.model.depth is not None:
+            with torch.device(init_device):
+                depth = self.model.depth.build_layer(self.model, block_idx)
+            return DepthBlock(depth=depth, placement=self.model.norm_placement, **parts, **place)
+        if self.model.norm_placement.olmo_core_block is not None:
+            name = TransformerBlockType(self.model.norm_placement.olmo_core_block)
+            return TransformerBlockConfig(name=name, **parts).build(**place)
+        return PlacedBlock(placement=self.model.norm_placement, **parts, **place)
 
     def num_params(self, d_model: int) -> int:
-        """Parameters of one block without its depth projections, which not every layer has."""
-        name = _OLMO_CORE_TYPES.get(self.norm_placement, TransformerBlockType.default)
-        plain = replace(self, name=name)
-        return TransformerBlockConfig.num_params(plain, d_model)
+        """Parameters of one block without those of its depth mechanism."""
+        assert self.layer_norm is not None
+        plain = TransformerBlockConfig.num_params(replace(self, name=TransformerBlockType.default), d_model)
+        return plain + 2 * (len(self.model.norm_placement.norms) - 1) * self.layer_norm.num_params(d_model)
 
 
 class PlacedBlock(TransformerBlock):
-    """OLMo-core's block with any of the four norm placements. Submodules are named as OLMo-core names them."""
+    """OLMo-core's block with any norm placement. Submodules are named as OLMo-core names them."""
 
-    def __init__(self, *, norm_placement: NormPlacement, layer_norm: LayerNormConfig, **kwargs: Any) -> None:
+    def __init__(self, *, placement: NormPlacement, layer_norm: LayerNormConfig, **kwargs: Any) -> None:
         super().__init__(layer_norm=layer_norm, **kwargs)
-        self.norm_placement = norm_placement
-        if norm_placement == NormPlacement.peri:
-            self.post_attention_norm = layer_norm.build(self.d_model, init_device=kwargs["init_device"])
-            self.post_feed_forward_norm = layer_norm.build(self.d_model, init_device=kwargs["init_device"])
+        self.placement = placement
+        for name in (*placement.norm_names("attention"), *placement.norm_names("feed_forward")):
+            if not hasattr(self, name):
+                self.add_module(name, layer_norm.build(self.d_model, init_device=kwargs["init_device"]))
 
-    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the attention receives, ``[B, T, d_model]``."""
-        return self.attention_norm(x) if self.norm_placement in (NormPlacement.pre, NormPlacement.peri) else x
+    def norms(self, sublayer: str) -> Norms:
+        """The norms of ``attention`` or ``feed_forward``."""
+        return [getattr(self, name) for name in self.placement.norm_names(sublayer)]
 
-    def feed_forward_input(self, h: torch.Tensor) -> torch.Tensor:
-        """What the FFN receives, ``[B, T, d_model]``."""
-        return self.feed_forward_norm(h) if self.norm_placement in (NormPlacement.pre, NormPlacement.peri) else h
-
-    def after_attention(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the attention gave ``out`` for the stream ``x``."""
-        if self.norm_placement == NormPlacement.reordered:
-            out = self.attention_norm(out)
-        elif self.norm_placement == NormPlacement.peri:
-            out = self.post_attention_norm(out)
-        h = self.attention_residual_stream(x, out)
-        return self.attention_norm(h) if self.norm_placement == NormPlacement.post else h
-
-    def after_feed_forward(self, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the FFN gave ``out`` for the stream ``h``."""
-        if self.norm_placement == NormPlacement.reordered:
-            out = self.feed_forward_norm(out)
-        elif self.norm_placement == NormPlacement.peri:
-            out = self.post_feed_forward_norm(out)
-        h = self.feed_forward_residual_stream(h, out)
-        return self.feed_forward_norm(h) if self.norm_placement == NormPlacement.post else h
-
-    def forward(
-        self, x: torch.Tensor, *, loss_div_factor: torch.Tensor | float | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, loss_div_factor: Any = None, **kwargs: Any) -> torch.Tensor:
         del loss_div_factor
-        h = self.after_attention(x, self.attention(self.attention_input(x), **kwargs))
-        return self.after_feed_forward(h, self.feed_forward(self.feed_forward_input(h)))
+
+        def sublayer(name: str, f: Any, x: torch.Tensor, add: Add) -> torch.Tensor:
+            norms = self.norms(name)
+            return self.placement.combine(x, f(self.placement.receive(x, norms)), norms, add)
+
+        h = sublayer("attention", functools.partial(self.attention, **kwargs), x, self.attention_residual_stream)
+        return sublayer("feed_forward", self.feed_forward, h, self.feed_forward_residual_stream)
 
 
-class MoDABlock(PlacedBlock):
-    """A block whose attention reads the depth stream, and whose attention and FFN write to it."""
+class DepthBlock(PlacedBlock):
+    """A block whose sublayers go through a depth mechanism.
 
-    def __init__(self, **kwargs: Any) -> None:
+    :param depth: the mechanism's part of this block.
+    """
+
+    def __init__(self, *, depth: DepthLayer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        attention = self.attention
-        assert isinstance(attention, MoDAAttention)
-        self.ffn_depth_projection: DepthProjection | None = None
-        if attention.writes_ffn:
-            self.ffn_depth_projection = DepthProjection(
-                self.d_model,
-                attention.n_kv_heads * attention.head_dim,
-                bias=attention.w_k.bias is not None,
-                dtype=attention.w_k.weight.dtype,
-                init_device=kwargs["init_device"],
-            )
+        self.depth = depth
 
     def forward(  # type: ignore[override]
-        self,
-        x: torch.Tensor,
-        *,
-        token: torch.Tensor,
-        control: torch.Tensor,
-        loss_div_factor: torch.Tensor | float | None = None,
-        cu_doc_lens: torch.Tensor | None = None,
-        max_doc_len: int | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, stream: Any, *, state: State, loss_div_factor: Any = None, **context: Any
+    ) -> tuple[Any, State]:
         """Run the block.
 
-        :param x: ``[B, T, d_model]``.
-        :param token: the depth stream's last token.
-        :param control: ``stream.control[block_idx]``.
-        :param cu_doc_lens: int32 ``[N + 1]`` document boundaries of the flattened batch.
-        :param max_doc_len: the longest document.
-        :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
+        :param stream: the residual stream, ``[B, T, d_model]`` unless the mechanism has another.
+        :param state: what the mechanism hands to this block.
+        :param context: see :class:`moda.model.attention.DepthAttention`.
 
-        :returns: ``[B, T, d_model]`` and the next token.
+        :returns: the stream and the state after the block.
         """
         del loss_div_factor
-        att, token = self.attention(
-            self.attention_input(x), token=token, control=control, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len,
-            mask=mask,
-        )  # fmt: skip
-        h = self.after_attention(x, att)
-        u = self.feed_forward_input(h)
-        if self.ffn_depth_projection is not None:
-            rope = {} if cu_doc_lens is None else {"cu_doc_lens": cu_doc_lens}
-            k, v = self.ffn_depth_projection(u)
-            k, v = self.attention.depth_slot(k, v, rope, projected=True)
-            token = self.attention.write_slot(token, k, v, control, FFN, packed=cu_doc_lens is not None)
-        return self.after_feed_forward(h, self.feed_forward(u)), token
-
-    def init_depth_weights(self, *, std: float, generator: torch.Generator | None = None) -> None:
-        """Initialise the FFN's depth projection like every other linear."""
-        if self.ffn_depth_projection is not None:
-            for linear in (self.ffn_depth_projection.w_k, self.ffn_depth_projection.w_v):
-                init_linear(linear, std=std, generator=generator)
-
-    def num_flops_per_token(self, seq_len: int) -> int:
-        flops = super().num_flops_per_token(seq_len)
-        if self.ffn_depth_projection is not None:
-            flops += 6 * sum(p.numel() for p in self.ffn_depth_projection.parameters())
-        return flops
+        for name in ("attention", "feed_forward"):
+            norms, add = self.norms(name), functools.partial(self.depth, "add", name)
+            x = self.placement.receive(self.depth("receive", name, stream), norms)
+            if name == "attention":
+                out, state = self.attention(x, depth=self.depth, state=state, **context)
+            else:
+                out, state = self.depth("feed_forward", self.feed_forward, self.attention, x, state, context)
+            stream = self.placement.combine(stream, out, norms, add)
+        return stream, state
 
     def apply_tp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("depth_kv does not work with tensor parallelism yet")
+        raise NotImplementedError("a depth mechanism does not work with tensor parallelism yet")
 
     def apply_cp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("depth_kv does not work with context parallelism yet")
+        raise NotImplementedError("a depth mechanism does not work with context parallelism yet")
 
     def apply_pp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("depth_kv does not work with pipeline parallelism yet")
+        raise NotImplementedError("a depth mechanism does not work with pipeline parallelism yet")

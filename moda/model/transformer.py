@@ -1,4 +1,4 @@
-"""The decoder: OLMo-core's transformer, with one depth stream per forward pass."""
+"""The decoder that a model section describes: OLMo-core's transformer, with a depth mechanism if it has one."""
 
 from __future__ import annotations
 
@@ -7,84 +7,101 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention import AttentionConfig
+from olmo_core.nn.feed_forward import FeedForwardConfig
+from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.nn.rope import RoPEConfig
 from olmo_core.nn.transformer import Transformer, TransformerConfig
+from olmo_core.nn.transformer.init import init_linear
 from olmo_core.utils import mark_dynamic
 
+from moda.config.model import ModelConfig
+from moda.depth.mechanism import State
+from moda.typed import to_dict
 from moda_kernels import DepthLayout, DepthStream
-from moda_kernels.depth_stream import ATTENTION, FFN
 
-from .attention import MoDAAttentionConfig
-from .block import MoDABlock, MoDABlockConfig
-from .depth_kv import DepthAttention, DepthKVConfig, DepthProjection
+from .attention import DepthAttentionConfig
+from .block import DepthBlock, ModelBlockConfig
 from .lm_head import PaddedLMHeadConfig
 
-__all__ = ["MoDATransformer", "MoDATransformerConfig"]
+__all__ = ["DepthTransformer", "ModelTransformerConfig", "transformer_config"]
 
 log = logging.getLogger(__name__)
 
 
+def transformer_config(model: ModelConfig, vocab_size: int | None = None) -> ModelTransformerConfig:
+    """OLMo-core's form of a model.
+
+    :param vocab_size: the tokenizer's, used where the section's is null.
+
+    :raises UserError: where neither is known.
+    """
+    rows = model.rows(vocab_size)
+    norm = LayerNormConfig(name=LayerNormType.rms, eps=model.norm_eps, bias=False)
+    mixer: dict[str, Any] = dict(
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        bias=model.bias,
+        rope=RoPEConfig(theta=model.rope_theta),
+        qk_norm=None if model.qk_norm.value == "none" else norm,
+        use_head_qk_norm=True if model.qk_norm.value == "head" else None,
+    )
+    if model.depth is None:
+        attention: AttentionConfig = AttentionConfig(**mixer)
+    else:
+        attention = DepthAttentionConfig(**mixer, kernel=model.attention_backend.value)
+    return ModelTransformerConfig(
+        d_model=model.d_model,
+        vocab_size=rows,
+        n_layers=model.n_layers,
+        block=ModelBlockConfig(
+            section=to_dict(model),
+            sequence_mixer=attention,
+            feed_forward=FeedForwardConfig(hidden_size=model.ffn_hidden_size, bias=model.bias, dtype=DType.float32),
+            layer_norm=norm,
+        ),
+        lm_head=PaddedLMHeadConfig(
+            layer_norm=norm, bias=False, padding=rows - cast(int, model.vocab_size or vocab_size)
+        ),
+        tie_word_embeddings=model.tie_embeddings,
+        init_std=model.init_std,
+    )
+
+
 @dataclass
-class MoDATransformerConfig(TransformerConfig):
-    """OLMo-core's transformer config with depth KV; without it the model is OLMo-core's own.
+class ModelTransformerConfig(TransformerConfig):
+    """OLMo-core's transformer config of a model section; see :func:`transformer_config`.
 
     ``vocab_size`` counts the rows of the embedding, ``lm_head.padding`` of them padding.
-
-    :param attention_backend: backend of the MoDA operator (``auto``, ``reference``, ``fused``, ``split``).
     """
 
-    block: MoDABlockConfig = field(default=cast(MoDABlockConfig, None))
+    block: ModelBlockConfig = field(default=cast(ModelBlockConfig, None))
     lm_head: PaddedLMHeadConfig = field(default_factory=PaddedLMHeadConfig)
-    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.block is None:
-            raise OLMoConfigurationError("MoDATransformerConfig needs a block")
+            raise OLMoConfigurationError("ModelTransformerConfig needs a block")
         super().__post_init__()
 
     @property
-    def depth_kv(self) -> DepthKVConfig | None:
-        """The depth stream's form, or None for a plain model."""
-        mixer = self.block.sequence_mixer
-        return mixer.depth_kv if isinstance(mixer, MoDAAttentionConfig) else None
-
-    @property
-    def attention(self) -> Any:
-        """The attention's config."""
-        return self.block.sequence_mixer
-
-    @property
-    def kv_width(self) -> int:
-        """Hk * D."""
-        mixer = self.attention
-        return (mixer.n_kv_heads or mixer.n_heads) * (mixer.head_dim or self.d_model // mixer.n_heads)
+    def model(self) -> ModelConfig:
+        """The section."""
+        return self.block.model
 
     @property
     def query_width(self) -> int:
         """Hq * D."""
-        mixer = self.attention
-        return mixer.n_heads * (mixer.head_dim or self.d_model // mixer.n_heads)
-
-    @property
-    def layout(self) -> DepthLayout | None:
-        """Which slots the layers write and read, or None for a plain model."""
-        return None if self.depth_kv is None else self.depth_kv.layout(self.n_layers)
-
-    @property
-    def n_depth_projections(self) -> int:
-        """How many K/V projection pairs the depth stream adds to the model."""
-        layout, depth_kv = self.layout, self.depth_kv
-        if layout is None or depth_kv is None:
-            return 0
-        kinds = [FFN] + ([ATTENTION] if depth_kv.attention == DepthAttention.project else [])
-        return sum(layout.written_slot(layer, kind) is not None for layer in range(self.n_layers) for kind in kinds)
+        assert self.model.head_dim is not None
+        return self.model.n_heads * self.model.head_dim
 
     @property
     def num_depth_params(self) -> int:
-        """Parameters of the depth projections."""
-        bias = True if self.attention.bias is None else self.attention.bias
-        return self.n_depth_projections * DepthProjection.num_params(self.d_model, self.kv_width, bias)
+        """Parameters of the depth mechanism."""
+        return 0 if self.model.depth is None else self.model.depth.num_params(self.model)
 
     @property
     def num_padding_params(self) -> int:
@@ -105,20 +122,19 @@ class MoDATransformerConfig(TransformerConfig):
         """Parameters as the paper counts them: without padding rows."""
         return self.num_params - self.num_padding_params
 
+    def _depth_flops(self) -> int:
+        """Forward FLOPs per token of the depth mechanism, besides its parameters' matrix products."""
+        return 0 if self.model.depth is None else self.model.depth.forward_flops_per_token(self.model)
+
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs a token (forward + backward), causal attention counted half: equal to the built model's."""
+        """Training FLOPs per token (forward + backward), causal attention counted half, as OLMo-core counts."""
         positions = seq_len * (seq_len + 1) // 2
-        head_params = self.d_model * self.vocab_size + (
-            0 if self.lm_head.layer_norm is None else self.lm_head.layer_norm.num_params(self.d_model)
-        )
-        block_params = self.attention.num_params(self.d_model)
-        assert self.block.feed_forward is not None
+        assert self.lm_head.layer_norm is not None and self.block.feed_forward is not None
+        head_params = self.d_model * self.vocab_size + self.lm_head.layer_norm.num_params(self.d_model)
+        block_params = self.block.sequence_mixer.num_params(self.d_model)
         block_params += self.block.feed_forward.num_params(self.d_model)
         flops = 6 * (self.n_layers * block_params + head_params + self.num_depth_params)
-        flops += self.n_layers * (12 * self.query_width * positions // seq_len)
-        if self.layout is not None:
-            flops += 12 * self.query_width * self.layout.slots_read
-        return flops
+        return flops + self.n_layers * (12 * self.query_width * positions // seq_len) + 3 * self._depth_flops()
 
     def paper_forward_flops(self, seq_len: int, *, causal: bool = False) -> int:
         """Forward FLOPs of one sequence as the paper's tables count them.
@@ -128,13 +144,11 @@ class MoDATransformerConfig(TransformerConfig):
         """
         square = 4 * seq_len**2 * self.query_width * self.n_layers
         flops = 2 * self.num_counted_params * seq_len + (square // 2 if causal else square)
-        if self.layout is not None:
-            flops += 4 * seq_len * self.query_width * self.layout.slots_read
-        return flops
+        return flops + seq_len * self._depth_flops()
 
     def build(self, *, init_device: str = "cpu") -> Transformer:
-        """Build the model: a :class:`MoDATransformer`, or OLMo-core's ``Transformer`` where ``depth_kv`` is absent."""
-        kwargs: dict = dict(
+        """Build the model: a :class:`DepthTransformer`, or OLMo-core's ``Transformer`` without a depth mechanism."""
+        kwargs: dict[str, Any] = dict(
             d_model=self.d_model,
             vocab_size=self.vocab_size,
             n_layers=self.n_layers,
@@ -147,28 +161,55 @@ class MoDATransformerConfig(TransformerConfig):
             init_std=self.init_std,
             tie_word_embeddings=self.tie_word_embeddings,
         )
-        model: Transformer
-        if self.layout is None:
-            model = Transformer(**kwargs)
-        else:
-            model = MoDATransformer(layout=self.layout, attention_backend=self.attention_backend, **kwargs)
+        model = Transformer(**kwargs) if self.model.depth is None else DepthTransformer(config=self, **kwargs)
         assert model.num_params == self.num_params, (model.num_params, self.num_params)
         log.info("Built a model of %s parameters", f"{model.num_params:,d}")
         return model
 
 
-class MoDATransformer(Transformer):
-    """OLMo-core's transformer whose blocks read and write a depth stream.
+class _StreamSlots:
+    """The slot memory of training and evaluation: a depth stream, whose kernels the attention calls.
 
-    :param layout: which slots the layers write and read.
-    :param attention_backend: backend of the MoDA operator.
+    See :class:`moda.depth.mechanism.SlotMemory`. Blocks get the tensor that orders autograd and the layer's row.
+    """
+
+    def __init__(self, layout: DepthLayout, backend: str, device: torch.device) -> None:
+        self.stream = DepthStream(layout, backend)
+        self.order = self.stream.start(device)
+
+    def enter(self, layer: int) -> State:
+        return self.order, self.stream.layer_rows[layer]
+
+    def leave(self, layer: int, state: State) -> None:
+        self.order = state[0]
+
+
+class DepthTransformer(Transformer):
+    """OLMo-core's transformer with a depth mechanism.
+
+    :param config: what the model was built from.
     :param kwargs: those of OLMo-core's ``Transformer``.
     """
 
-    def __init__(self, *, layout: DepthLayout, attention_backend: str = "auto", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.layout = layout
-        self.attention_backend = attention_backend
+    def __init__(self, *, config: ModelTransformerConfig, init_device: str = "cpu", **kwargs: Any) -> None:
+        super().__init__(init_device=init_device, **kwargs)
+        self.config = config
+        mechanism = config.model.depth
+        assert mechanism is not None
+        self.mechanism = mechanism
+        with torch.device(init_device):
+            self.depth = mechanism.build_model(config.model)
+        for name in ("num_params", "num_non_embedding_params"):  # OLMo-core cached them without the mechanism's
+            vars(self).pop(name, None)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether several continuations of one text may share a row under ``mask``."""
+        return self.mechanism.refuses("shared_prefix") is None
+
+    def open_slots(self, layout: DepthLayout, device: torch.device) -> _StreamSlots:
+        """See :class:`moda.depth.mechanism.Host`."""
+        return _StreamSlots(layout, self.config.model.attention_backend.value, device)
 
     def forward(
         self,
@@ -207,41 +248,47 @@ class MoDATransformer(Transformer):
         if mask is not None:
             all_block_kwargs["mask"] = mask
         h = self.embeddings(input_ids) if input_embeddings is None else input_embeddings.to(self.device)
-        stream = DepthStream(self.layout, self.attention_backend)
-        token = stream.start(h.device)
+        stream, forward_pass = self.depth.begin(h, self)
         for index, block in self.blocks.items():
             layer = int(index)
-            if self.compile_enabled:
-                mark_dynamic(h, (0, 1), strict=False)
-            h, token = block(
-                h, token=token, control=stream.control[layer], **all_block_kwargs, **per_block_kwargs.get(layer, {})
-            )
-        if self.compile_enabled:
-            mark_dynamic(h, (0, 1), strict=False)
-            if labels is not None:
-                mark_dynamic(labels, (0, 1), strict=False)
+            stream, state = forward_pass.enter(layer, stream)
+            self._mark_dynamic(stream)
+            stream, state = block(stream, state=state, **all_block_kwargs, **per_block_kwargs.get(layer, {}))
+            stream = forward_pass.leave(layer, stream, state)
+        h = forward_pass.finish(stream)
+        self._mark_dynamic(h)
         if labels is not None:
+            self._mark_dynamic(labels)
             lm_head_kwargs["labels"] = labels
         return self.lm_head(h, **lm_head_kwargs)
 
+    def _mark_dynamic(self, x: Any) -> None:
+        """Compile for any batch size and length."""
+        if self.compile_enabled and isinstance(x, torch.Tensor):
+            mark_dynamic(x, (0, 1), strict=False)
+
     @torch.no_grad()
     def init_weights(self, **kwargs: Any) -> torch.Generator:  # type: ignore[override]
-        """Initialise like OLMo-core, and the depth projections of the FFNs like every other linear."""
+        """Initialise like OLMo-core; a mechanism's linears like every other linear, its other parameters as it says."""
         generator = super().init_weights(**kwargs)
-        for block in self.blocks.values():
-            cast(MoDABlock, block).init_depth_weights(std=self.init_std, generator=generator)
+        for part in (*(cast(DepthBlock, block).depth for block in self.blocks.values()), self.depth):
+            for module in part.modules():
+                if isinstance(module, torch.nn.Linear):
+                    init_linear(module, std=self.init_std, generator=generator)
         return generator
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        return self.config.num_flops_per_token(seq_len)
 
     def apply_fsdp(self, *args: Any, **kwargs: Any) -> None:
         """Apply FSDP2, block by block.
 
-        :raises OLMoConfigurationError: for the strategy that wraps attention apart from its block, whose norm both share.
+        :raises OLMoConfigurationError: for the strategy that wraps the attention apart from its block: both share its norms.
         """
         if str(kwargs.get("wrapping_strategy", "full")) == "fine_grained":
-            raise OLMoConfigurationError("depth_kv works with the FSDP wrapping strategies full and blocks")
+            raise OLMoConfigurationError("a depth mechanism works with the FSDP wrapping strategies full and blocks")
         super().apply_fsdp(*args, **kwargs)
 
     def apply_pp(self, *args: Any, **kwargs: Any) -> None:
-        raise OLMoConfigurationError(
-            "depth_kv does not work with pipeline parallelism: the depth stream would cross stages"
-        )
+        reason = self.mechanism.refuses("pipeline_parallel")
+        raise OLMoConfigurationError(f"model.depth does not work with pipeline parallelism: {reason}")

@@ -33,9 +33,9 @@ from olmo_core.train.train_module.transformer import (
 
 from moda.checkpoints import OwnCheckpointer
 from moda.config.schema import Checkpointing, DataParallel, Optimizer
-from moda.config.typed import to_dict
 from moda.data import TrainingData
 from moda.errors import UserError
+from moda.typed import to_dict
 
 from .callbacks import ChecksumCallback, SignalCallback, SpeedCallback, WandB
 from .composition import CompositionCallback

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moda.config.schema import Checkpointing, DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
-from moda.model import MoDATransformerConfig
+from moda.model import ModelTransformerConfig, transformer_config
 
 __all__ = ["Plan", "estimate_memory", "make_plan"]
 
@@ -25,7 +25,7 @@ class Plan:
 
     config: RunConfig
     tokenizer: Tokenizer
-    transformer: MoDATransformerConfig
+    transformer: ModelTransformerConfig
     world_size: int
 
     @property
@@ -48,19 +48,19 @@ class Plan:
         rows = [("parameters", f"{t.num_counted_params:,}")]
         if t.num_padding_params:
             rows.append(("padding parameters (not counted above)", f"{t.num_padding_params:,}"))
-        if t.layout is not None:
-            rows.append(("depth slots", f"{t.layout.n_slots} ({t.layout.slots_read / t.n_layers:.1f} read a layer)"))
-            rows.append(("parameters of depth projections", f"{t.num_depth_params:,}"))
+        if t.model.depth is not None:
+            rows.append(("depth mechanism", f"{t.model.depth.name} ({t.num_depth_params:,} parameters)"))
+            rows += t.model.depth.describe(t.model)
         rows += [
-            ("training FLOPs a token (attention counted half)", f"{self.flops_per_token / 1e9:,.3f} G"),
-            ("forward FLOPs a sequence as in the paper's Table 3", f"{self.paper_forward_flops / 1e12:,.4g} T"),
-            ("tokens a step", f"{train.tokens_per_step:,}"),
+            ("training FLOPs per token (attention counted half)", f"{self.flops_per_token / 1e9:,.3f} G"),
+            ("forward FLOPs per sequence as in the paper's Table 3", f"{self.paper_forward_flops / 1e12:,.4g} T"),
+            ("tokens per step", f"{train.tokens_per_step:,}"),
             ("steps", f"{self.steps:,}"),
             ("tokens in all", f"{self.steps * train.tokens_per_step:,}"),
             ("processes", f"{self.world_size}"),
         ]
         memory = estimate_memory(self)
-        rows.append(("memory a process (estimate)", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
+        rows.append(("memory per process (estimate)", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
         rows += [(f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
         return rows
 
@@ -73,7 +73,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     train, parallel = config.train, config.parallel
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    transformer = config.model.transformer(tokenizer.config.vocab_size)
+    transformer = transformer_config(config.model, tokenizer.config.vocab_size)
     vocab = transformer.vocab_size - transformer.lm_head.padding
     if vocab < tokenizer.config.vocab_size:
         raise UserError(
@@ -94,7 +94,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install 'moda[wandb]'")
+        raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install -e '.[wandb]'")
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
     return Plan(config, tokenizer, transformer, world_size)
@@ -121,6 +121,6 @@ def estimate_memory(plan: Plan) -> dict[str, float]:
         "activations": kept * half * tokens * width * t.n_layers,
         "logits and their gradient": 10.0 * tokens * vocab,
     }
-    if t.layout is not None:
-        memory["depth keys, values and their gradients"] = 4.0 * half * t.layout.n_slots * tokens * t.kv_width
+    if t.model.depth is not None:
+        memory.update(t.model.depth.memory(t.model, tokens, half))
     return memory

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from moda.checkpoints import STATE, changed_settings, check_own, check_same_model, find_resumable, match_weights
 from moda.config.schema import RunConfig
-from moda.config.typed import to_dict
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
 from moda.files import write_json, write_text
+from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import SignalCallback

@@ -19,18 +19,30 @@ from tests.tiny import ROOT, make_text, make_tokenizer, run, write_config
 CASES: list[tuple] = [
     ("modle.d_model=64", ["modle", "did you mean 'model'?"]),
     ("model.n_layer=3", ["model.n_layer", "did you mean 'n_layers'?"]),
-    ("model.depth_kv.key_nrom=writer", ["model.depth_kv.key_nrom", "did you mean 'key_norm'?"]),
+    ("model.depth.key_nrom=writer", ["model.depth.key_nrom", "did you mean 'key_norm'?"]),
     ("model.d_model=wide", ["model.d_model", "an integer", "wide"]),
     ("model.n_layers=2.5", ["model.n_layers", "an integer", "2.5"]),
     ("model.n_layers=0", ["model.n_layers", ">= 1", "0"]),
     ("model.tie_embeddings=maybe", ["model.tie_embeddings", "true or false", "maybe"]),
     ("model.norm_placement=sandwich", ["model.norm_placement", "pre, post, reordered, peri", "sandwich"]),
-    ("model.depth_kv.attention=null", ["model.depth_kv.attention", "reuse, project"]),
-    ("model.depth_kv.slots=0", ["model.depth_kv.slots", ">= 1"]),
+    ("model.depth.attention=null", ["model.depth.attention", "reuse, project"]),
+    ("model.depth.read={recent: 0}", ["model.depth.read.recent", ">= 1"]),
+    ("model.depth.read={recent: some}", ["model.depth.read.recent", "an integer", "some"]),
+    ("model.depth.read=recnet", ["model.depth.read", "all, recent", "did you mean 'recent'?"]),
+    ("model.depth.read={all: 3}", ["model.depth.read", "all without a value", "3"]),
+    ("model.depth.read=recent", ["model.depth.read.recent.n", "an integer", "it has no default"]),
+    ("model.depth.slots=3", ["model.depth.slots", "it is now read: {recent: N}"]),
+    ("model.depth_kv={ffn: true}", ["model.depth_kv", "it is now model.depth: {mechanism: moda, ...}"]),
+    ("model.depth.mechanism=mdoa", ["model.depth.mechanism", "moda, value_residual, denseformer", "did you mean 'moda'?"]),
+    ("model.depth.dilation=2", ["model.depth.dilation", "an option of moda", "it is an option of denseformer"]),
+    ("model.depth={mechanism: denseformer, ffn: true}", ["model.depth.ffn", "an option of denseformer", "of moda"]),
+    ("model.depth={mechanism: denseformer, dilation: 0}", ["model.depth.dilation", ">= 1"]),
+    ("model.depth={ffn: true, mechanism: null}", ["model.depth.mechanism", "moda, value_residual, denseformer"]),
+    ("model.depth=moda", ["model.depth", "a section that names a mechanism", "{mechanism: moda}"]),
     ("model.n_heads=5", ["model.n_heads", "a divisor of model.d_model (32)", "5"]),
     ("model.n_kv_heads=3", ["model.n_kv_heads", "a divisor of model.n_heads (4)", "3"]),
     ("model.head_dim=7", ["model.head_dim", "an even number", "7"]),
-    ("model.qk_norm=none", ["model.depth_kv.key_norm", "none where model.qk_norm is none", "writer"]),
+    ("model.qk_norm=none", ["model.depth.key_norm", "none where model.qk_norm is none", "writer"]),
     ("model.attention_backend=flash", ["model.attention_backend", "auto, reference, fused, split", "flash"]),
     ("model.vocab_size=100", ["model.vocab_size", "at least the tokenizer's 320", "100"]),
     ("optim.lr=-1", ["optim.lr", "> 0", "-1"]),
@@ -42,7 +54,7 @@ CASES: list[tuple] = [
     ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
-    ("parallel.tensor=2", ["parallel.tensor", "1 with model.depth_kv", "2"]),
+    ("parallel.tensor=2", ["parallel.tensor", "1 with this model.depth", "2"]),
     ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
     ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
     ("data.mix=OLMoE-mix-0824", ["data", "exactly one of data.mix, data.paths, data.mixture and data.text", "mix, text"]),
@@ -167,7 +179,14 @@ def test_a_typo_in_the_file_name_names_the_nearest() -> None:
 
 def test_null_removes_a_section_of_the_base(tmp_path: Path) -> None:
     plain = load_config(ROOT / "configs" / "olmo2_demo.yaml")
-    assert plain.model.depth_kv is None and plain.model.d_model == 128
+    assert plain.model.depth is None and plain.model.d_model == 128
+
+
+def test_another_mechanism_replaces_the_section_of_the_base() -> None:
+    other = load_config(ROOT / "configs" / "moda_700m.yaml", ["model.depth.mechanism=denseformer"])
+    assert other.model.depth is not None and other.model.depth.to_plain() == {"mechanism": "denseformer", "dilation": 1}
+    same = load_config(ROOT / "configs" / "moda_700m.yaml", ["model.depth.mechanism=moda", "model.depth.ffn=false"])
+    assert same.model.depth is not None and same.model.depth.to_plain()["ffn"] is False
 
 
 def test_user_errors_reach_the_shell_without_a_traceback(folder: Path) -> None:

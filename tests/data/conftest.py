@@ -26,8 +26,8 @@ def documents() -> list[str]:
 @pytest.fixture
 def prepared() -> Callable[..., Any]:
     """``prepared(output, sources, **options)``: a preparation in this process."""
-    from moda.config.typed import from_dict
     from moda.data.prepare import PrepareOptions, prepare
+    from moda.typed import from_dict
 
     def run(
         output: Path, sources: dict[str, Any], restart: bool = False, overwrite: bool = False, **options: Any

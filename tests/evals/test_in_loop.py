@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moda.config.schema import RunConfig
-from moda.config.typed import from_dict
 from moda.errors import UserError
+from moda.typed import from_dict
 from moda_evals.downstream import evaluate_task
 from moda_evals.in_loop import check_downstream
 from moda_evals.model import load

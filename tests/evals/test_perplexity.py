@@ -7,14 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from olmo_core.data import NumpyDatasetDType, NumpyPaddedFSLDatasetConfig, TokenizerConfig
 from olmo_core.data.utils import get_labels
 
+from moda.data.text import prepare_text
 from moda.errors import UserError
 from moda.train.validation import NextTokenEvaluator
+from moda_evals.model import ScoredModel, load
 from moda_evals.perplexity import Windows, evaluate_set, loss_error, windows
-from moda_evals.sets import PAPER_SETS, paper_sets, text_set, token_set
+from moda_evals.sets import PAPER_SETS, SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
+from moda_evals.tasks import TASKS, load_questions
+from tests.small_checkpoint import run_config, save_checkpoint
 
 
 def documents(folder: Path, lengths: list, seed: int = 0) -> Path:
@@ -25,6 +30,10 @@ def documents(folder: Path, lengths: list, seed: int = 0) -> Path:
     path = folder / "part-0-00000.npy"
     np.concatenate(parts).astype(np.uint16).tofile(path)
     return path
+
+
+def token_set(path: Path, model: ScoredModel) -> OpenSet:
+    return TokenFiles("x", "x", (str(path),)).open(model)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 30, 31])
@@ -60,7 +69,7 @@ def slow_loss(model, ids: np.ndarray, cut: Windows) -> tuple:
 @pytest.mark.parametrize("cut", [Windows(12, 5), Windows(12, 12), Windows(12, 6, head=True)], ids=str)
 def test_against_one_token_at_a_time(cut: Windows, model, tmp_path: Path) -> None:
     path = documents(tmp_path, [3, 12, 29, 13, 2])
-    found = evaluate_set(model, token_set("x", "x", [path], model.tokenizer_info, model), cut, batch_tokens=64)
+    found = evaluate_set(model, token_set(path, model), cut, batch_tokens=64)
     tokens = np.fromfile(path, dtype=np.uint16)
     parts = [slow_loss(model, d, cut) for d in np.split(tokens, np.flatnonzero(tokens == 0) + 1)[:-1]]
     assert found["tokens_scored"] == sum(n for _, n in parts)
@@ -87,9 +96,7 @@ def test_head_is_olmo_core_in_loop_validation(model, tmp_path: Path) -> None:
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         in_loop.update_metrics({**batch, "metadata": [{"label": "x"}]}, losses, None)
         count += int((labels >= 0).sum())
-    found = evaluate_set(
-        model, token_set("x", "x", [path], model.tokenizer_info, model), Windows(16, 16, head=True), batch_tokens=64
-    )
+    found = evaluate_set(model, token_set(path, model), Windows(16, 16, head=True), batch_tokens=64)
     assert found["tokens_scored"] == count
     assert found["loss"] == pytest.approx(in_loop.compute_metrics()["x/CE loss"].item(), rel=1e-5)
 
@@ -98,15 +105,42 @@ def test_text_and_bits_per_byte(model, tmp_path: Path) -> None:
     texts = ["Ein Satz über Käse.", "and another one, longer than the first by some words"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    found = evaluate_set(model, text_set("t", [str(tmp_path)], model), Windows(64, 32))
+    found = evaluate_set(model, Text("t", "t", (str(tmp_path),)).open(model), Windows(64, 32))
     n_bytes = sum(len(t.encode()) for t in texts)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens_scored"] / math.log(2) / n_bytes)
     assert found["n"] == 2
 
 
+def test_text_is_tokenized_as_training_data_is(tokenizer_file: Path, tmp_path: Path) -> None:
+    """Nothing is put before a text, nor read out of it, whatever the tokenizer's post-processor would do."""
+    tok = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tok.post_processor = tokenizers.processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tok.save(str(tmp_path / "tokenizer.json"))
+    assert tok.encode("a").ids[0] == 0
+    checkpoint = tmp_path / "run" / "step1"
+    save_checkpoint(checkpoint, run_config(tmp_path / "tokenizer.json"))
+    model = load(str(checkpoint))
+    texts = [f"Text {i}: not an <|endoftext|> token, naïve as it looks. " * (i + 1) for i in range(5)]
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
+    sources = [str(tmp_path / "text")]
+    assert model.tokenizer_info is not None
+    prepare_text(sources, model.tokenizer_info, validation_fraction=0.3, work_dir=tmp_path / "work")
+    sets = [Text("text", "text", tuple(sources)), TokenFiles("tokens", "tokens", (str(tmp_path / "work/*/*/*.npy"),))]
+    opened, _ = open_sets(sets, model)
+    ours, prepared = (evaluate_set(model, entry, Windows(64, 32)) for entry in opened)
+    assert ours["n"] == prepared["n"] == 5 and ours["tokens_scored"] == prepared["tokens_scored"]
+    assert ours["perplexity"] == pytest.approx(prepared["perplexity"], rel=1e-6)
+    question = load_questions(TASKS["copa"], model.tokenizer, 1)[0]
+    assert 0 not in question.choices[0].context and model.tokenizer.decode([0, 70, 0]) == tok.decode([70])
+
+
 def test_does_not_depend_on_the_batch_size(model, tmp_path: Path) -> None:
     path = documents(tmp_path, [50, 7, 33, 120])
-    sets = token_set("x", "x", [path], model.tokenizer_info, model)
+    sets = token_set(path, model)
     a, b = (evaluate_set(model, sets, Windows(32, 16), batch_tokens=n)["loss"] for n in (1, 4096))
     assert a == pytest.approx(b, abs=1e-5)
 
@@ -126,19 +160,20 @@ def test_standard_error_is_that_of_a_ratio() -> None:
 
 def test_the_paper_sets_and_what_is_missing(model, tmp_path: Path) -> None:
     base = tmp_path / "eval-data" / "perplexity" / "v3_small_gptneox20b"
-    for entry in PAPER_SETS[:-1]:
+    paper = resolve_sets(PAPER_SETS)
+    for entry in paper[:-1]:
         documents(base / entry.label / "val", [9, 5])
     with pytest.raises(UserError, match="stack: expected the token file .*dolma_stack.*prepare_data.py mirror"):
-        paper_sets(str(tmp_path), None, model)
-    found, missing = paper_sets(str(tmp_path), None, model, skip_missing=True)
-    assert [s.name for s in found] == [s.name for s in PAPER_SETS[:-1]] and list(missing) == ["stack"]
-    assert [s.title for s in PAPER_SETS] == [
+        open_sets(paper, model, str(tmp_path))
+    found, missing = open_sets(paper, model, str(tmp_path), skip_missing=True)
+    assert [s.name for s in found] == list(PAPER_SETS[:-1]) and list(missing) == ["stack"]
+    assert [SETS[name].title for name in PAPER_SETS] == [
         "C4", "ICE", "m2d2-s2orc", "Pile", "Wiki-text", "Books", "CC", "peS2o", "Reddit", "Stack",
     ]  # fmt: skip
     with pytest.raises(UserError, match="did you mean 'reddit'"):
-        paper_sets(str(tmp_path), ["redit"], model)
+        resolve_sets(["redit"])
     with pytest.raises(UserError, match="--base-dir"):
-        paper_sets(None, None, model)
+        open_sets(paper, model)
 
 
 def test_bad_windows_and_files(model, tmp_path: Path) -> None:
@@ -147,9 +182,9 @@ def test_bad_windows_and_files(model, tmp_path: Path) -> None:
     path = documents(tmp_path, [9])
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="whole uint16 ids"):
-        token_set("x", "x", [path], model.tokenizer_info, model)
+        token_set(path, model)
     np.asarray([5, 60_000, 0], dtype=np.uint16).tofile(path)
     with pytest.raises(UserError, match="ids below the 600"):
-        evaluate_set(model, token_set("x", "x", [path], model.tokenizer_info, model), Windows(8, 8))
+        evaluate_set(model, token_set(path, model), Windows(8, 8))
     with pytest.raises(UserError, match="--window"):
-        evaluate_set(model, token_set("x", "x", [path], model.tokenizer_info, model), Windows(9000, 8))
+        evaluate_set(model, token_set(path, model), Windows(9000, 8))

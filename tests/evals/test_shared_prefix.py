@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moda.config.schema import ModelConfig
-from moda.config.typed import from_dict
+from moda.model import transformer_config
+from moda.typed import from_dict
 from moda_evals import scoring
 from moda_evals.model import ScoredModel
 from moda_evals.shared_prefix import MAX_ROW, Tree, can_share, grow, lay_out
@@ -17,17 +18,21 @@ from tests.small_checkpoint import MODEL, randomise
 VOCAB = 61
 VARIANTS = {
     "moda": {},
-    "no-rope": {"depth_kv": {"attention": "project", "ffn": True, "rope": "none", "key_norm": "reader"}},
-    "reader": {"depth_kv": {"attention": "reuse", "ffn": True, "key_norm": "reader"}},
-    "plain-post": {"depth_kv": None},
-    "olmo2": {"depth_kv": None, "norm_placement": "reordered"},
+    "no-rope": {
+        "depth": {"mechanism": "moda", "attention": "project", "ffn": True, "rope": "none", "key_norm": "reader"}
+    },
+    "reader": {"depth": {"mechanism": "moda", "attention": "reuse", "ffn": True, "key_norm": "reader"}},
+    "value-residual": {"depth": {"mechanism": "value_residual"}},
+    "denseformer": {"depth": {"mechanism": "denseformer"}},
+    "plain-post": {"depth": None},
+    "olmo2": {"depth": None, "norm_placement": "reordered"},
 }
 
 
 def make_model(**changes) -> ScoredModel:
     config = from_dict(ModelConfig, {**MODEL, "pad_vocab_to": 1, "vocab_size": VOCAB, **changes})
-    module = randomise(config.transformer(VOCAB).build(init_device="cpu"), 3).eval()
-    return ScoredModel("m", "m", "moda", module, module.lm_head, None, 512, VOCAB)
+    module = randomise(transformer_config(config, VOCAB).build(init_device="cpu"), 3).eval()
+    return ScoredModel("m", "m", "moda", None, 512, VOCAB, module=module, head=module.lm_head)
 
 
 def make_spans(seed: int = 0) -> list[scoring.Span]:
@@ -95,7 +100,7 @@ def test_what_is_not_worth_sharing_runs_alone() -> None:
 
 
 def test_models_that_cannot_share() -> None:
-    scaled = make_model(depth_kv=None).module
+    scaled = make_model(depth=None).module
     assert can_share(scaled)
     next(m for m in scaled.modules() if type(m).__name__ == "Attention").scalable_softmax = True
     assert not can_share(scaled)
@@ -113,7 +118,8 @@ def test_what_a_hugging_face_model_does_after_its_head_counts(kind: str) -> None
     else:
         module = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5))
     module = randomise(module, 0).eval()
-    model = ScoredModel("m", "m", "huggingface", module, module.get_output_embeddings(), None, 512, VOCAB)
+    head = module.get_output_embeddings()
+    model = ScoredModel("m", "m", "huggingface", None, 512, VOCAB, module=module, head=head)
     spans = make_spans(1)
     found = scoring.score(model, spans, batch_tokens=200).log_probs
     for span, ours in zip(spans, found, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -9,18 +10,23 @@ import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from transformers import DynamicCache
 
 from moda.checkpoints import load_model, open_checkpoint, read_weights
 from moda.errors import UserError
-from moda.hf import fields_of, to_hf, write_checkpoint, write_export
-from moda.hf.decoder_moda import KVCache, MoDADecoder
+from moda.hf import section_of, to_hf, write_checkpoint, write_export
+from moda.hf.bundle import bundle
+from moda.hf.configuration_moda import MoDAConfig
+from moda.hf.modeling_moda import MoDAForCausalLM
+from moda.model import transformer_config
+from moda.typed import to_dict
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
+from tests.tiny import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
@@ -34,28 +40,27 @@ def config_of(**changes: Any) -> dict[str, Any]:
 
 def pair(model: dict[str, Any]) -> tuple:
     """A native model with random weights and the exported decoder with the same ones, in fp64."""
-    config = run_config(Path("unused"), model).model.transformer(61)
+    config = transformer_config(run_config(Path("unused"), model).model, 61)
     native = randomise(config.build(init_device="cpu"), 3).eval().double()
     for module in native.modules():  # norms and rotations compute in fp32 unless told otherwise
         if hasattr(module, "full_precision"):
             module.full_precision = False
     weights = {n: p.detach() for n, p in native.named_parameters(remove_duplicate=False)}
-    fields = fields_of(config, 64)
-    exported = MoDADecoder(SimpleNamespace(**vars(fields))).eval().double()
-    renamed = {n.removeprefix("model."): w for n, w in to_hf(weights, 61).items()}
-    exported.load_state_dict(renamed)
+    section = to_dict(section_of(config))
+    exported = MoDAForCausalLM(MoDAConfig(model=section, max_position_embeddings=64)).eval().double()
+    exported.load_state_dict(to_hf(weights, 61))
     return native, exported
 
 
 def check(model: dict[str, Any]) -> None:
     native, exported = pair(model)
     with torch.no_grad():
-        truth, found = native(IDS), exported(IDS)
+        truth, found = native(IDS), exported(IDS).logits
         assert found.shape == (2, 9, 61)
         assert (truth - found).abs().max() < TOLERANCE
-        cache, steps = KVCache(), []
+        cache, steps = DynamicCache(), []
         for a, b in ((0, 4), (4, 5), (5, 9)):
-            steps.append(exported(IDS[:, a:b], cache))
+            steps.append(exported(IDS[:, a:b], past_key_values=cache, use_cache=True).logits)
         assert (torch.cat(steps, dim=1) - found).abs().max() < TOLERANCE
 
 
@@ -70,19 +75,21 @@ VARIANTS = [
 @pytest.mark.parametrize("depth", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_depth_variant(depth: dict[str, Any]) -> None:
     for qk_norm in ("full", "head"):
-        check(config_of(depth_kv=depth, qk_norm=qk_norm))
+        check(config_of(depth=dict(mechanism="moda", **depth), qk_norm=qk_norm))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("attention", ["reuse", "project"])
 def test_windows_of_slots(slots: int, attention: str) -> None:
-    check(config_of(depth_kv=dict(attention=attention, slots=slots)))
+    check(config_of(depth=dict(mechanism="moda", attention=attention, read=dict(recent=slots))))
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
-@pytest.mark.parametrize("depth", [None, dict()], ids=["plain", "depth"])
+@pytest.mark.parametrize(
+    "depth", [None, "moda", "value_residual", "denseformer"], ids=["plain", "depth", "value_residual", "denseformer"]
+)
 def test_norm_placements(placement: str, depth: Any) -> None:
-    check(config_of(norm_placement=placement, depth_kv=depth))
+    check(config_of(norm_placement=placement, depth=None if depth is None else dict(mechanism=depth)))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,7 @@ def test_norm_placements(placement: str, depth: Any) -> None:
         dict(tie_embeddings=False),
         dict(n_kv_heads=4),
         dict(pad_vocab_to=1),
-        dict(qk_norm="none", depth_kv=dict(key_norm="none")),
+        dict(qk_norm="none", depth=dict(mechanism="moda", key_norm="none")),
         dict(n_layers=1),
     ],
     ids=str,
@@ -126,7 +133,7 @@ STRANGER = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("moda", "olmo_core"):  # transformers itself looks for a package called kernels
+        if name.split(".")[0] in ("moda", "moda_kernels", "olmo_core"):  # transformers itself looks for a package called kernels
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import torch
@@ -175,9 +182,23 @@ def test_remote_code_where_the_project_is_absent(exported: tuple, tmp_path: Path
 
 
 def test_the_code_of_an_export_is_self_contained(exported: tuple) -> None:
-    for name in ("configuration_moda.py", "decoder_moda.py", "modeling_moda.py"):
-        text = (exported[1] / name).read_text()
-        assert not any(f"{word} {p}" in text for word in ("import", "from") for p in ("moda", "kernels", "olmo_core"))
+    files = sorted(p.name for p in exported[1].glob("*.py"))
+    assert files == sorted(bundle()) and {"modeling_moda.py", "mechanism.py", "moda.py", "placements.py"} <= set(files)
+    for name in files:
+        for node in ast.walk(ast.parse((exported[1] / name).read_text())):
+            if isinstance(node, ast.Import):
+                assert {a.name.split(".")[0] for a in node.names} <= {"torch", *sys.stdlib_module_names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert str(node.module).split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 and f"{node.module}.py" in files
+
+
+def test_the_model_section_is_exported_as_it_is(exported: tuple) -> None:
+    settings = json.loads((exported[0] / "config.json").read_text())["model"]
+    config = json.loads((exported[1] / "config.json").read_text())
+    assert config["model"] == {**settings, "vocab_size": 300}
+    assert not {"hidden_size", "num_hidden_layers", "norm_placement"} & set(config)
 
 
 def test_import_back(exported: tuple, tmp_path: Path) -> None:
@@ -205,7 +226,7 @@ def test_evaluation_of_an_export_agrees(exported: tuple) -> None:
     from moda_evals.tasks import TASKS
 
     native, theirs = (load(str(p), context_length=512) for p in exported)
-    assert theirs.kind == "huggingface" and theirs.tokenizer.prefix == ()
+    assert theirs.kind == "huggingface"
     a, b = (evaluate_task(m, TASKS["copa"], limit=20, per_example=True) for m in (native, theirs))
     assert a["correct"] == b["correct"]
     for x, y in zip(a["examples"], b["examples"]):
@@ -242,3 +263,62 @@ def test_bad_exports(exported: tuple, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="an export of this project"):
         write_checkpoint(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("depth", ["moda", "value_residual", "denseformer"])
+def test_device_maps_and_offloading_do_not_change_the_model(depth: str, tmp_path: Path) -> None:
+    """Hooks that rebuild the arguments of each block: one layer's weights on disk, the others' in place."""
+    from accelerate import dispatch_model
+
+    options: dict[str, Any] = {"mechanism": depth}
+    if depth == "moda":
+        options.update(attention="project", key_norm="reader")
+    _, exported = pair(config_of(depth=options, tie_embeddings=False))
+    exported = exported.float()
+    with torch.no_grad():
+        truth = exported(IDS).logits
+        greedy = exported.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.depth": "cpu", "lm_head": "cpu"}
+        parts |= {f"model.layers.{i}": "disk" if i == 2 else "cpu" for i in range(4)}
+        moved = dispatch_model(exported, parts, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+        assert next(moved.model.layers[2].parameters()).is_meta
+        torch.testing.assert_close(moved(IDS).logits, truth)
+        again = moved.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(again, greedy)
+
+
+def test_a_static_cache_and_hidden_states() -> None:
+    _, exported = pair(config_of())
+    options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad():
+        static = exported.generate(IDS, cache_implementation="static", **options)
+        assert torch.equal(static, exported.generate(IDS, **options))
+        out = exported(IDS, output_hidden_states=True)
+        assert len(out.hidden_states) == 5
+        torch.testing.assert_close(out.hidden_states[0], exported.model.embed_tokens(IDS))
+        torch.testing.assert_close(exported.lm_head(out.hidden_states[-1]), out.logits)
+        with pytest.raises(ValueError, match="output_attentions is not supported"):
+            exported(IDS, output_attentions=True)
+
+
+def test_the_loss_counts_the_labels_of_all_accumulation_steps() -> None:
+    """As transformers' Trainer calls it: parts of a batch with unequal labels add up to the whole batch's mean loss."""
+    _, exported = pair(config_of())
+    labels = IDS.clone()
+    labels[0, :6] = -100
+    whole = exported(IDS, labels=labels).loss
+    items = int((labels[:, 1:] != -100).sum())
+    parts = [exported(i[None], labels=t[None], num_items_in_batch=items).loss for i, t in zip(IDS, labels)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_weights_that_are_not_the_models_or_not_finite_are_refused(tmp_path: Path) -> None:
+    for name, spoil in (("nan", lambda w: w.fill_(float("nan"))), ("shape", lambda w: w.resize_(3))):
+        folder = tmp_path / name
+        config = run_config(make_tokenizer(tmp_path / "tokenizer.json"), sequence_length=64)
+        save_checkpoint(folder, config, spoil=spoil)
+        with pytest.raises(
+            UserError, match="finite weights" if name == "nan" else r"blocks.1.attention_norm.weight \(16,\)"
+        ):
+            write_export(open_checkpoint(folder), tmp_path / "out")
+        assert not (tmp_path / "out").exists()

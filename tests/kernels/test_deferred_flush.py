@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moda_kernels import DepthLayout, DepthStream
-from moda_kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
+from moda_kernels import ATTENTION, FFN, DepthLayout, DepthStream, depth_attention, depth_write
+from moda_kernels.depth.deferral import Deferral
+from moda_kernels.moda_attention import Deferred, Inputs, get_backend, make_problem
+from moda_kernels.moda_attention.naive import naive_attention
+from moda_kernels.moda_attention.problem import as_run
 from moda_kernels.yardstick import report, verdicts
+from tests.kernels.layouts import LISTS, Choice, layout
 
 pytest.importorskip("triton")
+LayerProducts = importlib.import_module("moda_kernels.moda_attention.split.flush").LayerProducts
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -35,29 +41,13 @@ def parts(x: torch.Tensor, w: torch.Tensor, hk: int, d: int) -> tuple[torch.Tens
 
 
 def plain(x: torch.Tensor, weights: list[torch.Tensor], layout: DepthLayout, hk: int, d: int) -> torch.Tensor:
-    """The toy model on a list of slots, in x's dtype."""
-    slots: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer, w in enumerate(weights):
+    """The toy model on a list of every candidate, in x's dtype."""
+    candidates: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for read, w in zip(layout.reads, weights):
         q, k, v, fk, fv = parts(x, w, hk, d)
-        group = q.shape[2] // hk
-        k_, v_ = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-        logits = torch.einsum("bthd,bshd->bhts", q, k_) * d**-0.5
-        T = q.shape[1]
-        hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        logits = logits.masked_fill(hidden, float("-inf"))
-        lo, hi = layout.read_range(layer)
-        read = slots[lo:hi]
-        if read:
-            dk = torch.stack([s[0] for s in read]).repeat_interleave(group, 3)
-            dv = torch.stack([s[1] for s in read]).repeat_interleave(group, 3)
-            logits = torch.cat([logits, torch.einsum("bthd,sbthd->bhts", q, dk) * d**-0.5], dim=-1)
-        p = logits.softmax(-1)
-        out = torch.einsum("bhts,bshd->bthd", p[..., :T], v_)
-        if read:
-            out = out + torch.einsum("bhts,sbthd->bthd", p[..., T:], dv)
-        for kind, pair in ((ATTENTION, (k, v)), (FFN, (fk, fv))):
-            if layout.written_slot(layer, kind) is not None:
-                slots.append(pair)
+        dk, dv = (torch.stack([candidates[c][i] for c in read]) if read else None for i in (0, 1))
+        out, _ = naive_attention(q, k, v, dk, dv)
+        candidates.extend([(k, v), (fk, fv)][: layout.kinds])
         x = x + out.flatten(2)
     return x
 
@@ -72,19 +62,19 @@ def streamed(
 ) -> torch.Tensor:
     """The toy model on a stream; ``wrap`` runs a layer in its own way (checkpointing)."""
     layout = stream.layout
-    token = stream.start(x.device)
+    order = stream.start(x.device)
 
-    def run(x: torch.Tensor, token: torch.Tensor, w: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(x: torch.Tensor, order: torch.Tensor, w: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, fk, fv = parts(x, w, hk, d)
-        control = stream.control[layer]
-        out, token = depth_attention(q, k, v, token, control)
+        row = stream.layer_rows[layer]
+        out, order = depth_attention(q, k, v, order, row)
         for kind, pair in ((ATTENTION, (k, v)), (FFN, (fk, fv))):
             if layout.written_slot(layer, kind) is not None:
-                token = depth_write(token, *pair, control, kind)
-        return x + out.flatten(2), token
+                order = depth_write(order, *pair, row, kind)
+        return x + out.flatten(2), order
 
     for layer, w in enumerate(weights):
-        x, token = run(x, token, w, layer) if wrap is None else wrap(run, x, token, w, layer)
+        x, order = run(x, order, w, layer) if wrap is None else wrap(run, x, order, w, layer)
     return x
 
 
@@ -120,19 +110,27 @@ def judge(run: Model, plain_run: Model, x: torch.Tensor, weights: list[torch.Ten
 
 
 CASES = [
-    pytest.param(
-        DepthLayout(n, ffn=ffn, window=window), defer, id=f"L{n}-{'ffn' if ffn else 'attn'}-w{window}-b{defer}"
-    )
-    for n, ffn, window, defer in (
-        (1, True, None, 4),
-        (2, True, None, 8),
-        (5, True, None, 1),
-        (6, True, None, 2),
-        (7, True, None, 3),
-        (5, False, None, 3),
-        (6, True, 3, 4),
-        (7, False, 2, 3),
-    )
+    *(
+        pytest.param(
+            layout(n, kinds=kinds, window=window), defer, id=f"L{n}-{'ffn' if kinds == 2 else 'attn'}-w{window}-b{defer}"
+        )
+        for n, kinds, window, defer in (
+            (1, 2, None, 4),
+            (2, 2, None, 8),
+            (5, 2, None, 1),
+            (6, 2, None, 2),
+            (7, 2, None, 3),
+            (5, 1, None, 3),
+            (6, 2, 3, 4),
+            (7, 1, 2, 3),
+        )
+    ),
+    *(
+        pytest.param(layout(5, choose=choose), defer, id=f"{name}-b{defer}")
+        for name, choose in LISTS.items()
+        for defer in (1, 3)
+    ),
+    pytest.param(layout(5, window=5, choose=LISTS["every-second"]), 8, id="dilated-window-b8"),
 ]
 
 
@@ -149,57 +147,75 @@ def test_stream_equals_a_list_of_slots(layout: DepthLayout, defer: int, poisoned
 
 @pytest.mark.parametrize("defer", (1, 3))
 def test_deferred_under_checkpointing_and_two_forwards_alive(defer: int) -> None:
-    layout = DepthLayout(5)
+    five = layout(5)
     x, weights = toy(5)
 
     def run(x: torch.Tensor, w: list[torch.Tensor]) -> torch.Tensor:
         def again(*args: Any) -> Any:
             return checkpoint(*args, use_reentrant=False)
 
-        first = streamed(x, w, DepthStream(layout, "split", defer=defer), 1, 16, again)
-        second = streamed(x * 0.5, w, DepthStream(layout, "split", defer=defer), 1, 16)
+        first = streamed(x, w, DepthStream(five, "split", defer=defer), 1, 16, again)
+        second = streamed(x * 0.5, w, DepthStream(five, "split", defer=defer), 1, 16)
         return first + second
 
-    judge(run, lambda x, w: plain(x, w, layout, 1, 16) + plain(x * 0.5, w, layout, 1, 16), x, weights)
+    judge(run, lambda x, w: plain(x, w, five, 1, 16) + plain(x * 0.5, w, five, 1, 16), x, weights)
 
 
 def test_every_layer_and_slot_is_flushed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is flushed is what is owed: each (layer, slot) pair exactly once and before it is taken, for any layout and any b."""
-    backward = importlib.import_module("moda_kernels.moda_attention.depth_backward")
-    for layout in (DepthLayout(9), DepthLayout(9, ffn=False), DepthLayout(9, window=5), DepthLayout(8, window=1)):
+    """Each (layer, slot) pair is flushed exactly once and before the slot is taken, for any layout and any number of layers."""
+    q = torch.zeros(1, 1, 1, 8, dtype=DTYPE, device=DEVICE)
+    split: Any = get_backend("split", make_problem(Inputs(q, q, q)).kind)
+    layouts = [layout(9), layout(9, kinds=1), layout(9, window=5), layout(8, window=1)]
+    for case in [*layouts, *(layout(9, choose=choose) for choose in LISTS.values())]:
         for defer in (2, 3, 8, 20):
             pairs: list[tuple[int, int]] = []
-            stream = DepthStream(layout, "split", defer=defer)
-            stream.k = stream.v = torch.zeros(layout.n_slots, 1, 1, 1, 8)
-            kept: list[int] = []
+            stream = DepthStream(case, "split", defer=defer)
+            stream.k = stream.v = torch.zeros(case.n_slots, 1, 1, 1, 8)
+            pending: list[int] = []
 
-            def flush(pending: Any, layers: Any, slots: Any, *rest: Any) -> None:
-                pairs.extend((kept[m], s) for m in range(*layers) for s in range(*slots))  # noqa: B023
+            def flush(self: Any, layers: Any, slots: Any, to: Any) -> None:
+                pairs.extend((pending[m], s) for m in range(*layers) for s in slots)  # noqa: B023
 
-            monkeypatch.setattr(backward, "flush", flush)
-            for layer in reversed(range(layout.n_layers)):
+            monkeypatch.setattr(LayerProducts, "flush", flush)
+            for layer in reversed(range(case.n_layers)):
                 for kind in (FFN, ATTENTION):
-                    slot = layout.written_slot(layer, kind)
+                    slot = case.written_slot(layer, kind)
                     if slot is not None:
                         stream.take_gradient(slot)
-                        readers = {m for m in range(layout.n_layers) if slot in range(*layout.read_range(m))}
+                        readers = {m for m in range(case.n_layers) if slot in case.read_slots(m)}
                         assert {m for m, s in pairs if s == slot} == readers
-                lo, hi = layout.read_range(layer)
-                if lo < hi:
-                    if stream.keep(lo, hi, torch.zeros(1, 1, 1, 8)).at == 0:
-                        kept.clear()
-                    kept.append(layer)
-            assert len(pairs) == len(set(pairs)) == layout.slots_read
+                if case.read_slots(layer):
+                    place = stream.depth_gradients(layer, split, q)
+                    assert isinstance(place, Deferred)
+                    if place.index == 0:
+                        pending.clear()
+                    pending.append(layer)
+            assert len(pairs) == len(set(pairs)) == case.slots_read
+
+
+def test_runs_of_slots_are_flushed_as_runs() -> None:
+    """Contiguous layouts never take the index table; layers that read the same list share one flush of it."""
+    for case, runs in ((layout(12), True), (layout(12, window=5), True), (layout(12, choose=LISTS["every-second"]), False)):
+        deferral = Deferral(SimpleNamespace(layers=8))  # type: ignore[arg-type]
+        for layer in range(11, 3, -1):
+            deferral.add(case.read_slots(layer))
+        assert deferral.full
+        flushes = deferral.take(0)
+        assert not deferral.covers(0) and not deferral.take(0)
+        assert sum((j - i) * len(slots) for (i, j), slots in flushes) == sum(len(case.read_slots(m)) for m in range(4, 12))
+        assert all(as_run(slots) is not None for _, slots in flushes if runs)
+        if not runs:
+            assert ((0, 8), case.read_slots(4)) in flushes
 
 
 def test_defer_must_be_positive() -> None:
     with pytest.raises(ValueError, match="defer must be >= 1, got 0"):
-        DepthStream(DepthLayout(2), defer=0)
+        DepthStream(layout(2), defer=0)
 
 
-def compiled_graphs(n_layers: int) -> int:
+def compiled_graphs(n_layers: int, choose: Choice = tuple) -> int:
     """How many graphs per-layer ``torch.compile`` makes of the toy model (without breaks)."""
-    layout = DepthLayout(n_layers)
+    case = layout(n_layers, choose=choose)
     x, weights = toy(n_layers)
     graphs = 0
 
@@ -208,26 +224,26 @@ def compiled_graphs(n_layers: int) -> int:
         graphs += 1
         return graph.forward
 
-    def layer(x: torch.Tensor, token: torch.Tensor, w: torch.Tensor, control: torch.Tensor, last: bool) -> Any:
+    def layer(x: torch.Tensor, order: torch.Tensor, w: torch.Tensor, row: torch.Tensor, last: bool) -> Any:
         q, k, v, fk, fv = parts(x, w, 1, 16)
-        out, token = depth_attention(q, k, v, token, control)
+        out, order = depth_attention(q, k, v, order, row)
         if not last:
-            token = depth_write(token, k, v, control, ATTENTION)
-            token = depth_write(token, fk, fv, control, FFN)
-        return x + out.flatten(2), token
+            order = depth_write(order, k, v, row, ATTENTION)
+            order = depth_write(order, fk, fv, row, FFN)
+        return x + out.flatten(2), order
 
     torch._dynamo.reset()
     run = torch.compile(layer, backend=backend, fullgraph=True)
 
     def model(x: torch.Tensor, w: list[torch.Tensor]) -> torch.Tensor:
-        stream = DepthStream(layout, "split", defer=2)
-        token = stream.start(x.device)
+        stream = DepthStream(case, "split", defer=2)
+        order = stream.start(x.device)
         for i, weight in enumerate(w):
-            x, token = run(x, token, weight, stream.control[i], i == n_layers - 1)
+            x, order = run(x, order, weight, stream.layer_rows[i], i == n_layers - 1)
         return x
 
     for _ in range(2):
-        judge(model, lambda x, w: plain(x, w, layout, 1, 16), x, weights)
+        judge(model, lambda x, w: plain(x, w, case, 1, 16), x, weights)
     return graphs
 
 
@@ -235,14 +251,19 @@ def test_graphs_do_not_grow_with_the_layers() -> None:
     assert compiled_graphs(3) == compiled_graphs(7)
 
 
+def test_lists_of_slots_need_no_graphs_of_their_own() -> None:
+    assert compiled_graphs(4, lambda c: tuple(i for i in c if i != len(c) // 2)) == compiled_graphs(3)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("defer", (1, 2, 8))
-def test_stream_at_size(defer: int) -> None:
-    layout = DepthLayout(12)
+@pytest.mark.parametrize("backend, defer", [("split", 1), ("split", 2), ("split", 8), ("fused", 1)])
+@pytest.mark.parametrize("pattern", ["all", *LISTS])
+def test_stream_at_size(pattern: str, backend: str, defer: int) -> None:
+    case = layout(12, choose=LISTS.get(pattern, tuple))
     x, weights = toy(12, T=260, hk=4, group=2, d=64)
     judge(
-        lambda x, w: streamed(x, w, DepthStream(layout, "split", defer=defer), 4, 64),
-        lambda x, w: plain(x, w, layout, 4, 64),
+        lambda x, w: streamed(x, w, DepthStream(case, backend, defer=defer), 4, 64),
+        lambda x, w: plain(x, w, case, 4, 64),
         x,
         weights,
     )

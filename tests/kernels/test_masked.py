@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moda_kernels import DepthLayout, DepthStream, moda_attention
-from moda_kernels.depth_stream import ATTENTION, FFN, depth_attention, depth_write
-from moda_kernels.moda_attention.masked import masked_attention
-from moda_kernels.yardstick import compare, plain_attention
+from moda_kernels import ATTENTION, FFN, DepthStream, depth_attention, depth_write
+from moda_kernels.depth.masked import masked_attention
+from moda_kernels.moda_attention.naive import naive_attention
+from moda_kernels.yardstick import compare
+from tests.kernels.layouts import LISTS, layout
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -49,39 +50,41 @@ def test_masked_attention(device: str, dtype: torch.dtype, T: int) -> None:
     "device, backend",
     [("cpu", "reference"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("fused", "split"))],
 )
-def test_causal_mask_is_the_causal_operator(device: str, backend: str) -> None:
-    """A layer that reads four slots, with its causal mask written out."""
+@pytest.mark.parametrize("pattern", ["all", "every-second"])
+def test_causal_mask_is_the_causal_operator(device: str, backend: str, pattern: str) -> None:
+    """A layer that reads the slots of two layers, with its causal mask written out."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q, q_depth = (draw(2, 64, 4, 64, device=device, dtype=dtype, seed=s) for s in (0, 1))
     k, v = (draw(2, 64, 2, 64, device=device, dtype=dtype, seed=s) for s in (2, 3))
     slots = draw(2, 4, 2, 64, 2, 64, device=device, dtype=dtype, seed=4)
-    stream = DepthStream(DepthLayout(3), backend)
+    case = layout(3, choose=LISTS.get(pattern, tuple))
+    stream = DepthStream(case, backend)
     mask = torch.ones(64, 64, dtype=torch.bool, device=device).tril().expand(2, -1, -1)
     with torch.no_grad():
-        token = stream.start(q.device)
-        first, token = depth_attention(q, k, v, token, stream.control[0], mask=mask)
+        order = stream.start(q.device)
+        first, order = depth_attention(q, k, v, order, stream.layer_rows[0], mask=mask)
         for i, (layer, kind) in enumerate((layer, kind) for layer in (0, 1) for kind in (ATTENTION, FFN)):
-            token = depth_write(token, slots[0, i], slots[1, i], stream.control[layer], kind)
-        out, token = depth_attention(q, k, v, token, stream.control[2], q_depth=q_depth, mask=mask)
+            if case.written_slot(layer, kind) is not None:
+                order = depth_write(order, slots[0, i], slots[1, i], stream.layer_rows[layer], kind)
+        out, order = depth_attention(q, k, v, order, stream.layer_rows[2], q_depth=q_depth, mask=mask)
         inputs = (q, k, v, *slots)
         wide = [x.double() for x in inputs]
-        truth = moda_attention(*wide, q_depth=q_depth.double(), backend="reference")
-        low = plain_attention(*inputs, q_depth=q_depth)[0]
+        truth = naive_attention(*wide, q_depth=q_depth.double(), slots=case.reads[2])[0]
+        low = naive_attention(*inputs, q_depth=q_depth, slots=case.reads[2])[0]
         assert compare("out", out, low, truth).passed, str(compare("out", out, low, truth))
-        truth = moda_attention(*wide[:3], backend="reference")
-        low = plain_attention(*inputs[:3], None, None)[0]
+        truth, low = naive_attention(*wide[:3])[0], naive_attention(*inputs[:3])[0]
         assert compare("out", first, low, truth).passed, str(compare("out", first, low, truth))
 
 
 def test_a_mask_is_for_inference() -> None:
-    stream = DepthStream(DepthLayout(2), "reference")
+    stream = DepthStream(layout(2), "reference")
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     mask = torch.ones(1, 3, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask is for inference"):
-        depth_attention(q, q, q, stream.start(), stream.control[0], mask=mask)
+        depth_attention(q, q, q, stream.start(), stream.layer_rows[0], mask=mask)
     with torch.no_grad(), pytest.raises(ValueError, match="mask is for inference"):
         cu = torch.tensor([0, 3], dtype=torch.int32)
-        depth_attention(q, q, q, stream.start(), stream.control[0], mask=mask, cu_seqlens=cu)
+        depth_attention(q, q, q, stream.start(), stream.layer_rows[0], mask=mask, cu_seqlens=cu)
     for wrong in (mask.float(), mask[:, :2], mask[0]):
         with torch.no_grad(), pytest.raises(ValueError, match=r"mask must be bool of shape \[1, 3, 3\] on cpu, got"):
-            depth_attention(q, q, q, stream.start(), stream.control[0], mask=wrong)
+            depth_attention(q, q, q, stream.start(), stream.layer_rows[0], mask=wrong)

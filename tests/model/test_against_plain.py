@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Mode
 
-from moda.config.schema import DepthKVSection, ModelConfig
+from moda.config.model import ModelConfig
+from moda.model import transformer_config
 from tests.plain_model import plain_logits
 
 SMALL = dict(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, ffn_hidden_size=48, vocab_size=61)
@@ -17,9 +19,12 @@ TOLERANCE = 1e-11  # fp64; the rotation's angles are fp32 on both sides
 
 
 def build(placement: str, depth: dict | None, **model: object) -> torch.nn.Module:
-    section = None if depth is None else DepthKVSection(**depth)
-    config = ModelConfig(norm_placement=placement, depth_kv=section, **{**SMALL, **model})
-    net = config.transformer().build(init_device="cpu").double()
+    if depth is not None and "mechanism" not in depth:
+        window = depth["slots"]
+        read = "all" if window is None else {"recent": window}
+        depth = {"mechanism": "moda", "read": read, **{k: v for k, v in depth.items() if k != "slots"}}
+    config = ModelConfig(norm_placement=placement, depth=depth, **{**SMALL, **model})
+    net = transformer_config(config).build(init_device="cpu").double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -31,7 +36,12 @@ def build(placement: str, depth: dict | None, **model: object) -> torch.nn.Modul
 
 
 def check(
-    net: torch.nn.Module, placement: str, depth: dict | None, head_norm: bool = False, n_kv_heads: int = 2
+    net: torch.nn.Module,
+    placement: str,
+    depth: dict | None,
+    head_norm: bool = False,
+    n_kv_heads: int = 2,
+    **other: Any,
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 7), generator=generator)
@@ -43,8 +53,10 @@ def check(
     leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
     if net.tie_word_embeddings:
         leaves["lm_head.w_out.weight"] = leaves["embeddings.weight"]
-    shape = dict(n_kv_heads=n_kv_heads, **{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")})
-    plain = plain_logits(leaves, ids, placement=placement, head_norm=head_norm, depth=depth, **shape)
+    shape = {**{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")}, "n_kv_heads": n_kv_heads}
+    if "n_layers" in other:
+        shape["n_layers"] = other.pop("n_layers")
+    plain = plain_logits(leaves, ids, placement=placement, head_norm=head_norm, depth=depth, **shape, **other)
     (plain * weights).sum().backward()
 
     assert (logits - plain).abs().max() < TOLERANCE * plain.abs().max()
@@ -90,6 +102,24 @@ def test_other_settings(model: dict) -> None:
     check(build("reordered", DEPTH, **model), "reordered", DEPTH, n_kv_heads=model.get("n_kv_heads", 2))
 
 
+OTHERS = [
+    dict(mechanism="value_residual"),
+    dict(mechanism="denseformer"),
+    dict(mechanism="denseformer", dilation=2),
+    dict(mechanism="denseformer", dilation=3),
+]
+
+
+def other_options(depth: dict) -> dict[str, Any]:
+    return {"other": depth["mechanism"], "dilation": depth.get("dilation", 1)}
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+@pytest.mark.parametrize("depth", OTHERS, ids=variant_id)
+def test_other_mechanisms(depth: dict, placement: str) -> None:
+    check(build(placement, depth), placement, None, **other_options(depth))
+
+
 CHECKPOINTING = [
     dict(mode=Mode.full),
     dict(mode=Mode.selected_blocks, block_interval=2),
@@ -99,12 +129,18 @@ CHECKPOINTING = [
 ]
 
 
+@pytest.mark.parametrize("depth", [DEPTH, *OTHERS[:2]], ids=["moda", "value_residual", "denseformer"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=variant_id)
-def test_activation_checkpointing(checkpointing: dict) -> None:
-    net = build("post", DEPTH)
+def test_activation_checkpointing(checkpointing: dict, depth: dict) -> None:
+    net = build("post", depth)
     net.apply_activation_checkpointing(**checkpointing)
-    for (
-        block
-    ) in net.blocks.values():  # as init_weights does: selected_ops counts the ops of a block, first use included
+    for block in net.blocks.values():
+        # As init_weights does: selected_ops counts the ops of a block, first use included.
         block.attention.rope.warmup_cache(16, torch.device("cpu"))
-    check(net, "post", DEPTH)
+    calls = []
+    net.blocks["1"].attention.q_norm.register_forward_hook(lambda *_: calls.append(1))
+    plain = (None, other_options(depth)) if "mechanism" in depth else (depth, {})
+    check(net, "post", plain[0], **plain[1])
+    again = checkpointing["mode"] == Mode.full or "blocks.*.attention" in checkpointing.get("modules", ())
+    if checkpointing["mode"] in (Mode.full, Mode.selected_modules):
+        assert len(calls) == 1 + again  # what is checkpointed runs once more in the backward pass

@@ -9,15 +9,16 @@ import torch
 from olmo_core.config import Config
 from olmo_core.nn.transformer import Transformer, TransformerBlockType, TransformerConfig
 
-from moda.config.schema import DepthKVSection, ModelConfig
-from moda.config.typed import from_dict, to_dict
-from moda.model import MoDATransformer, MoDATransformerConfig
+from moda.config.model import ModelConfig
+from moda.model import DepthTransformer, ModelTransformerConfig, transformer_config
+from moda.typed import from_dict, to_dict
 
 SMALL: dict = dict(d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=96, vocab_size=211)
+MODA = {"mechanism": "moda"}
 
 
 def build(seed: int = 0, **settings: Any) -> Transformer:
-    model = ModelConfig(**{**SMALL, **settings}).transformer().build()
+    model = transformer_config(ModelConfig(**{**SMALL, **settings})).build()
     model.init_seed = seed
     model.init_weights(max_seq_len=64, device=torch.device("cpu"))
     return model
@@ -25,7 +26,7 @@ def build(seed: int = 0, **settings: Any) -> Transformer:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("qk_norm", ["full", "head"])
-def test_without_depth_kv_it_is_olmo_cores_olmo2_bit_for_bit(qk_norm: str, tied: bool) -> None:
+def test_without_a_mechanism_it_is_olmo_cores_olmo2_bit_for_bit(qk_norm: str, tied: bool) -> None:
     ours = build(qk_norm=qk_norm, tie_embeddings=tied)
     theirs = TransformerConfig.llama_like(
         d_model=64,
@@ -54,9 +55,9 @@ def test_without_depth_kv_it_is_olmo_cores_olmo2_bit_for_bit(qk_norm: str, tied:
 
 def test_initialisation_is_truncated_normal_and_seeded() -> None:
     a, b, c = (
-        build(0, depth_kv=DepthKVSection()),
-        build(0, depth_kv=DepthKVSection()),
-        build(1, depth_kv=DepthKVSection()),
+        build(0, depth=MODA),
+        build(0, depth=MODA),
+        build(1, depth=MODA),
     )
     differ = False
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters()):
@@ -86,7 +87,7 @@ def test_vocabulary_padding_stays_out_of_the_softmax() -> None:
 
 @pytest.mark.parametrize("key_norm", ["writer", "reader"])
 def test_packed_documents_do_not_see_each_other(key_norm: str) -> None:
-    model = build(depth_kv=DepthKVSection(key_norm=key_norm))  # type: ignore[arg-type]
+    model = build(depth={"mechanism": "moda", "key_norm": key_norm})
     first, second = torch.randint(0, 211, (1, 5)), torch.randint(0, 211, (1, 7))
     apart = torch.cat([model(first), model(second)], dim=1)
     lengths = torch.tensor([[5, 7]], dtype=torch.int32)
@@ -98,7 +99,7 @@ def test_packed_documents_do_not_see_each_other(key_norm: str) -> None:
 
 
 def test_gradient_accumulation_equals_one_batch() -> None:
-    model = build(depth_kv=DepthKVSection()).double()
+    model = build(depth=MODA).double()
     ids = torch.randint(0, 211, (4, 16))
 
     def grads(chunks: int) -> list:
@@ -113,17 +114,41 @@ def test_gradient_accumulation_equals_one_batch() -> None:
 
 
 def test_configuration_round_trips() -> None:
-    model = ModelConfig(**SMALL, depth_kv=DepthKVSection(), pad_vocab_to=128)
+    model = ModelConfig(**SMALL, depth=MODA, pad_vocab_to=128)
     assert from_dict(ModelConfig, to_dict(model)) == model
-    config = model.transformer()
+    config = transformer_config(model)
     again = Config.from_dict(config.as_config_dict())
-    assert isinstance(again, MoDATransformerConfig) and again.num_params == config.num_params
-    assert isinstance(again.build(init_device="meta"), MoDATransformer)
+    assert isinstance(again, ModelTransformerConfig) and again.num_params == config.num_params
+    assert isinstance(again.build(init_device="meta"), DepthTransformer)
 
 
 def test_parallelism_that_would_split_the_stream_is_refused() -> None:
-    model = build(depth_kv=DepthKVSection())
+    model = build(depth=MODA)
     with pytest.raises(Exception, match="pipeline parallelism"):
         model.apply_pp(None)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="wrapping strategies full and blocks"):
         model.apply_fsdp(wrapping_strategy="fine_grained")
+
+
+@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer"])
+def test_blocks_share_compiled_graphs(mechanism: str) -> None:
+    """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
+    from torch._dynamo.utils import counters
+
+    model = build(depth={"mechanism": mechanism}, n_layers=6)
+    ids = torch.randint(0, 211, (2, 9))
+    eager = model(ids, labels=ids)
+    eager.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compiler.reset()
+    counters.clear()
+    for block in model.blocks.values():
+        block.compile(fullgraph=True, backend="aot_eager")
+    model._compile_enabled = True  # as apply_compile does, which also asks for a C++ compiler
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert counters["stats"]["unique_graphs"] <= 2
+    torch.testing.assert_close(out.logits, eager.logits)
+    for g, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(p.grad, g)

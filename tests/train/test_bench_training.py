@@ -10,13 +10,14 @@ import pytest
 from moda.bench.training import MODELS, training_table
 from moda.config import load_config
 from moda.errors import UserError
+from moda.model import transformer_config
 from tests.tiny import ROOT, write_config
 
 
 def test_the_models_are_those_that_were_measured() -> None:
     with (ROOT / "docs" / "benchmarks" / "table_training.csv").open(newline="") as f:
         measured = {row["model"]: int(row["params"]) for row in csv.DictReader(f)}
-    built = {name: load_config(ROOT / "configs" / file).model.transformer() for name, (file, _) in MODELS.items()}
+    built = {name: transformer_config(load_config(ROOT / "configs" / file).model) for name, (file, _) in MODELS.items()}
     assert {name: model.num_params for name, model in built.items()} == measured
     assert [model.n_layers for model in built.values()] == [38, 38, 36]
 

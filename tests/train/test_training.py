@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -
 PARALLEL = {
     "ddp": ["parallel.data=ddp"],
     "hsdp": ["parallel.data=hsdp", "parallel.shard_degree=1"],
-    "tensor": ["parallel.tensor=2", "model.depth_kv=null"],
+    "tensor": ["parallel.tensor=2", "model.depth=null"],
 }
 
 
@@ -188,7 +188,7 @@ def test_other_parallelism_from_the_command_line(kind: str, whole: Path, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     if kind == "tensor":
         one = tmp_path / "one"
-        done = run(config, "model.depth_kv=null", "train.max_steps=3", f"train.save_folder={one / 'run'}")
+        done = run(config, "model.depth=null", "train.max_steps=3", f"train.save_folder={one / 'run'}")
         assert done.returncode == 0, done.stdout + done.stderr
         close(losses(tmp_path), losses(one))
     else:  # a shorter run has another schedule, but its first steps warm up alike

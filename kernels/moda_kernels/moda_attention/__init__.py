@@ -1,6 +1,14 @@
-"""The MoDA operator: one softmax over the sequence keys of a layer and the depth keys of the same token."""
+"""The MoDA operator: one softmax over the sequence keys of a layer and the depth keys of the same token.
 
-from .api import Backend, available_backends, get_backend, moda_attention
-from .problem import Problem, make_problem
+Read :mod:`.naive` first: the equation in plain PyTorch. The backends are :mod:`.reference`, :mod:`.fused` and :mod:`.split`.
+"""
 
-__all__ = ["Backend", "Problem", "available_backends", "get_backend", "make_problem", "moda_attention"]
+from .api import moda_attention
+from .backend import Backend, available_backends, get_backend
+from .problem import Kind, Problem, make_problem
+from .tensors import Deferred, DepthGradients, Gradients, Inputs, Result
+
+__all__ = [
+    "Backend", "Deferred", "DepthGradients", "Gradients", "Inputs", "Kind", "Problem", "Result", "available_backends",
+    "get_backend", "make_problem", "moda_attention",
+]  # fmt: skip

@@ -1,9 +1,4 @@
-"""The reference backend: the equation of MoDA in vectorised PyTorch, forward and backward, on any device.
-
-For query head h of token t, with key/value head k = h // G (MoDA paper, section 3, eq. for the joint softmax):
-
-    logits = [ q . K_seq[0..t] , q_depth . K_depth[t, 0..S-1] ] * scale
-    out    = softmax(logits) . [ V_seq[0..t] ; V_depth[t, 0..S-1] ]
+"""The reference backend: the equation of MoDA (:mod:`.naive`) in bounded memory, forward and backward, on any device.
 
 Arithmetic is fp32 for half-precision inputs and fp64 for fp64 ones. Queries are taken in blocks of rows, so that memory
 is bounded by ``MAX_LOGITS`` logits whatever T is.
@@ -15,18 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .problem import Problem
+from .backend import Backend
+from .problem import Kind, Problem
+from .tensors import Deferred, DepthGradients, Gradients, Inputs, Result
 
-__all__ = ["backward", "forward", "store_or_add", "unsupported"]
-
-name = "reference"
+__all__ = ["Reference", "backend", "store_or_add"]
 
 MAX_LOGITS = 1 << 28  # 1 GiB of fp32 logits in one block of query rows
-
-
-def unsupported(p: Problem) -> str | None:
-    """The reference does everything that :class:`Problem` can describe."""
-    return None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,147 +64,125 @@ def _depth_tokens(p: Problem, lo: int, hi: int) -> tuple[torch.Tensor, torch.Ten
     return tokens.clamp(max=p.length - 1), hidden
 
 
-def _grouped(x: torch.Tensor, p: Problem, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+def _grouped(x: torch.Tensor, p: Problem, lo: int, hi: int) -> torch.Tensor:
     """Rows lo..hi of ``[B, T, Hq, D]`` as ``[B, R, Hk, G, D]`` in the compute dtype."""
-    return x[:, lo:hi].to(dtype).reshape(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim)
+    return x[:, lo:hi].to(compute_dtype(p.dtype)).reshape(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim)
 
 
-def _logits(
-    p: Problem,
-    lo: int,
-    hi: int,
-    end: int,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    depth_k: torch.Tensor | None,
-    q_depth: torch.Tensor | None,
-) -> torch.Tensor:
+def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> torch.Tensor:
     """``[B, Hk, G, R, end + C * S]`` scaled and masked logits of rows lo..hi, sequence keys first."""
     dtype = compute_dtype(p.dtype)
     parts: list[torch.Tensor] = []
-    if k is not None:
-        s = torch.einsum("brhgd,bnhd->bhgrn", _grouped(q, p, lo, hi, dtype) * p.scale, k[:, :end].to(dtype))
+    if x.k is not None:
+        s = torch.einsum("brhgd,bnhd->bhgrn", _grouped(x.q, p, lo, hi) * p.scale, x.k[:, :end].to(dtype))
         hidden = _hidden_sequence(p, lo, hi, end)
         parts.append(s if hidden is None else s.masked_fill_(hidden, float("-inf")))
-    if depth_k is not None:
-        qd = _grouped(q if q_depth is None else q_depth, p, lo, hi, dtype) * p.scale
+    if x.depth_k is not None:
         tokens, hidden = _depth_tokens(p, lo, hi)
-        s = torch.einsum("brhgd,sbrchd->bhgrcs", qd, depth_k[:, :, tokens].to(dtype))
+        qd = _grouped(x.depth_query, p, lo, hi) * p.scale
+        s = torch.einsum("brhgd,sbrchd->bhgrcs", qd, x.depth_k[:, :, tokens].to(dtype))
         s = s.masked_fill_(hidden[:, :, None], float("-inf"))
         parts.append(s.flatten(-2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def forward(
-    p: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None,
-    depth_v: torch.Tensor | None,
-    q_depth: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, T, Hq, D]`` in q's dtype and natural-log LSE ``[B, Hq, T]`` in the compute dtype."""
-    dtype = compute_dtype(p.dtype)
-    if p.n_slots == 0:
-        depth_k = depth_v = q_depth = None
-    out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
-    lse = torch.empty(p.batch, p.n_heads, p.length, dtype=dtype, device=p.device)
-    for lo, hi in _row_blocks(p):
-        end = 0 if k is None else (hi if p.causal else p.length)
-        logits = _logits(p, lo, hi, end, q, k, depth_k, q_depth)
-        row_lse = logits.logsumexp(dim=-1, keepdim=True)
-        probs = logits.sub_(row_lse).exp_()
-        o = torch.zeros(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
-        if v is not None:
-            o += torch.einsum("bhgrn,bnhd->brhgd", probs[..., :end], v[:, :end].to(dtype))
-        if depth_v is not None:
-            tokens, _ = _depth_tokens(p, lo, hi)
-            pd = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
-            o += torch.einsum("bhgrcs,sbrchd->brhgd", pd, depth_v[:, :, tokens].to(dtype))
-        out[:, lo:hi] = o.reshape(p.batch, hi - lo, p.n_heads, p.head_dim).to(p.dtype)
-        lse[:, :, lo:hi] = row_lse.squeeze(-1).flatten(1, 2)
-    return out, lse
+def _selected(p: Problem, x: Inputs) -> Inputs:
+    """The inputs with only those depth slots that are read."""
+    if p.table is None or x.depth_k is None or x.depth_v is None:
+        return x
+    return x._replace(depth_k=x.depth_k[p.table], depth_v=x.depth_v[p.table])
 
 
-def backward(
-    p: Problem,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None,
-    depth_v: torch.Tensor | None,
-    q_depth: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad_depth_k: torch.Tensor | None,
-    grad_depth_v: torch.Tensor | None,
-    fresh: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of q, k, v and q_depth; the depth gradients go into the given buffers.
+class Reference(Backend):
+    name = "reference"
 
-    :param fresh: slots ``lo <= s < hi`` of the buffers are stored, the others are added to.
-    """
-    dtype = compute_dtype(p.dtype)
-    if p.n_slots == 0:
-        depth_k = depth_v = q_depth = None
-    dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
-    dqd = torch.zeros_like(dq) if q_depth is not None else dq
-    dk = (
-        torch.zeros(p.batch, p.length, p.n_kv_heads, p.head_dim, dtype=dtype, device=p.device)
-        if k is not None
-        else None
-    )
-    dv = torch.zeros_like(dk) if dk is not None else None
-    dkd = torch.zeros(depth_k.shape, dtype=dtype, device=p.device) if depth_k is not None else None
-    dvd = torch.zeros(depth_k.shape, dtype=dtype, device=p.device) if depth_k is not None else None
-    for lo, hi in _row_blocks(p):
-        end = 0 if k is None else (hi if p.causal else p.length)
-        logits = _logits(p, lo, hi, end, q, k, depth_k, q_depth)
-        probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
-        do = _grouped(grad_out, p, lo, hi, dtype)
-        delta = (do * _grouped(out, p, lo, hi, dtype)).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse[:, :, lo:hi].to(dtype).unflatten(1, (p.n_kv_heads, p.group)).unsqueeze(-1)
-        if k is not None and v is not None and dk is not None and dv is not None:
-            pr = probs[..., :end]
-            dv[:, :end] += torch.einsum("bhgrn,brhgd->bnhd", pr, do)
-            ds = pr * (torch.einsum("brhgd,bnhd->bhgrn", do, v[:, :end].to(dtype)) - delta) * p.scale
-            dk[:, :end] += torch.einsum("bhgrn,brhgd->bnhd", ds, _grouped(q, p, lo, hi, dtype))
-            dq[:, lo:hi] += torch.einsum("bhgrn,bnhd->brhgd", ds, k[:, :end].to(dtype))
-        if depth_k is not None and depth_v is not None and dkd is not None and dvd is not None:
-            tokens, _ = _depth_tokens(p, lo, hi)
-            flat = tokens.flatten()
-            pr = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
-            dp = torch.einsum("brhgd,sbrchd->bhgrcs", do, depth_v[:, :, tokens].to(dtype))
-            ds = pr * (dp - delta.unsqueeze(-1)) * p.scale
-            qd = _grouped(q if q_depth is None else q_depth, p, lo, hi, dtype)
-            dqd[:, lo:hi] += torch.einsum("bhgrcs,sbrchd->brhgd", ds, depth_k[:, :, tokens].to(dtype))
-            dkd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", ds, qd).flatten(2, 3))
-            dvd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", pr, do).flatten(2, 3))
-    if dkd is not None and dvd is not None:
-        assert grad_depth_k is not None and grad_depth_v is not None
-        store_or_add(grad_depth_k, dkd, fresh)
-        store_or_add(grad_depth_v, dvd, fresh)
+    def unsupported(self, kind: Kind) -> str | None:
+        """The reference does everything that :class:`Problem` can describe."""
+        return None
 
-    def final(x: torch.Tensor | None, heads: int) -> torch.Tensor | None:
-        return None if x is None else x.reshape(p.batch, p.length, heads, p.head_dim).to(p.dtype)
+    def forward(self, p: Problem, x: Inputs) -> Result:
+        """Output in q's dtype, LSE in the compute dtype."""
+        dtype = compute_dtype(p.dtype)
+        x = _selected(p, x)
+        out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
+        lse = torch.empty(p.batch, p.n_heads, p.length, dtype=dtype, device=p.device)
+        for lo, hi in _row_blocks(p):
+            end = 0 if x.k is None else (hi if p.causal else p.length)
+            logits = _logits(p, lo, hi, end, x)
+            row_lse = logits.logsumexp(dim=-1, keepdim=True)
+            probs = logits.sub_(row_lse).exp_()
+            o = torch.zeros(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
+            if x.v is not None:
+                o += torch.einsum("bhgrn,bnhd->brhgd", probs[..., :end], x.v[:, :end].to(dtype))
+            if x.depth_v is not None:
+                tokens, _ = _depth_tokens(p, lo, hi)
+                pd = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
+                o += torch.einsum("bhgrcs,sbrchd->brhgd", pd, x.depth_v[:, :, tokens].to(dtype))
+            out[:, lo:hi] = o.reshape(p.batch, hi - lo, p.n_heads, p.head_dim).to(p.dtype)
+            lse[:, :, lo:hi] = row_lse.squeeze(-1).flatten(1, 2)
+        return Result(out, lse)
 
-    grad_q = final(dq, p.n_heads)
-    assert grad_q is not None
-    return (
-        grad_q,
-        final(dk, p.n_kv_heads),
-        final(dv, p.n_kv_heads),
-        final(dqd if q_depth is not None else None, p.n_heads),
-    )
+    def backward(
+        self,
+        p: Problem,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        x: Inputs,
+        saved: Result,
+        depth: DepthGradients | Deferred | None,
+    ) -> Gradients:
+        dtype = compute_dtype(p.dtype)
+        x = _selected(p, x)
+
+        def zeros(like: torch.Tensor | None) -> torch.Tensor:
+            return torch.zeros(() if like is None else like.shape, dtype=dtype, device=p.device)
+
+        dk, dv, dkd, dvd = (zeros(tensor) for tensor in (x.k, x.v, x.depth_k, x.depth_v))
+        dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
+        dqd = dq if x.q_depth is None else torch.zeros_like(dq)
+        for lo, hi in _row_blocks(p):
+            end = 0 if x.k is None else (hi if p.causal else p.length)
+            logits = _logits(p, lo, hi, end, x)
+            probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
+            do = _grouped(grad_out, p, lo, hi)
+            delta = (do * _grouped(saved.out, p, lo, hi)).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
+            if grad_lse is not None:
+                delta = delta - grad_lse[:, :, lo:hi].to(dtype).unflatten(1, (p.n_kv_heads, p.group)).unsqueeze(-1)
+            if x.k is not None and x.v is not None:
+                pr = probs[..., :end]
+                dv[:, :end] += torch.einsum("bhgrn,brhgd->bnhd", pr, do)
+                ds = pr * (torch.einsum("brhgd,bnhd->bhgrn", do, x.v[:, :end].to(dtype)) - delta) * p.scale
+                dk[:, :end] += torch.einsum("bhgrn,brhgd->bnhd", ds, _grouped(x.q, p, lo, hi))
+                dq[:, lo:hi] += torch.einsum("bhgrn,bnhd->brhgd", ds, x.k[:, :end].to(dtype))
+            if x.depth_k is not None and x.depth_v is not None:
+                tokens, _ = _depth_tokens(p, lo, hi)
+                flat = tokens.flatten()
+                pr = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
+                dp = torch.einsum("brhgd,sbrchd->bhgrcs", do, x.depth_v[:, :, tokens].to(dtype))
+                ds = pr * (dp - delta.unsqueeze(-1)) * p.scale
+                qd = _grouped(x.depth_query, p, lo, hi)
+                dqd[:, lo:hi] += torch.einsum("bhgrcs,sbrchd->brhgd", ds, x.depth_k[:, :, tokens].to(dtype))
+                dkd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", ds, qd).flatten(2, 3))
+                dvd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", pr, do).flatten(2, 3))
+        if x.depth_k is not None:
+            assert isinstance(depth, DepthGradients)
+            store_or_add(depth.k, dkd, depth.fresh, p.table)
+            store_or_add(depth.v, dvd, depth.fresh, p.table)
+
+        def final(grad: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor | None:
+            return None if like is None else grad.reshape(like.shape).to(p.dtype)
+
+        return Gradients(
+            dq.reshape(x.q.shape).to(p.dtype), final(dk, x.k), final(dv, x.v), final(dqd, x.q_depth)
+        )  # fmt: skip
 
 
-def store_or_add(buffer: torch.Tensor, grad: torch.Tensor, fresh: tuple[int, int]) -> None:
-    """Store slots ``fresh[0] <= s < fresh[1]`` of ``grad`` into ``buffer`` and add the others, in place, rounding once."""
+def store_or_add(buffer: torch.Tensor, grad: torch.Tensor, fresh: tuple[int, int], table: torch.Tensor | None) -> None:
+    """Store ``grad[i]`` into ``buffer[table[i]]`` where ``fresh[0] <= i < fresh[1]``, add it elsewhere; in place, rounding once."""
     lo, hi = fresh
-    buffer[lo:hi] = grad[lo:hi].to(buffer.dtype)
-    for part in (slice(0, lo), slice(hi, None)):
-        buffer[part] = (buffer[part].to(grad.dtype) + grad[part]).to(buffer.dtype)
+    for part, adds in ((slice(0, lo), True), (slice(lo, hi), False), (slice(hi, None), True)):
+        at = part if table is None else table[part]
+        buffer[at] = (buffer[at].to(grad.dtype) + grad[part] if adds else grad[part]).to(buffer.dtype)
+
+
+backend = Reference()

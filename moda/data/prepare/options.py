@@ -15,8 +15,8 @@ from yaml import YAMLError
 
 from moda.config.load import read_yaml
 from moda.config.schema import TokenizerSection
-from moda.config.typed import from_dict
 from moda.errors import UserError
+from moda.typed import from_dict
 
 __all__ = ["Dedup", "ExecutorKind", "Format", "PrepareOptions", "SourceOptions", "load_options"]
 

@@ -22,10 +22,10 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from moda.config.typed import to_dict
 from moda.data.manifest import MANIFEST, read_manifest
 from moda.data.tokenizer import Tokenizer, load_tokenizer
 from moda.errors import UserError
+from moda.typed import to_dict
 
 from . import dedup
 from .executors import make_executor, raise_errors, run_stage, start_ray

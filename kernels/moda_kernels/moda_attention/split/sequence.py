@@ -13,21 +13,20 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import fused
-from .problem import Problem
+from ..fused import backend as fused
+from ..problem import Kind, Problem
+from ..tensors import Inputs, Result
 
-__all__ = ["SequenceKernel", "choose", "names", "why_none"]
+__all__ = ["SequenceKernel", "choose", "why_none"]
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-ENVIRONMENT = "MODA_SEQUENCE_KERNEL"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -40,12 +39,12 @@ class SequenceKernel:
         """Why this machine does not have the kernel, or None."""
         raise NotImplementedError
 
-    def unsupported(self, p: Problem) -> str | None:
-        """Why the kernel cannot solve ``p``, naming the argument, or None."""
-        if p.dtype not in HALF:
-            return f"dtype {p.dtype}: {self.name} takes float16 and bfloat16"
-        if p.head_dim % 8 or p.head_dim > 128:
-            return f"head dim {p.head_dim}: {self.name} takes multiples of 8 up to 128"
+    def unsupported(self, kind: Kind) -> str | None:
+        """Why the kernel cannot solve problems of this kind, naming the argument, or None."""
+        if kind.dtype not in HALF:
+            return f"dtype {kind.dtype}: {self.name} takes float16 and bfloat16"
+        if kind.head_dim % 8 or kind.head_dim > 128:
+            return f"head dim {kind.head_dim}: {self.name} takes multiples of 8 up to 128"
         return None
 
     def rank(self, capability: tuple[int, int]) -> int:
@@ -82,12 +81,12 @@ class CudnnAttention(SequenceKernel):
             return f"{self.name} needs cuDNN 9 or later, found {version}"
         return None
 
-    def unsupported(self, p: Problem) -> str | None:
-        if p.cu_seqlens is not None:
+    def unsupported(self, kind: Kind) -> str | None:
+        if kind.packed:
             return f"cu_seqlens: {self.name} is used without packed documents"
-        if p.length == 1:
+        if kind.one_token:
             return f"T = 1: {self.name} needs at least two keys"
-        return super().unsupported(p)
+        return super().unsupported(kind)
 
     def rank(self, capability: tuple[int, int]) -> int:
         return 0 if capability[0] >= 9 else 3
@@ -227,20 +226,20 @@ class TritonAttention(SequenceKernel):
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"device {device.type}: {self.name} needs CUDA"
 
-    def unsupported(self, p: Problem) -> str | None:
-        return super().unsupported(p) or fused.unsupported(p)
+    def unsupported(self, kind: Kind) -> str | None:
+        return super().unsupported(kind) or fused.unsupported(kind)
 
     def rank(self, capability: tuple[int, int]) -> int:
         return 3 if capability[0] >= 9 else 5  # ahead of FlashAttention 2 where it was measured: kernels/results
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return fused.forward(replace(p, n_slots=0), q, k, v, None, None, None)
+        return fused.forward(replace(p, n_slots=0, slots=None), Inputs(q, k, v))
 
     def backward(
         self, p: Problem, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
-        sizes = replace(p, n_slots=0)
-        dq, dk, dv, _ = fused.backward(sizes, grad_out, None, q, k, v, None, None, None, out, lse, None, None, (0, 0))
+        alone = replace(p, n_slots=0, slots=None)
+        dq, dk, dv, _ = fused.backward(alone, grad_out, None, Inputs(q, k, v), Result(out, lse), None)
         assert dk is not None and dv is not None
         return dq, dk, dv
 
@@ -253,8 +252,8 @@ class CpuFlash(SequenceKernel):
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"device {device.type}: {self.name} needs a CPU"
 
-    def unsupported(self, p: Problem) -> str | None:
-        return f"cu_seqlens: {self.name} does not pack documents" if p.cu_seqlens is not None else None
+    def unsupported(self, kind: Kind) -> str | None:
+        return f"cu_seqlens: {self.name} does not pack documents" if kind.packed else None
 
     def rank(self, capability: tuple[int, int]) -> int:
         return 6
@@ -294,11 +293,6 @@ _KERNELS: dict[str, SequenceKernel] = {
 }
 
 
-def names() -> list[str]:
-    """The names that ``MODA_SEQUENCE_KERNEL`` may have."""
-    return list(_KERNELS)
-
-
 @functools.cache
 def _present(device: torch.device) -> tuple[tuple[SequenceKernel, ...], dict[str, str]]:
     """The kernels that a device has, best first, and why it does not have the others."""
@@ -308,38 +302,38 @@ def _present(device: torch.device) -> tuple[tuple[SequenceKernel, ...], dict[str
     return tuple(sorted(present, key=lambda k: k.rank(capability))), reasons
 
 
-def _select(p: Problem, name: str | None) -> tuple[SequenceKernel | None, str]:
-    name = name or os.environ.get(ENVIRONMENT) or None
-    present, reasons = _present(p.device)
+def _select(kind: Kind) -> tuple[SequenceKernel | None, str]:
+    name = kind.sequence_kernel
+    present, reasons = _present(kind.device)
     if name is not None:
         if name not in _KERNELS:
-            raise ValueError(f"moda_attention: {ENVIRONMENT} must be one of {', '.join(_KERNELS)}, got {name!r}")
-        reason = reasons.get(name) or _KERNELS[name].unsupported(p)
+            raise ValueError(f"moda_attention: MODA_SEQUENCE_KERNEL must be one of {', '.join(_KERNELS)}, got {name!r}")
+        reason = reasons.get(name) or _KERNELS[name].unsupported(kind)
         return (None, f"sequence kernel {name!r} was asked for: {reason}") if reason else (_KERNELS[name], "")
     refused = []
     for kernel in present:
-        reason = kernel.unsupported(p)
+        reason = kernel.unsupported(kind)
         if reason is None:
             return kernel, ""
         refused.append(reason)
     return None, "no sequence kernel: " + "; ".join(refused or reasons.values())
 
 
-def why_none(p: Problem, name: str | None = None) -> str | None:
-    """Why no sequence kernel (or not the forced one) can solve ``p``, or None if one can.
+def why_none(kind: Kind) -> str | None:
+    """Why no sequence kernel (or not the forced one) can solve problems of this kind, or None if one can.
 
     :raises ValueError: for a forced name that does not exist.
     """
-    kernel, reason = _select(p, name)
+    kernel, reason = _select(kind)
     return None if kernel is not None else reason
 
 
-def choose(p: Problem, name: str | None = None) -> SequenceKernel:
-    """The sequence kernel for ``p``: the forced one, or the best that the device has and that can solve it.
+def choose(kind: Kind) -> SequenceKernel:
+    """The sequence kernel for problems of this kind: the forced one, or the best that the device has and that can solve them.
 
     :raises ValueError: if there is none, saying why.
     """
-    kernel, reason = _select(p, name)
+    kernel, reason = _select(kind)
     if kernel is None:
         raise ValueError(f"moda_attention: backend 'split' cannot run this: {reason}")
     return kernel

@@ -11,25 +11,31 @@ to a gradient of the LSE), ds = p * (dp - delta):
   are written once. With chunk-visible depth the same kernel walks tiles of depth slots: a chunk's slots are seen as a
   document's keys are.
 * ``queries_kernel``, one program for each tile of rows: dq, arranged as in the forward kernel.
+
+The last two recompute p and dp of a pair of tiles: seven matrix products instead of the five of a single pass. Measured on an
+H200 the single pass (dq added up in memory by the tensor copy engine) took as long, because ds must cross shared memory for
+it, and its dq depended on the order of additions. Here nothing does: every gradient has one owner.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from . import fused_gradients
-from .fused_forward import device_of, strides
-from .problem import Problem
-from .tiles import LOG2_E, next_power_of_two, probabilities, score_gradients
+from ..problem import Problem
+from ..steps import LOG2_E, device_of, next_power_of_two, probabilities, score_gradients, slot_numbers, strides
+from ..tensors import DepthGradients, Gradients, Inputs, Result
+from .keys import key_gradients
+from .queries import query_gradients
 
 __all__ = ["backward", "rows_kernel"]
 
 
 @triton.jit
 def rows_kernel(
-    q, depth_k, depth_v, out, grad_out, lse, grad_lse, lse_rows, delta, grad_q_start, grad_q, grad_depth_k,
+    q, depth_k, depth_v, table, out, grad_out, lse, grad_lse, lse_rows, delta, grad_q_start, grad_q, grad_depth_k,
     grad_depth_v,
     stride_qb, stride_qt, stride_qh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
@@ -37,7 +43,7 @@ def rows_kernel(
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     length, row_stride, n_slots, n_heads, n_kv_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    DEPTH: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr,
+    DEPTH: tl.constexpr, LISTED: tl.constexpr, LSE_GRADIENT: tl.constexpr, STATS: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """One program: one token and key/value head. Grid (T * Hk, B), heads fastest: neighbours read neighbouring rows.
 
@@ -80,15 +86,18 @@ def rows_kernel(
         gk_base = grad_depth_k + b64 * stride_gkb + t64 * stride_gkt + h64 * stride_gkh
         gv_base = grad_depth_v + b64 * stride_gvb + t64 * stride_gvt + h64 * stride_gvh
         for s0 in tl.range(0, n_slots, BLOCK_S):
-            slot = s0 + tl.arange(0, BLOCK_S)
-            s64 = slot.to(tl.int64)[:, None]
-            there = (slot < n_slots)[:, None] & (d < DIM)[None, :]
+            position = s0 + tl.arange(0, BLOCK_S)
+            if LISTED:
+                s64 = slot_numbers(table, position, n_slots)[:, None]
+            else:
+                s64 = position.to(tl.int64)[:, None]
+            there = (position < n_slots)[:, None] & (d < DIM)[None, :]
             kt = tl.load(k_base + s64 * stride_aks + d[None, :], mask=there, other=0.0)
             vt = tl.load(v_base + s64 * stride_avs + d[None, :], mask=there, other=0.0)
             gk_at = gk_base + s64 * stride_gks + d[None, :]
             gv_at = gv_base + s64 * stride_gvs + d[None, :]
             if ADDS:
-                stored = there & ((slot < fresh_lo) | (slot >= fresh_hi))[:, None]
+                stored = there & ((position < fresh_lo) | (position >= fresh_hi))[:, None]
                 old_k = tl.load(gk_at, mask=stored, other=0.0).to(tl.float32)
                 old_v = tl.load(gv_at, mask=stored, other=0.0).to(tl.float32)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
@@ -116,86 +125,72 @@ def backward(
     p: Problem,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None,
-    depth_v: torch.Tensor | None,
-    q_depth: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad_depth_k: torch.Tensor | None,
-    grad_depth_v: torch.Tensor | None,
-    fresh: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dq, dk, dv and the depth query's gradient; depth gradients go into the buffers (see ``Backend.backward``)."""
-    own = p.n_slots > 0 and p.depth_chunk == 1  # a token's slots are its own: rows_kernel does them
-    shared = p.n_slots > 0 and p.depth_chunk > 1  # keys_kernel and queries_kernel do them
+    x: Inputs,
+    saved: Result,
+    depth: DepthGradients | None,
+) -> Gradients:
+    """See ``Backend.backward``. Every tensor has a contiguous last dimension, the LSE and its gradient are contiguous fp32."""
+    own = depth if p.depth_chunk == 1 else None  # a token's slots are its own: rows_kernel does them
+    shared = depth if p.depth_chunk > 1 else None  # keys_kernel and queries_kernel do them
     like_q = (p.batch, p.length, p.n_heads, p.head_dim)
-    direct = own and (q_depth is not None or not p.has_sequence)
-    dqd = None if q_depth is None else torch.empty(like_q, dtype=p.dtype, device=p.device)
-    only_depth_query = q_depth is not None and not p.has_sequence
+    direct = own is not None and (x.q_depth is not None or not p.has_sequence)
+    dqd = None if x.q_depth is None else torch.empty(like_q, dtype=p.dtype, device=p.device)
+    only_depth_query = x.q_depth is not None and not p.has_sequence
     dq = (torch.zeros if only_depth_query else torch.empty)(like_q, dtype=p.dtype, device=p.device)
-    start = torch.empty(like_q, dtype=torch.float32, device=p.device) if own and not direct else None
+    start = None if own is None or direct else torch.empty(like_q, dtype=torch.float32, device=p.device)
     stats = None
-    if p.has_sequence or shared:  # rows padded to the 16 bytes that the tensor copy engine asks for
+    if p.has_sequence or shared is not None:  # rows padded to the 16 bytes that the tensor copy engine asks for
         columns = triton.cdiv(p.length, 4) * 4
         stats = torch.empty(2, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device)
-    _rows(
-        p, grad_out, grad_lse, q if q_depth is None else q_depth, depth_k, depth_v, out, lse, stats, start,
-        dq if dqd is None else dqd, grad_depth_k, grad_depth_v, fresh, own, direct,
-    )  # fmt: skip
+    _launch_rows(p, grad_out, grad_lse, x, saved, own, stats, start, dq if dqd is None else dqd, direct)
     if stats is None:
-        return dq, None, None, dqd
+        return Gradients(dq, None, None, dqd)
 
     dk = dv = None
-    if k is not None and v is not None:
-        dk = torch.empty(k.shape, dtype=p.dtype, device=p.device)
-        dv = torch.empty(k.shape, dtype=p.dtype, device=p.device)
-        fused_gradients.keys(p, q, k[None], v[None], grad_out, stats, dk[None], dv[None], False, (0, 1))
-    if shared:
-        assert depth_k is not None and depth_v is not None and grad_depth_k is not None and grad_depth_v is not None
-        qd = q if q_depth is None else q_depth
-        fused_gradients.keys(p, qd, depth_k, depth_v, grad_out, stats, grad_depth_k, grad_depth_v, True, fresh)
+    if x.k is not None and x.v is not None:
+        dk = torch.empty(x.k.shape, dtype=p.dtype, device=p.device)
+        dv = torch.empty(x.k.shape, dtype=p.dtype, device=p.device)
+        to = DepthGradients(dk[None], dv[None], fresh=(0, 1))
+        key_gradients(p, x.q, x.k[None], x.v[None], grad_out, stats, to, slots=False)
+    if shared is not None:
+        assert x.depth_k is not None and x.depth_v is not None
+        key_gradients(p, x.depth_query, x.depth_k, x.depth_v, grad_out, stats, shared, slots=True)
     else:
-        depth_k = depth_v = q_depth = None
-    fused_gradients.queries(p, q, k, v, depth_k, depth_v, q_depth, grad_out, stats, start, dq, dqd)
-    return dq, dk, dv, dqd
+        x = x._replace(depth_k=None, depth_v=None, q_depth=None)
+    query_gradients(p, x, grad_out, stats, start, dq, dqd)
+    return Gradients(dq, dk, dv, dqd)
 
 
-def _rows(
+def _launch_rows(
     p: Problem,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    depth_k: torch.Tensor | None,
-    depth_v: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    x: Inputs,
+    saved: Result,
+    depth: DepthGradients | None,
     stats: torch.Tensor | None,
     grad_q_start: torch.Tensor | None,
     grad_q: torch.Tensor,
-    grad_depth_k: torch.Tensor | None,
-    grad_depth_v: torch.Tensor | None,
-    fresh: tuple[int, int],
-    own: bool,
     direct: bool,
 ) -> None:
-    """Launch :func:`rows_kernel`; ``q`` and ``grad_q`` are those of the depth branch."""
+    """Launch :func:`rows_kernel`, on depth slots only if there is a ``depth``; ``grad_q`` is that of the depth branch."""
     block_dim = max(16, next_power_of_two(p.head_dim))
+    grad_depth_k, grad_depth_v, fresh = (None, None, (0, p.n_slots)) if depth is None else depth
     adds = fresh[0] > 0 or fresh[1] < p.n_slots
     wide = block_dim > 64
     saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
     tbh, sbth = (0, 1, 2), (0, 1, 2, 3)
+    q = x.depth_query
     with device_of(q):
         rows_kernel[(p.length * p.n_kv_heads, p.batch)](
-            q, depth_k, depth_v, out, grad_out, lse, grad_lse, saved_lse, delta,
-            grad_q_start, grad_q, grad_depth_k, grad_depth_v, *strides(q, tbh), *strides(depth_k, sbth), *strides(depth_v, sbth),
-            *strides(grad_depth_k, sbth), *strides(grad_depth_v, sbth), *strides(out, tbh), *strides(grad_out, tbh),
+            q, x.depth_k, x.depth_v, p.table, saved.out, grad_out, saved.lse, grad_lse, saved_lse, delta,
+            grad_q_start, grad_q, grad_depth_k, grad_depth_v,
+            *strides(q, tbh), *strides(x.depth_k, sbth), *strides(x.depth_v, sbth),
+            *strides(grad_depth_k, sbth), *strides(grad_depth_v, sbth), *strides(saved.out, tbh), *strides(grad_out, tbh),
             p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
-            p.scale, p.scale * LOG2_E, fresh[0], fresh[1],
+            p.scale, p.scale * LOG2_E, *fresh,
             GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, next_power_of_two(p.group)),
-            BLOCK_S=32 if wide and adds else 16, DEPTH=own, LSE_GRADIENT=grad_lse is not None, STATS=stats is not None,
-            DIRECT=direct, ADDS=adds,
+            BLOCK_S=32 if wide and adds else 16, DEPTH=depth is not None, LISTED=p.table is not None,
+            LSE_GRADIENT=grad_lse is not None, STATS=stats is not None, DIRECT=direct, ADDS=adds,
             num_warps=2 if wide else 1, num_stages=2 if wide else 3,
         )  # fmt: skip

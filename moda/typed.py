@@ -30,6 +30,8 @@ def _name(kind: Any) -> str:
         return f"a list of {_name(args[0]).removeprefix('a ').removeprefix('an ')}s" if args else "a list"
     if origin is dict:
         return "a mapping"
+    if hasattr(kind, "family"):
+        return f"a {kind.family}"
     return "a section" if dataclasses.is_dataclass(kind) else str(kind)
 
 
@@ -37,10 +39,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if hasattr(kind, "from_plain"):
+        return kind.from_plain(value, key)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         options = [a for a in args if a is not type(None)]
+        if len(options) == 1 and hasattr(options[0], "from_plain"):
+            return _convert(value, options[0], key)
         sections = [a for a in options if dataclasses.is_dataclass(a)]
         if isinstance(value, Mapping) and sections:
             return _convert(value, sections[0], key)
@@ -98,6 +104,8 @@ def _convert_scalar(value: Any, kind: Any, key: str) -> Any:
 def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
     """Build a dataclass from a dictionary, converting and checking every value.
 
+    A class may have ``renamed``: former keys, and what they are now.
+
     :raises UserError: for an unknown key (naming the nearest known one), a missing one, or a value of another type.
     """
     hints = typing.get_type_hints(cls)
@@ -106,7 +114,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in known:
-            raise UserError(f"{prefix}{name}", "a known key", hint=nearest(str(name), known))
+            renamed = getattr(cls, "renamed", {}).get(name)
+            hint = f"it is now {renamed}" if renamed else nearest(str(name), known)
+            raise UserError(f"{prefix}{name}", "a known key", hint=hint)
         values[name] = _convert(value, hints[name], f"{prefix}{name}")
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -116,7 +126,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
 
 
 def to_dict(config: Any) -> Any:
-    """The plain, JSON-safe form of a configuration: :func:`from_dict` brings it back."""
+    """The plain, JSON-safe form of a configuration: :func:`from_dict` brings it back.
+
+    Objects with ``to_plain`` and ``from_plain`` (:class:`moda.registered.Registered`) have a form of their own.
+    """
+    if hasattr(config, "to_plain"):
+        return config.to_plain()
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Enum):

@@ -1,4 +1,4 @@
-"""Depth forward: every token attends to its own depth slots, merged with what the sequence branch already found.
+"""Depth forward: every token attends to its own depth slots, merged with the result of the sequence branch.
 
 For a token t and query head h of key/value head k = h // G, with the sequence branch's output o_s and log-sum-exp l_s:
 
@@ -12,31 +12,26 @@ are in flight. Both products run on the matrix units, whose tiles have 16 query 
 many key/value heads of the token as fit (and padded), logits between different heads being masked. What the masked
 part costs is arithmetic that is idle anyway; products on the vector units were measured 8 times slower at G = 8.
 
-Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart.
+Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart. All of them are read,
+or (``LISTED``) those of an index table, at the cost of as many slots in a row.
 """
 
-from __future__ import annotations
+# mypy: allow-untyped-defs
 
-from typing import NamedTuple
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Tile", "depth_forward", "depth_logits", "forward_tile", "packed_heads", "rows_of_program", "slot_layout"]
+from ..steps import slot_numbers, slot_pointers
+from ..tensors import Result
+from ..tiles import Tile
+
+__all__ = ["depth_forward", "depth_logits", "forward_tile", "packed_heads", "rows_of_program", "slot_layout"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Tile(NamedTuple):
-    """How a depth kernel is cut: K rows (slots times packed heads) of one step, software pipeline depth, warps of a program."""
-
-    keys: int
-    stages: int
-    warps: int
-    registers: int | None = None  # cap a thread's registers, so that more programs fit on a multiprocessor
-    heads: int | None = None  # kv heads of a program; as many as fill 16 query rows if None
 
 
 @triton.jit
@@ -48,11 +43,13 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def depth_logits(q, k, m, n, slots, n_slots, scale_log2, G: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr):
+def depth_logits(
+    q, k, m, n, position, n_slots, scale_log2, G: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr
+):
     """``[BLOCK_M, BLOCK_N]`` logits in base 2: query row m is query head m % G of packed head m // G, key row n is a slot of
-    packed head n % HEADS. -inf past the last slot and where the heads differ."""
+    packed head n % HEADS, at ``position`` among the slots read. -inf past the last and where the heads differ."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    seen = (slots < n_slots)[None, :]
+    seen = (position < n_slots)[None, :]
     if HEADS > 1:
         seen = seen & ((m // G)[:, None] == (n % HEADS)[None, :])
     return tl.where(seen, x, float("-inf"))
@@ -60,14 +57,14 @@ def depth_logits(q, k, m, n, slots, n_slots, scale_log2, G: tl.constexpr, HEADS:
 
 @triton.jit
 def _depth_forward_kernel(
-    q_ptr, k_ptr, v_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
     T, n_slots, scale_log2, k_slot_stride, v_slot_stride,
     q_stride_b, q_stride_t, q_stride_h,
     seq_stride_b, seq_stride_t, seq_stride_h,
     out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_SEQUENCE: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
         v_slot_stride = k_slot_stride
@@ -100,13 +97,18 @@ def _depth_forward_kernel(
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        slots = start + n // HEADS
-        kv_mask = (slots < n_slots)[:, None]
+        position = start + n // HEADS
+        kv_mask = (position < n_slots)[:, None]
         if BLOCK_D != D:
             kv_mask = kv_mask & (d < D)[None, :]
-        k = tl.load(k_ptr + start * k_slot + k_offset, mask=kv_mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(v_ptr + start * v_slot + v_offset, mask=kv_mask, other=0.0, eviction_policy="evict_first")
-        x = depth_logits(q, k, m, n, slots, n_slots, scale_log2, G, HEADS, PRECISION)
+        number = slot
+        if LISTED:
+            number = slot_numbers(table_ptr, position, n_slots)[:, None]
+        k_at = slot_pointers(k_ptr, start, k_slot, k_offset, number, in_slot, LISTED)
+        k = tl.load(k_at, mask=kv_mask, other=0.0, eviction_policy="evict_first")
+        v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
+        v = tl.load(v_at, mask=kv_mask, other=0.0, eviction_policy="evict_first")
+        x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
         new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
@@ -151,43 +153,42 @@ def depth_forward(
     depth_v: torch.Tensor,
     scale: float,
     *,
-    seq_out: torch.Tensor | None = None,
-    seq_lse: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    sequence: Result | None = None,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """Attention over depth slots, merged with a sequence part if one is given.
 
     :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
     :param depth_k: ``[S, B, T, Hk, D]``, S >= 1.
     :param depth_v: ``[S, B, T, Hk, D]``.
-    :param seq_out: ``[B, T, Hq, D]`` normalised output of the sequence branch, or None for depth-only attention.
-    :param seq_lse: ``[B, Hq, T]`` contiguous fp32 natural-log LSE of the sequence branch.
-    :param out: where the output goes; may be ``seq_out`` itself. A new tensor if None.
+    :param table: int32 ``[n]`` numbers of the slots that are read; None for all.
+    :param sequence: the sequence branch's normalised output and contiguous fp32 LSE, or None for depth-only attention.
+    :param out: where the output goes; may be the sequence branch's. A new tensor if None.
 
     :returns: the merged output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]`` fp32 (natural log).
     """
     B, T, Hq, D = q.shape
-    S, Hk = depth_k.shape[0], depth_k.shape[3]
+    n_slots, Hk = len(depth_k if table is None else table), depth_k.shape[3]
     depth_k, k_slot_stride = slot_layout(depth_k)
     depth_v, v_slot_stride = slot_layout(depth_v)
     if out is None:
         out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
-    so = out if seq_out is None else seq_out
-    sl = lse if seq_lse is None else seq_lse
+    so, sl = (out, lse) if sequence is None else sequence
     block_d = max(16, triton.next_power_of_2(D))
     tile = tile or forward_tile(q.dtype, block_d)
     G = Hq // Hk
     heads = tile.heads or packed_heads(Hk, G)
     _depth_forward_kernel[(B * T * Hk // heads,)](
-        q, depth_k, depth_v, so, sl, out, lse,
-        T, S, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
+        q, depth_k, depth_v, table, so, sl, out, lse,
+        T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
         q.stride(0), q.stride(1), q.stride(2),
         so.stride(0), so.stride(1), so.stride(2),
         out.stride(0), out.stride(1), out.stride(2),
         N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
-        BLOCK_D=block_d, HAS_SEQUENCE=seq_out is not None, ONE_STRIDE=k_slot_stride == v_slot_stride, PRECISION="ieee",
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        BLOCK_D=block_d, HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
+        ONE_STRIDE=k_slot_stride == v_slot_stride, PRECISION="ieee", STAGES=tile.stages, **tile.options,
     )  # fmt: skip
-    return out, lse
+    return Result(out, lse)

@@ -1,11 +1,15 @@
-"""Plain attention under any mask, with its LSE: for scoring many continuations of one text in one row, not for training."""
+"""Attention under any mask, alone and with the depth stream: for scoring many continuations of one text in one row, not for
+training."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["masked_attention", "merge"]
+from ..moda_attention.backend import get_backend
+from ..moda_attention.tensors import Result
+from .stream import stream_of
 
+__all__ = ["masked_attention", "masked_read"]
 
 #: At most so many logits at once in the computation that keeps them (512 MiB in fp32).
 MAX_LOGITS = 1 << 27
@@ -43,7 +47,29 @@ def masked_attention(
     return torch.cat(outs).transpose(1, 2), torch.cat(lses)
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
-    """The output of one softmax over the keys of both: ``[B, T, Hq, D]`` from two outputs and two LSEs ``[B, Hq, T]``."""
-    weight = torch.sigmoid(other_lse - lse).mT[..., None]
-    return (out + weight * (other - out)).to(out.dtype)
+def masked_read(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row: torch.Tensor,
+    q_depth: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float | None,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """:func:`.ops.depth_attention` under ``mask``: sequence and depth apart, then merged by log-sum-exp."""
+    if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("depth_attention: mask is for inference without packed documents, got cu_seqlens or gradients")
+    expected = (q.shape[0], q.shape[1], q.shape[1])
+    if mask.dtype != torch.bool or mask.shape != expected or mask.device != q.device:
+        raise ValueError(
+            f"depth_attention: mask must be bool of shape {list(expected)} on {q.device}, got {mask.dtype} "
+            f"{list(mask.shape)} on {mask.device}"
+        )
+    sequence = Result(*masked_attention(q, k, v, mask, scale))
+    stream, layer = stream_of(row)
+    x, slots = stream.inputs(layer, q, None, None, q_depth)
+    if x.depth_k is None:
+        return sequence.out
+    p = stream.problem(x, slots, scale=scale)
+    return get_backend(stream.backend, p.kind).add_depth(p, x, sequence)

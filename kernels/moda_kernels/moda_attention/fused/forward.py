@@ -13,32 +13,34 @@ the share of a block that is used is G / BLOCK_M (the paper's depth utilisation)
 depth stays below the time its bytes take, so the masked product is not what limits it.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .problem import Problem
-from .tiles import (
+from ..problem import Problem
+from ..steps import (
     LOG2_E,
-    Tile,
-    TileChooser,
     depth_columns,
+    device_of,
     key_range,
     load_tile,
     natural_lse,
     next_power_of_two,
     sees,
     softmax_step,
+    strides,
     tma_descriptor,
     tma_ready,
 )
+from ..tensors import Inputs, Result
+from ..tiles import Tile, TileChooser
 
-__all__ = ["device_of", "forward", "forward_kernel", "problem_kind", "row_bounds", "strides"]
+__all__ = ["forward", "forward_kernel", "problem_kind", "row_bounds"]
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _walk_sequence(
 
 @triton.jit
 def forward_kernel(
-    q, q_depth, k, v, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
+    q, q_depth, k, v, depth_k, depth_v, table, out, lse, seq_start, seq_end, chunk_start,
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
@@ -72,7 +74,7 @@ def forward_kernel(
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNKED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKED: tl.constexpr, LISTED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of rows of one key/value head. Grid (tiles, Hk, B); later (longer) tiles start first."""
     TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
@@ -137,9 +139,9 @@ def forward_kernel(
         key_base = depth_k + b64 * stride_akb + head.to(tl.int64) * stride_akh
         value_base = depth_v + b64 * stride_avb + head.to(tl.int64) * stride_avh
         for n in tl.range(0, n_slots * width, BLOCK_N):
-            slot, u, exists, visible = depth_columns(n, base, width, n_slots, length, token, since, BLOCK_N, CHUNKED)
-            s64 = slot.to(tl.int64)
-            u64 = u.to(tl.int64)
+            s64, u64, exists, visible = depth_columns(
+                n, base, width, table, n_slots, length, token, since, BLOCK_N, CHUNKED, LISTED
+            )
             there = exists[:, None] & (d < DIM)[None, :]
             k_at = s64[:, None] * stride_aks + u64[:, None] * stride_akt + d[None, :]
             kt = tl.load(key_base + k_at, mask=there, other=0.0)
@@ -159,17 +161,17 @@ def forward_kernel(
 # Rows x keys, fastest first at the paper's shapes. Fewer rows waste less on depth, more rows re-read K and V less; the caps on
 # registers let two or three programs share a multiprocessor, so that one's softmax hides behind another's products.
 HALF_TILES = (
-    Tile("rows64_keys128", 64, 128, 4, 2),
-    Tile("rows128_keys128", 128, 128, 8, 2, max_registers=128),
-    Tile("rows128_keys64", 128, 64, 4, 3),
-    Tile("rows64_keys64", 64, 64, 4, 3),
+    Tile(rows=64, keys=128, warps=4, stages=2),
+    Tile(rows=128, keys=128, warps=8, stages=2, registers=128),
+    Tile(rows=128, keys=64, warps=4, stages=3),
+    Tile(rows=64, keys=64, warps=4, stages=3),
 )
 WIDE_HEAD_TILES = (
-    Tile("rows64_keys64", 64, 64, 4, 3, max_registers=168),
-    Tile("rows128_keys64", 128, 64, 8, 2, max_registers=128),
-    Tile("rows128_keys128", 128, 128, 8, 2),
+    Tile(rows=64, keys=64, warps=4, stages=3, registers=168),
+    Tile(rows=128, keys=64, warps=8, stages=2, registers=128),
+    Tile(rows=128, keys=128, warps=8, stages=2),
 )
-INTERPRETER_TILES = (Tile("rows32_keys32", 32, 32, 1, 1),)
+INTERPRETER_TILES = (Tile(rows=32, keys=32, warps=1, stages=1),)
 
 _chooser = TileChooser("fused forward")
 
@@ -200,20 +202,9 @@ def row_bounds(p: Problem, depth: bool) -> tuple[torch.Tensor | None, torch.Tens
     return start, end
 
 
-def strides(x: torch.Tensor | None, order: tuple[int, ...]) -> list[int]:
-    return [0] * len(order) if x is None else [x.stride(i) for i in order]
-
-
-def forward(
-    p: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    depth_k: torch.Tensor | None,
-    depth_v: torch.Tensor | None,
-    q_depth: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, T, Hq, D]`` and natural-log LSE ``[B, Hq, T]`` (fp32). Every tensor has a contiguous last dimension."""
+def forward(p: Problem, x: Inputs) -> Result:
+    """Output and fp32 LSE. Every tensor has a contiguous last dimension."""
+    q, k, v, depth_k, depth_v, q_depth = x
     out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
     lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
     block_dim = max(16, next_power_of_two(p.head_dim))
@@ -229,32 +220,28 @@ def forward(
         values: Any = v
         if tma:
             assert k is not None and v is not None
-            keys, values = (tma_descriptor(x, tile.block_n, block_dim) for x in (k, v))
-        rows = tile.block_m
-        grid = (triton.cdiv(p.length, rows // padded), p.n_kv_heads, p.batch)
+            keys, values = (tma_descriptor(x, tile.keys, block_dim) for x in (k, v))
+        grid = (triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)
         with device_of(q):
             forward_kernel[grid](
-                q, q_depth, keys, values, depth_k, depth_v, out, lse, seq_start, seq_end, chunk_start,
+                q, q_depth, keys, values, depth_k, depth_v, p.table, out, lse, seq_start, seq_end, chunk_start,
                 *strides(q, tbh), *strides(q_depth, tbh), *strides(k, tbh), *strides(v, tbh),
                 *strides(depth_k, sbth), *strides(depth_v, sbth), *strides(out, tbh),
                 p.length, p.n_slots, p.n_heads, p.scale * LOG2_E,
                 GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
-                BLOCK_M=rows, BLOCK_N=tile.block_n,
+                BLOCK_M=tile.rows, BLOCK_N=tile.keys,
                 SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
-                DEPTH=p.n_slots > 0, CHUNKED=chunk_start is not None, DEPTH_QUERY=q_depth is not None, TMA=tma,
+                DEPTH=p.n_slots > 0, CHUNKED=chunk_start is not None, LISTED=p.table is not None,
+                DEPTH_QUERY=q_depth is not None, TMA=tma,
                 **tile.options,
             )  # fmt: skip
 
     launch(_chooser.choose(problem_kind(p, q_depth is not None), tiles_for(p), launch, p.device))
-    return out, lse
+    return Result(out, lse)
 
 
 def problem_kind(p: Problem, depth_query: bool) -> tuple[Any, ...]:
     """What a tile choice depends on: everything compiled into the kernel, and the sizes up to a factor of two."""
     sizes = (next_power_of_two(p.length), next_power_of_two(p.n_slots + 1), next_power_of_two(p.batch * p.n_kv_heads))
-    switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, depth_query)
+    switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, p.slots is not None, depth_query)
     return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)
-
-
-def device_of(x: torch.Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

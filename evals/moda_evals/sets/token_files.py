@@ -1,0 +1,73 @@
+"""Documents of flat token files, as OLMo-core reads them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moda.errors import UserError
+
+from ..model import ModelInfo
+from .base import DocumentSet, MissingData, OpenSet, TokenDocument
+
+__all__ = ["TokenFiles", "open_token_files"]
+
+
+def _split(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
+    """Documents of a flat array, each with the end token that closes it; a last one without it counts too."""
+    ends = np.flatnonzero(tokens == eos) + 1
+    begin = 0
+    for end in [*ends.tolist(), len(tokens)]:
+        if end > begin:
+            yield tokens[begin:end]
+        begin = end
+
+
+def open_token_files(entry: DocumentSet, paths: Sequence[Path], model: ModelInfo) -> OpenSet:
+    """The documents of token files (uint16 or uint32) made with the model's tokenizer.
+
+    :raises UserError: for files that are missing or, when they are read, hold ids that the tokenizer does not have.
+    """
+    tokenizer = model.tokenizer_info
+    if tokenizer is None:
+        raise UserError(entry.name, "a checkpoint that names its tokenizer", model.path, "give one with --tokenizer")
+    dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size <= 2**16 else np.uint32)
+    for path in paths:
+        size = path.stat().st_size if path.is_file() else 0
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(entry.name, f"a token file {path} of whole {dtype} ids", f"{size} bytes")
+    try:
+        text = model.tokenizer  # only for counting bytes
+    except UserError:
+        text = None
+
+    def documents() -> Iterator[TokenDocument]:
+        for path in paths:
+            tokens = np.memmap(path, dtype=dtype, mode="r")
+            for ids in _split(tokens, tokenizer.config.eos_token_id):
+                ids = np.asarray(ids, dtype=np.int64)
+                if ids.max() >= tokenizer.config.vocab_size:
+                    expected = f"ids below the {tokenizer.config.vocab_size} of {tokenizer.name} in {path}"
+                    raise UserError(entry.name, expected, int(ids.max()))
+                yield TokenDocument(ids, None if text is None else len(text.decode(ids.tolist()).encode()))
+
+    return OpenSet(entry.name, entry.title, ", ".join(map(str, paths)), documents)
+
+
+@dataclass(frozen=True)
+class TokenFiles(DocumentSet):
+    """``--token-files NAME=GLOB``: token files of one's own."""
+
+    patterns: tuple[str, ...]
+
+    def open(self, model: ModelInfo, base_dir: str | None = None) -> OpenSet:
+        """See :meth:`DocumentSet.open`."""
+        globs = [str(Path(pattern).expanduser()) for pattern in self.patterns]
+        paths = [Path(p) for pattern in globs for p in sorted(glob.glob(pattern, recursive=True))]
+        if not paths:
+            raise MissingData(self.name, "token files that exist", ", ".join(self.patterns))
+        return open_token_files(self, paths, model)

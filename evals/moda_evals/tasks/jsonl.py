@@ -1,0 +1,60 @@
+"""Questions of one's own: a file with one JSON object per line.
+
+    {"context": "The capital of France is", "choices": [" Paris", " Rome"], "label": 0}
+
+``label`` counts from 0. A choice is scored as it stands, its leading space included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moda.errors import UserError
+
+from ..model import TextTokenizer
+from .base import Choice, Question, Task
+
+__all__ = ["JsonlTask"]
+
+
+@dataclass(frozen=True)
+class JsonlTask(Task):
+    """A task whose questions are the lines of ``path``."""
+
+    path: Path
+
+    def questions(self, tokenizer: TextTokenizer, limit: int | None) -> list[Question]:
+        """See :meth:`Task.questions`.
+
+        :raises UserError: for a file that is missing, or a line that is no question.
+        """
+        try:
+            with self.path.open(encoding="utf-8", newline="\n") as f:
+                lines = list(itertools.islice(f, limit))
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(self.name, f"a readable file {self.path}", hint=str(e)) from None
+        if not lines:
+            raise UserError(self.name, f"at least one question in {self.path}", "none")
+        return [self._question(tokenizer, number, line) for number, line in enumerate(lines, 1)]
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {**super().describe(), "path": str(self.path), "sha256": digest}
+
+    def _question(self, tokenizer: TextTokenizer, number: int, line: str) -> Question:
+        try:
+            row = json.loads(line)
+            context, texts, label = row["context"], row["choices"], row["label"]
+            if not (context and all(texts) and type(label) is int and 0 <= label < len(texts)):
+                raise ValueError("an empty text, or a label that is none of the choices")
+            ids = tuple(tokenizer.encode(context))
+            choices = [Choice(ids, tuple(tokenizer.encode(t)), len(t), len(t.encode())) for t in texts]
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            expected = f"an object with context, choices and label in {self.path}, line {number}"
+            raise UserError(self.name, expected, line[:60].rstrip(), str(e)[:100]) from None
+        return Question(f"{self.path.stem}/{number}", tuple(choices), label)

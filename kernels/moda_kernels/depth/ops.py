@@ -1,0 +1,186 @@
+"""Writing to and reading from a depth stream: custom ops with their autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moda_attention.backend import get_backend
+from ..moda_attention.tensors import Result
+from .masked import masked_read
+from .stream import DepthStream, stream_of
+
+__all__ = ["depth_attention", "depth_write"]
+
+# --- write ------------------------------------------------------------------------------------------------------------
+
+
+def _written_slot(row: Tensor, kind: int) -> tuple[DepthStream, int]:
+    stream, layer = stream_of(row)
+    slot = stream.layout.written_slot(layer, kind)
+    if slot is None:
+        raise ValueError(f"depth_write: kind {kind} of layer {layer} must have a slot, got one that no layer reads")
+    return stream, slot
+
+
+@torch.library.custom_op("moda::depth_write", mutates_args=())
+def _write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> Tensor:
+    stream, slot = _written_slot(row, kind)
+    stream.write(slot, k, v)
+    return torch.empty_like(order)
+
+
+@_write.register_fake
+def _(order, k, v, row, kind):  # type: ignore[no-untyped-def]
+    return torch.empty_like(order)
+
+
+@torch.library.custom_op("moda::depth_write_backward", mutates_args=())
+def _write_backward(
+    grad_order: Tensor, row: Tensor, kind: int, shape: list[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream, slot = _written_slot(row, kind)
+    grad_k, grad_v = stream.take_gradient(slot)
+    return grad_k, grad_v, torch.empty_like(grad_order)
+
+
+@_write_backward.register_fake
+def _(grad_order, row, kind, shape, dtype):  # type: ignore[no-untyped-def]
+    grad = grad_order.new_empty(shape, dtype=dtype)
+    return grad, torch.empty_like(grad), torch.empty_like(grad_order)
+
+
+def _write_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, k, _, row, kind = inputs
+    ctx.save_for_backward(row)
+    ctx.kind, ctx.shape, ctx.dtype = kind, k.shape, k.dtype
+
+
+def _write_grad(ctx: Any, grad_order: Tensor) -> tuple[Any, ...]:
+    (row,) = ctx.saved_tensors
+    grad_k, grad_v, grad_order = _write_backward(grad_order, row, ctx.kind, ctx.shape, ctx.dtype)
+    return grad_order, grad_k, grad_v, None, None
+
+
+_write.register_autograd(_write_grad, setup_context=_write_context)
+
+
+def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> Tensor:
+    """Write a layer's slot and return the next ``order``.
+
+    :param order: what the last write or read of this forward pass returned.
+    :param k: ``[B, T, Hk, D]`` depth keys in their final form (normalised and rotated as readers will use them).
+    :param v: ``[B, T, Hk, D]`` depth values.
+    :param row: ``stream.layer_rows[layer]``.
+    :param kind: ``ATTENTION`` or ``FFN``.
+
+    :raises ValueError: if no layer reads what would be written.
+    """
+    return _write(order, k, v, row, kind)
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moda::depth_attention", mutates_args=())
+def _read(
+    order: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_depth: Tensor | None,
+    cu_seqlens: Tensor | None,
+    row: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream, layer = stream_of(row)
+    x, slots = stream.inputs(layer, q, k, v, q_depth)
+    p = stream.problem(x, slots, cu_seqlens, causal, scale)
+    out, lse = get_backend(stream.backend, p.kind).forward(p, x)
+    return out, lse, torch.empty_like(order)
+
+
+@_read.register_fake
+def _(order, q, *rest):  # type: ignore[no-untyped-def]
+    B, T, Hq, _ = q.shape
+    lse = q.new_empty(B, Hq, T, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse, torch.empty_like(order)
+
+
+@torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
+def _read_backward(
+    grad_order: Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_depth: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    row: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> list[Tensor]:
+    stream, layer = stream_of(row)
+    stream.begin_backward(layer)
+    x, slots = stream.inputs(layer, q, k, v, q_depth)
+    p = stream.problem(x, slots, cu_seqlens, causal, scale)
+    backend = get_backend(stream.backend, p.kind)
+    depth = stream.depth_gradients(layer, backend, q)
+    dq, dk, dv, dqd = backend.backward(p, grad_out, None, x, Result(out, lse), depth)
+    if q_depth is not None and dqd is None:  # a layer that reads nothing: its depth query has no part in the output
+        dqd = torch.zeros_like(q_depth)
+    return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd) if g is not None)]
+
+
+@_read_backward.register_fake
+def _(grad_order, grad_out, q, k, v, q_depth, *rest):  # type: ignore[no-untyped-def]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, q_depth) if x is not None]
+    return [torch.empty_like(grad_order), *grads]
+
+
+def _read_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, q, k, v, q_depth, cu_seqlens, row, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, q_depth, cu_seqlens, *output[:2], row)
+
+
+def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) -> tuple[Any, ...]:
+    order, dq, dk, dv, *dqd = _read_backward(grad_order, grad_out, *ctx.saved_tensors, *ctx.options)
+    return order, dq, dk, dv, *(dqd or [None]), None, None, None, None
+
+
+_read.register_autograd(_read_grad, setup_context=_read_context)
+
+
+def depth_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    row: Tensor,
+    *,
+    q_depth: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A layer's attention over its sequence K/V and the slots it reads from the stream.
+
+    Arguments are those of :func:`moda_kernels.moda_attention`; ``order`` and ``row`` those of :func:`depth_write`. A packed
+    row (``cu_seqlens``) needs B = 1, in the stream's buffers too.
+
+    :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
+
+    :returns: the output ``[B, T, Hq, D]`` and the next ``order``.
+
+    :raises ValueError: for a mask together with gradients or ``cu_seqlens``.
+    """
+    if mask is not None:
+        return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask), order
+    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, causal, scale)
+    return out, order

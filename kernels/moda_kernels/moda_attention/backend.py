@@ -1,0 +1,111 @@
+"""What a backend of the operator can do, and how one is chosen."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+from .problem import Kind, Problem
+from .tensors import Deferred, DepthGradients, Gradients, Inputs, Pending, Result
+
+__all__ = ["Backend", "available_backends", "choose_backend", "get_backend"]
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "fused", "split")
+
+
+class Backend:
+    """One way to compute the operator. A backend is a module of this package with an instance called ``backend``."""
+
+    name: str
+    #: Whether ``backward`` can leave its depth gradients in a :class:`Deferred` place made by ``pending``.
+    defers = False
+
+    def unsupported(self, kind: Kind) -> str | None:
+        """Why this backend cannot solve problems of this kind, naming the argument, or None if it can."""
+        raise NotImplementedError
+
+    def forward(self, p: Problem, x: Inputs) -> Result:
+        raise NotImplementedError
+
+    def backward(
+        self,
+        p: Problem,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        x: Inputs,
+        saved: Result,
+        depth: DepthGradients | Deferred | None,
+    ) -> Gradients:
+        """Gradients of q, k, v and q_depth.
+
+        :param depth: where the gradients of the depth slots go; None where none are read.
+        """
+        raise NotImplementedError
+
+    def pending(self, layers: int, slots: int, q: torch.Tensor, n_kv_heads: int) -> Pending:
+        """Room for the depth gradients of up to ``layers`` layers like the one of ``q``, over ``slots`` slots."""
+        raise NotImplementedError
+
+    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> torch.Tensor:
+        """The output ``[B, T, Hq, D]`` of one softmax over the keys of ``sequence`` and the depth slots of ``x``.
+
+        :param p: a depth-only problem. :param sequence: attention over the sequence keys alone.
+        """
+        out, lse = sequence
+        deep = self.forward(p, x)
+        weight = torch.sigmoid(deep.lse - lse).mT[..., None]
+        return (out + weight * (deep.out - out)).to(out.dtype)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    return importlib.import_module(f".{name}", __package__).backend
+
+
+def available_backends() -> list[str]:
+    """Names of the backends whose requirements this machine has (a CUDA device is not looked for)."""
+    return [n for n in BACKENDS if n == "reference" or _triton_missing() is None]
+
+
+def get_backend(name: str, kind: Kind) -> Backend:
+    """The backend called ``name``, or the one that :func:`choose_backend` picks for ``"auto"``.
+
+    :raises ValueError: for an unknown name, a backend this machine does not have, or one that cannot solve such problems.
+    """
+    if name == "auto":
+        return choose_backend(kind)
+    if name not in BACKENDS:
+        raise ValueError(f"moda_attention: backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
+    missing = None if name == "reference" else _triton_missing()
+    if missing is not None:
+        raise ValueError(f"moda_attention: backend {name!r} cannot run here: {missing}")
+    backend = _load(name)
+    reason = backend.unsupported(kind)
+    if reason is not None:
+        raise ValueError(f"moda_attention: backend {name!r} cannot run this: {reason}")
+    return backend
+
+
+@functools.cache
+def choose_backend(kind: Kind) -> Backend:
+    """The fastest backend that can solve problems of this kind; the choice is logged once."""
+    name = "reference"
+    if kind.device.type == "cuda" and _triton_missing() is None:
+        # split first: the faster of the two in nearly every row of the committed benchmark results.
+        name = next((n for n in ("split", "fused") if _load(n).unsupported(kind) is None), name)
+    log.info(
+        "moda_attention: backend auto chose %r for %s %s, head dim %d, group size %d, causal=%s, depth_chunk=%d",
+        name, kind.device, str(kind.dtype).removeprefix("torch."), kind.head_dim, kind.group, kind.causal, kind.depth_chunk,
+    )  # fmt: skip
+    return _load(name)

@@ -1,0 +1,129 @@
+"""The split backend: the device's best flash attention for the sequence, a memory-bound Triton kernel for depth.
+
+The two are merged exactly by log-sum-exp: the depth kernel's online softmax starts from the sequence branch's output and LSE,
+and the sequence kernel's own backward is given the merged pair (:mod:`.sequence`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..backend import Backend
+from ..problem import Kind, Problem
+from ..tensors import Deferred, DepthGradients, Gradients, Inputs, Result
+from . import sequence
+from .depth_backward import depth_backward
+from .depth_forward import depth_forward
+from .flush import MAX_PRODUCTS, LayerProducts
+
+__all__ = ["Split", "backend"]
+
+HEAD_DIMS = range(8, 129, 8)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Split(Backend):
+    name = "split"
+    defers = True
+
+    def unsupported(self, kind: Kind) -> str | None:
+        if kind.device.type != "cuda" and not (kind.device.type == "cpu" and kind.interpreted):
+            return f"device {kind.device.type}: split needs a CUDA device"
+        if kind.depth_chunk != 1:
+            return f"depth_chunk {kind.depth_chunk}: split's depth kernels see a token's own slots only"
+        if kind.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {kind.dtype}: split takes float16 and bfloat16, and float32 without a sequence branch"
+        if kind.head_dim not in HEAD_DIMS:
+            return f"head dim {kind.head_dim}: split takes multiples of 8 up to 128"
+        return sequence.why_none(kind) if kind.has_sequence else None
+
+    def forward(self, p: Problem, x: Inputs) -> Result:
+        """Bitwise reproducible."""
+        branch = None
+        if x.k is not None and x.v is not None:
+            branch = sequence.choose(p.kind).forward(p, _rows(x.q), _rows(x.k), _rows(x.v))
+            branch = Result(branch[0], branch[1].contiguous())
+            if p.n_slots == 0:
+                return branch._replace(out=branch.out.contiguous())
+        return self._add_depth(p, x, branch)
+
+    def _add_depth(self, p: Problem, x: Inputs, branch: Result | None) -> Result:
+        assert x.depth_k is not None and x.depth_v is not None
+        return depth_forward(
+            _rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch,
+            out=branch.out if branch is not None and branch.out.is_contiguous() else None,
+        )  # fmt: skip
+
+    def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> torch.Tensor:
+        """Merged as the slots are read; ``sequence.out`` may be overwritten."""
+        return self._add_depth(p, x, Result(sequence.out, sequence.lse.contiguous())).out
+
+    def backward(
+        self,
+        p: Problem,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        x: Inputs,
+        saved: Result,
+        depth: DepthGradients | Deferred | None,
+    ) -> Gradients:
+        """The depth part is bitwise reproducible; the sequence part is as its kernel is (cuDNN and flash attention add up dq in
+        no fixed order).
+        """
+        q, grad_out = _rows(x.q), _rows(grad_out)
+        dq = dk = dv = None
+        if x.k is not None and x.v is not None:
+            k, v = _rows(x.k), _rows(x.v)
+            kernel = sequence.choose(p.kind)
+            dq, dk, dv = kernel.backward(p, grad_out, q, k, v, *saved)
+            if grad_lse is not None:
+                dq_lse, dk_lse = _backward_of_lse(p, kernel, grad_lse, q, k, v, saved.lse)
+                dq, dk = dq + dq_lse, dk + dk_lse
+            dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+            if p.n_slots == 0:
+                return Gradients(dq, dk, dv, None)
+        assert x.depth_k is not None and x.depth_v is not None and depth is not None
+        dq_depth = depth_backward(
+            grad_out, _rows(x.depth_query), x.depth_k, x.depth_v, saved, p.scale, depth,
+            table=p.table, grad_lse=grad_lse, add_to=dq if x.q_depth is None else None,
+        )  # fmt: skip
+        if x.q_depth is None:
+            return Gradients(dq_depth, dk, dv, None)
+        return Gradients(torch.zeros_like(q) if dq is None else dq, dk, dv, dq_depth)
+
+    def pending(self, layers: int, slots: int, q: torch.Tensor, n_kv_heads: int) -> LayerProducts:
+        group = q.shape[2] // n_kv_heads
+        return LayerProducts(max(1, min(layers, MAX_PRODUCTS // group)), slots, q)
+
+
+def _backward_of_lse(
+    p: Problem,
+    kernel: sequence.SequenceKernel,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the gradient of the LSE adds to dq and dk, from a kernel that knows gradients of the output only.
+
+    A backward computes ds = p * (do . v - do . out). With v = 0, ``out`` = minus the LSE's gradient (as three parts of half
+    precision that add up to it) and ``do`` = 1 in those three places, ds = p * grad_lse.
+    """
+    low = grad_lse.float().transpose(1, 2)
+    do = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    fake_out = torch.zeros_like(do)
+    do[..., :3] = 1
+    for i in range(3):
+        part = low.to(q.dtype)
+        fake_out[..., i] = -part
+        low = low - part.float()
+    dq, dk, _ = kernel.backward(p, do, q, k, torch.zeros_like(v), fake_out, lse)
+    return dq, dk
+
+
+backend = Split()

@@ -1,0 +1,94 @@
+"""DenseFormer (arXiv 2402.02622): after each block, a learned average of all earlier block outputs.
+
+With x_0 the embeddings, x_i the output of block i and weights a, dilation k:
+
+    y_i = sum over j <= i, j = i mod k, of a_ij x_j        block i + 1 receives y_i        a_ii = 1, others 0 at the start
+
+y_0 = x_0; the average after the last block goes to the final norm. With dilation k only every k-th earlier output is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from moda.errors import UserError
+
+from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State
+
+if TYPE_CHECKING:
+    from moda.config.model import ModelConfig
+
+__all__ = ["DenseFormer"]
+
+
+class _Pass(DepthPass):
+    def __init__(self, averages: nn.ParameterList, dilation: int, h: torch.Tensor) -> None:
+        self.averages, self.dilation, self.outputs = averages, dilation, [h]
+
+    def leave(self, layer: int, stream: Any, state: State) -> Any:
+        self.outputs.append(stream)
+        read = self.outputs[(layer + 1) % self.dilation :: self.dilation]
+        weights = self.averages[layer].to(stream)
+        return sum(w * x.to(stream.device) for w, x in zip(weights, read))
+
+
+class _Model(DepthModel):
+    def __init__(self, n_layers: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.averages = nn.ParameterList(torch.empty((layer + 1) // dilation + 1) for layer in range(n_layers))
+        self.reset_parameters()
+
+    def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
+        return h, _Pass(self.averages, self.dilation, h)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for weights in self.averages:
+                start = torch.zeros(weights.shape, device=weights.device)
+                start[-1] = 1
+                weights.copy_(start)
+
+
+@dataclass(frozen=True)
+class DenseFormer(DepthMechanism):
+    """Average block outputs over depth.
+
+    :param dilation: read only every how many of the earlier outputs.
+    """
+
+    name = "denseformer"
+    source = "arXiv 2402.02622"
+    no_weight_decay = ("depth.averages.*",)
+
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dilation < 1:
+            raise UserError("model.depth.dilation", "a number >= 1", self.dilation)
+
+    def build_model(self, model: ModelConfig) -> DepthModel:
+        return _Model(model.n_layers, self.dilation)
+
+    def _outputs_read(self, model: ModelConfig) -> int:
+        return sum((layer + 1) // self.dilation + 1 for layer in range(model.n_layers))
+
+    def forward_flops_per_token(self, model: ModelConfig) -> int:
+        return 2 * model.d_model * self._outputs_read(model)
+
+    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        return {"block outputs and their gradients": 2.0 * element_size * tokens * model.d_model * (model.n_layers + 1)}
+
+    def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
+        return [("block outputs averaged per layer", f"{self._outputs_read(model) / model.n_layers:.1f} on average")]
+
+    def draw(self, axes: Any, model: ModelConfig) -> None:
+        cells = [(j, i) for i in range(1, model.n_layers + 1) for j in range(i % self.dilation, i + 1, self.dilation)]
+        axes.scatter(*zip(*cells), marker="s", s=24, color="#4c78a8", label="block output")
+        axes.set(xlabel="output (0: embeddings)", ylabel="average after block", title="averaged block outputs")
+        axes.set(xlim=(-1, model.n_layers + 1), ylim=(model.n_layers + 1, -1))
+        axes.legend(loc="upper right", frameon=False)

@@ -1,0 +1,283 @@
+"""What a depth mechanism is: how layers read what earlier layers left, beyond the plain residual stream.
+
+A mechanism is a configuration (:class:`DepthMechanism`: its options, what it costs, what it does not work with) and three
+kinds of objects that it makes:
+
+* :class:`DepthLayer`, a module of each block, with hooks at two seams: the *residual stream* (what a sublayer receives, how
+  its output joins the stream) and the *attention's K/V*;
+* :class:`DepthModel`, a module of the whole model, for parameters and steps between blocks;
+* :class:`DepthPass`, the state of one forward pass, which hands each block tensors and takes back what the block returns.
+
+Blocks see tensors only, as arguments and results, so that compilation, activation checkpointing, FSDP2 and device maps treat
+them like any others. State belongs to a forward pass, never to a module: two passes may be alive at once.
+
+The same classes run in training, in evaluation and, with a KV cache, in the exported model, whose folder carries copies of
+these files. So they import torch and the standard library, and ask for anything else through :class:`Host` (the model around
+them) and :class:`AttentionHost` (the attention of a block).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+import torch.nn as nn
+
+from moda.errors import UserError, nearest
+from moda.registered import Registered
+from moda.typed import from_dict, to_dict
+from moda_kernels.depth.layout import DepthLayout
+
+if TYPE_CHECKING:
+    from moda.config.model import ModelConfig
+
+__all__ = ["AttentionHost", "DepthLayer", "DepthMechanism", "DepthModel", "DepthPass", "Host", "SlotMemory", "State"]
+
+#: Tensors that go into a block and come out of it.
+State = tuple[torch.Tensor, ...]
+#: What a block was called with besides the stream: document boundaries, masks, the KV cache. Hosts know what is in it.
+Context = Mapping[str, Any]
+
+
+class SlotMemory(Protocol):
+    """Depth slots of one forward pass, as the host keeps them."""
+
+    def enter(self, layer: int) -> State:
+        """What a block needs to read and write slots."""
+        ...
+
+    def leave(self, layer: int, state: State) -> None:
+        """Take what the block returned."""
+        ...
+
+
+class Host(Protocol):
+    """The model around a mechanism."""
+
+    def open_slots(self, layout: DepthLayout, device: torch.device) -> SlotMemory:
+        """An empty slot memory for one forward pass."""
+        ...
+
+
+class AttentionHost(Protocol):
+    """The attention of a block, step by step. T are the new tokens; a KV cache is the host's affair."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    q_norm: Any
+    k_norm: Any
+
+    def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+        """What each of several linears makes of ``x``; in training by one matrix product."""
+        ...
+
+    def gain(self, norm: Any) -> torch.Tensor:
+        """The gain of a QK-norm, ``[H * D]`` or ``[D]``."""
+        ...
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Raw queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``."""
+        ...
+
+    def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        """``[B, T, H, D]`` of ``[B, T, H * D]`` through a QK-norm, over the width that it has; None for no norm."""
+        ...
+
+    def rotate(self, q: torch.Tensor, k: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embedding of ``[B, T, H, D]`` at the tokens' positions."""
+        ...
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
+        """Softmax attention ``[B, T, Hq, D]`` over the sequence."""
+        ...
+
+    def attend_with_slots(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_depth: torch.Tensor | None,
+        state: State,
+        context: Context,
+    ) -> tuple[torch.Tensor, State]:
+        """Attention under one softmax over the sequence and the slots that this layer reads; and the next state."""
+        ...
+
+    def write_slot(self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Context) -> State:
+        """Write a slot ``[B, T, Hk, D]``; the next state."""
+        ...
+
+    def output(self, out: torch.Tensor) -> torch.Tensor:
+        """The attention's result ``[B, T, d_model]`` of ``[B, T, Hq, D]``."""
+        ...
+
+
+class DepthLayer(nn.Module):
+    """A mechanism's part of one block. As it stands it does what a block without a mechanism does.
+
+    Blocks call the methods below through the module itself, ``depth("attend", ...)``, so that module hooks (device maps,
+    offloading) see the calls. Do not read the layer's number in these methods: layers whose attributes are equal share one
+    compiled graph.
+    """
+
+    def forward(self, method: str, *args: Any) -> Any:
+        """Call a method by name."""
+        return getattr(self, method)(*args)
+
+    def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
+        """What a sublayer (``attention`` or ``feed_forward``) reads from the stream, before the norm placement."""
+        return stream
+
+    def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
+        """How a sublayer's output joins the stream."""
+        return stream + out
+
+    def attend(
+        self, attention: AttentionHost, x: torch.Tensor, state: State, context: Context
+    ) -> tuple[torch.Tensor, State]:
+        """The attention's output ``[B, T, d_model]`` for its input, and the next state."""
+        q, k, v = attention.project(x)
+        q, k = attention.normalise(q, attention.q_norm), attention.normalise(k, attention.k_norm)
+        q, k = attention.rotate(q, k, context)
+        out = attention.attend(q, k, v.unflatten(-1, (-1, attention.head_dim)), context)
+        return attention.output(out), state
+
+    def feed_forward(
+        self,
+        ffn: Callable[[torch.Tensor], torch.Tensor],
+        attention: AttentionHost,
+        x: torch.Tensor,
+        state: State,
+        context: Context,
+    ) -> tuple[torch.Tensor, State]:
+        """The FFN's output ``[B, T, d_model]`` for its input, and the next state."""
+        return ffn(x), state
+
+    def reset_parameters(self) -> None:
+        """Set the parameters that are not linears' (those are initialised like every other linear of the model)."""
+
+
+class DepthPass:
+    """One forward pass. As it stands there is no state."""
+
+    def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
+        """The stream and the state that a block is called with."""
+        return stream, ()
+
+    def leave(self, layer: int, stream: Any, state: State) -> Any:
+        """The stream after a block, from what it returned."""
+        return stream
+
+    def finish(self, stream: Any) -> torch.Tensor:
+        """What the final norm receives, ``[B, T, d_model]``."""
+        return stream
+
+
+class DepthModel(nn.Module):
+    """A mechanism's part of the whole model. As it stands it has no parameters."""
+
+    def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
+        """The first stream for embeddings ``[B, T, d_model]``, and the pass."""
+        return h, DepthPass()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters that are not linears'."""
+
+
+#: What a model can be asked for, and why a mechanism refuses it unless it says otherwise.
+_REFUSED = {
+    "tensor_parallel": "it is not split by heads yet",
+    "context_parallel": "it is not split by tokens yet",
+    "pipeline_parallel": "its state would have to cross stages",
+}
+
+
+class DepthMechanism(Registered):
+    """A mechanism's options and what follows from them: a dataclass, named by ``model.depth.mechanism``.
+
+    A mechanism is a file with a class like this one and a line in ``moda.depth``. Methods take the model's section
+    (:class:`moda.config.model.ModelConfig`).
+    """
+
+    family = "depth mechanism"
+    #: The paper.
+    source: ClassVar[str]
+    #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names.
+    refused: ClassVar[Mapping[str, str]] = _REFUSED
+    #: Parameters (globs of names) that weight decay must leave alone.
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_plain(cls, value: Any, key: str) -> DepthMechanism:
+        """The mechanism of a section ``{mechanism: NAME, option: value, ...}``.
+
+        :raises UserError: for an unknown mechanism, or an option that it does not have.
+        """
+        if isinstance(value, DepthMechanism):
+            return value
+        if not isinstance(value, Mapping):
+            hint = f"for example {{mechanism: {value if value in cls.known else next(iter(cls.known))}}}"
+            raise UserError(key, "a section that names a mechanism, or null", "null" if value is None else value, hint)
+        options = dict(value)
+        if "mechanism" not in options:
+            raise UserError(f"{key}.mechanism", f"one of {', '.join(cls.known)}", hint="it has no default")
+        member = cls.member(options.pop("mechanism"), f"{key}.mechanism")
+        own = {f.name for f in dataclasses.fields(member)}
+        for name in options:
+            owners = [m.name for m in cls.known.values() if name in {f.name for f in dataclasses.fields(m)}]
+            if name not in own and owners:
+                hint = f"it is an option of {', '.join(owners)}; {nearest(name, own) if own else 'it has none'}"
+                raise UserError(f"{key}.{name}", f"an option of {member.name}", hint=hint)
+        return from_dict(member, options, key)
+
+    def to_plain(self) -> Any:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {"mechanism": self.name, **{f.name: to_dict(getattr(self, f.name)) for f in fields}}
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse a model that the mechanism cannot be part of.
+
+        :raises UserError: naming the key.
+        """
+
+    def refuses(self, feature: str) -> str | None:
+        """Why the mechanism does not work with a feature, or None if it does.
+
+        :param feature: ``tensor_parallel``, ``context_parallel``, ``pipeline_parallel``, ``document_masking`` or
+            ``shared_prefix`` (several continuations of one text in a row, under a mask).
+        """
+        return self.refused.get(feature)
+
+    def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
+        """The module of block ``index``, on the current default device."""
+        return DepthLayer()
+
+    def build_model(self, model: ModelConfig) -> DepthModel:
+        """The module of the whole model, on the current default device."""
+        return DepthModel()
+
+    def num_params(self, model: ModelConfig) -> int:
+        """Parameters that the mechanism adds, counted from its modules."""
+        with torch.device("meta"):
+            modules = [self.build_model(model), *(self.build_layer(model, index) for index in range(model.n_layers))]
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def forward_flops_per_token(self, model: ModelConfig) -> int:
+        """Forward FLOPs per token besides the matrix products with its own parameters."""
+        return 0
+
+    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        """Bytes that a forward and backward pass of ``tokens`` tokens keeps, by purpose."""
+        return {}
+
+    def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
+        """Lines of a dry run, as name and value."""
+        return []
+
+    def draw(self, axes: Any, model: ModelConfig) -> None:
+        """Draw on matplotlib axes what layers read of earlier layers (rows: readers, columns: sources)."""
+        axes.set(title=self.name)
+        axes.axis("off")

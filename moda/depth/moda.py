@@ -1,0 +1,260 @@
+"""Mixture-of-Depths Attention (MoDA, arXiv 2603.15619): attention to the K/V that earlier layers wrote for the same token.
+
+For query head h of token t in layer l, with key/value head k = h // G, under one softmax:
+
+    logits = [ q . K_seq[0..t] , q_depth . K_depth[t, slots of l] ] / sqrt(D)
+    out    = softmax(logits) . [ V_seq[0..t] ; V_depth[t, slots of l] ]
+
+Each layer may write two slots: its attention's K/V and a K/V pair projected from its FFN's input. With khat = k / rms(k) of the
+raw projection, R the rotation at the token's position and g a k-norm's gain, slots are written once in their final form and
+whatever a reader adds moves into its query (exact; a gain does not commute with a rotation):
+
+    ================  =============  ===============  ============
+    key_norm          rope           slot             q_depth
+    ================  =============  ===============  ============
+    writer            same_position  R(g_w khat)      R q
+    writer            none           g_w khat         R q
+    reader            same_position  R khat           R(g_r q)
+    reader            none           khat             g_r (R q)
+    none              either         as projected     R q
+    ================  =============  ===============  ============
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from moda.errors import UserError
+from moda_kernels.depth.layout import ATTENTION, FFN, DepthLayout
+
+from .mechanism import (
+    AttentionHost,
+    Context,
+    DepthLayer,
+    DepthMechanism,
+    DepthModel,
+    DepthPass,
+    Host,
+    SlotMemory,
+    State,
+)
+from .read import All, SlotPolicy
+
+if TYPE_CHECKING:
+    from moda.config.model import ModelConfig
+
+__all__ = ["MoDA"]
+
+
+class AttentionSlot(str, Enum):
+    """What a layer's attention writes."""
+
+    reuse = "reuse"
+    """The layer's own K and V (paper, Table 3 row 3): no new parameters."""
+    project = "project"
+    """Separate K/V projections of the attention's input (Table 3 row 5)."""
+
+
+class KeyNorm(str, Enum):
+    """Which QK-norm a depth key goes through."""
+
+    writer = "writer"
+    """The writing layer's ``k_norm``, shared by all slots that the layer writes."""
+    reader = "reader"
+    """The reading layer's ``k_norm`` (the authors' language-model script)."""
+    none = "none"
+    """Projected keys raw, reused keys as the sequence has them."""
+
+
+class DepthRoPE(str, Enum):
+    """Whether a depth key is rotated."""
+
+    same_position = "same_position"
+    """At its own token's position, so that its position relative to the query is zero."""
+    none = "none"
+    """Left unrotated against a rotated query (the authors' language-model script)."""
+
+
+class _Projection(nn.Module):
+    """The linears of one K/V pair from a tensor of the block: two matrices ``d_model x (Hk * D)``."""
+
+    def __init__(self, d_model: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.w_k = nn.Linear(d_model, width, bias=bias)
+        self.w_v = nn.Linear(d_model, width, bias=bias)
+
+
+class _Layer(DepthLayer):
+    """Reads slots in the attention; writes a slot after the attention and one before the FFN."""
+
+    def __init__(self, mechanism: MoDA, model: ModelConfig, index: int) -> None:
+        super().__init__()
+        layout = mechanism.layout(model.n_layers)
+        self.key_norm, self.rotated = mechanism.key_norm, mechanism.rope == DepthRoPE.same_position
+        self.writes_attention = layout.written_slot(index, ATTENTION) is not None
+        assert model.n_kv_heads is not None and model.head_dim is not None
+        sizes = (model.d_model, model.n_kv_heads * model.head_dim, model.bias)
+        projects = self.writes_attention and mechanism.attention == AttentionSlot.project
+        self.attention_slot = _Projection(*sizes) if projects else None
+        self.ffn_slot = _Projection(*sizes) if layout.written_slot(index, FFN) is not None else None
+
+    def attend(
+        self, attention: AttentionHost, x: torch.Tensor, state: State, context: Context
+    ) -> tuple[torch.Tensor, State]:
+        raw_q, raw_k, raw_v = attention.project(x)
+        q, k = attention.normalise(raw_q, attention.q_norm), attention.normalise(raw_k, attention.k_norm)
+        v = raw_v.unflatten(-1, (-1, attention.head_dim))
+        q_depth: torch.Tensor | None = None
+        reader = self.key_norm == KeyNorm.reader
+        if reader and self.rotated:
+            scaled = self._times_gain(attention, q)
+            q_depth, _ = attention.rotate(scaled, scaled, context)
+        q, k = attention.rotate(q, k, context)
+        if reader and q_depth is None:
+            q_depth = self._times_gain(attention, q)
+        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context)
+        if self.writes_attention:
+            if self.attention_slot is not None:
+                k, v = self._project(attention, x, self.attention_slot, context)
+            elif reader or not self.rotated:
+                k, v = self._slot(attention, raw_k, raw_v, context, projected=False)
+            state = attention.write_slot(k, v, ATTENTION, state, context)
+        return attention.output(out), state
+
+    def feed_forward(
+        self,
+        ffn: Callable[[torch.Tensor], torch.Tensor],
+        attention: AttentionHost,
+        x: torch.Tensor,
+        state: State,
+        context: Context,
+    ) -> tuple[torch.Tensor, State]:
+        if self.ffn_slot is not None:
+            k, v = self._project(attention, x, self.ffn_slot, context)
+            state = attention.write_slot(k, v, FFN, state, context)
+        return ffn(x), state
+
+    def _project(
+        self, attention: AttentionHost, x: torch.Tensor, projection: _Projection, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A slot from a tensor ``[B, T, d_model]`` of the block."""
+        k, v = attention.linear(x, projection.w_k, projection.w_v)
+        return self._slot(attention, k, v, context, projected=True)
+
+    def _slot(
+        self, attention: AttentionHost, k: torch.Tensor, v: torch.Tensor, context: Context, *, projected: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A slot ``[B, T, Hk, D]`` in its final form, of raw keys and values ``[B, T, Hk * D]``."""
+        if self.key_norm == KeyNorm.reader:
+            k = attention.normalise(k, _WithoutGain(attention.k_norm))
+        else:
+            k = attention.normalise(k, None if projected and self.key_norm == KeyNorm.none else attention.k_norm)
+        if self.rotated:
+            k, _ = attention.rotate(k, k, context)
+        return k, v.unflatten(-1, (-1, attention.head_dim))
+
+    @staticmethod
+    def _times_gain(attention: AttentionHost, q: torch.Tensor) -> torch.Tensor:
+        """``g_r q`` with this layer's k-norm gain, taken at kv head h // G for query head h; ``[B, T, Hq, D]``."""
+        gain = attention.gain(attention.k_norm).view(-1, attention.head_dim)  # [Hk, D], or [1, D] for a per-head norm
+        if gain.shape[0] > 1:
+            gain = gain.repeat_interleave(attention.n_heads // attention.n_kv_heads, dim=0)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return (q.to(wide) * gain.to(wide)).to(q.dtype)
+
+
+class _WithoutGain:
+    """khat = k / rms(k): a norm without its gain, in fp32 or above."""
+
+    def __init__(self, norm: Any) -> None:
+        self.eps = norm.eps
+
+    def __call__(self, k: torch.Tensor) -> torch.Tensor:
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        return F.rms_norm(wide, k.shape[-1:], eps=self.eps).to(k.dtype)
+
+
+class _Pass(DepthPass):
+    def __init__(self, memory: SlotMemory) -> None:
+        self.memory = memory
+
+    def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
+        return stream, self.memory.enter(layer)
+
+    def leave(self, layer: int, stream: Any, state: State) -> Any:
+        self.memory.leave(layer, state)
+        return stream
+
+
+class _Model(DepthModel):
+    def __init__(self, layout: DepthLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
+        return h, _Pass(host.open_slots(self.layout, h.device))
+
+
+@dataclass(frozen=True)
+class MoDA(DepthMechanism):
+    """Attention over the sequence and over depth.
+
+    :param attention: ``reuse`` the layer's own K/V as its slot, or ``project`` separate ones.
+    :param ffn: whether each FFN's input is projected to one more slot (Table 3 row 4).
+    :param key_norm: the norm that depth keys go through: the ``writer``'s, the ``reader``'s or ``none``.
+    :param rope: depth keys rotated at the ``same_position`` as their token, or not (``none``).
+    :param read: which slots a layer reads: a slot policy.
+    """
+
+    name = "moda"
+    source = "arXiv 2603.15619"
+    renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
+
+    attention: AttentionSlot = AttentionSlot.reuse
+    ffn: bool = True
+    key_norm: KeyNorm = KeyNorm.writer
+    rope: DepthRoPE = DepthRoPE.same_position
+    read: SlotPolicy = All()
+
+    def layout(self, n_layers: int) -> DepthLayout:
+        """Which slots the layers of a model write and read."""
+        kinds = 2 if self.ffn else 1
+        return DepthLayout(self.read.reads(n_layers, kinds), kinds)
+
+    def check(self, model: ModelConfig) -> None:
+        if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
+            raise UserError("model.depth.key_norm", "none where model.qk_norm is none", self.key_norm.value)
+
+    def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
+        return _Layer(self, model, index)
+
+    def build_model(self, model: ModelConfig) -> DepthModel:
+        return _Model(self.layout(model.n_layers))
+
+    def forward_flops_per_token(self, model: ModelConfig) -> int:
+        assert model.head_dim is not None
+        return 4 * model.n_heads * model.head_dim * self.layout(model.n_layers).slots_read
+
+    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        assert model.n_kv_heads is not None and model.head_dim is not None
+        slots = self.layout(model.n_layers).n_slots
+        slot = element_size * tokens * model.n_kv_heads * model.head_dim
+        return {"depth keys, values and their gradients": 4.0 * slots * slot}
+
+    def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
+        layout = self.layout(model.n_layers)
+        return [
+            ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
+            ("a layer reads", self.read.describe()),
+            ("parameters of depth projections", f"{self.num_params(model):,}"),
+        ]
+
+    def draw(self, axes: Any, model: ModelConfig) -> None:
+        self.read.draw(axes, model.n_layers, 2 if self.ffn else 1)

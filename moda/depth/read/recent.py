@@ -1,0 +1,31 @@
+"""Read the most recent slots only: depth memory that does not grow with depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moda.errors import UserError
+
+from .policy import SlotPolicy
+
+
+@dataclass(frozen=True)
+class Recent(SlotPolicy):
+    """A layer reads the last ``n`` slots written before it.
+
+    :param n: how many.
+    """
+
+    name = "recent"
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UserError("model.depth.read.recent", "a number >= 1", self.n)
+
+    def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
+        end = layer * kinds
+        return tuple(range(max(0, end - self.n), end))
+
+    def describe(self) -> str:
+        return f"the {self.n} most recent slots"

@@ -1,0 +1,124 @@
+"""The recipes of docs/extending.md, run as they stand: their code, a line in a registry, and all that must then know it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moda.config import load_config
+from moda.depth import DepthMechanism
+from moda.depth.read import SlotPolicy
+from moda.errors import UserError
+from moda.hf import section_of, to_hf
+from moda.hf.configuration_moda import MoDAConfig
+from moda.hf.modeling_moda import MoDAForCausalLM
+from moda.model import transformer_config
+from moda.placements import NormPlacement
+from moda.train.plan import make_plan
+from moda.typed import to_dict
+from tests.model.test_against_plain import DEPTH, build, check
+from tests.tiny import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+CODE = {Path(m[1]).stem: m[0] for m in re.findall(r"```python\n((?:# (\S+))\n.*?)```", PAGE, flags=re.DOTALL)}
+IDS = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+def load(name: str) -> types.ModuleType:
+    """The module that a recipe's code makes."""
+    module = types.ModuleType(f"recipe_{name}")
+    sys.modules[module.__name__] = module
+    exec(compile(CODE[name], f"{name}.py", "exec"), vars(module))
+    return module
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Puts the registries back as they were."""
+    families: tuple[Any, ...] = (NormPlacement, SlotPolicy, DepthMechanism)
+    before = [dict(f.known) for f in families]
+    yield
+    for family, known in zip(families, before):
+        family.known = known
+
+
+def known_everywhere(overrides: list[str], shown: str) -> None:
+    """Configuration, planner, training, evaluation's masks, export and decoding with a cache."""
+    shape = ["model.n_layers=3", "model.d_model=32", "model.ffn_hidden_size=48", "model.vocab_size=61"]
+    config = load_config(ROOT / "configs" / "moda_demo.yaml", [*shape, *overrides])
+    assert shown in str(to_dict(config.model))
+    planned = load_config(ROOT / "configs" / "moda_demo.yaml", [*shape[:3], *overrides])
+    assert any(name == "parameters" for name, _ in make_plan(planned, 1).rows())
+    form = transformer_config(config.model)
+    net = form.build()
+    net.init_weights(max_seq_len=16, device=torch.device("cpu"))
+    assert sum(p.numel() for p in net.parameters()) == form.num_params
+    assert net.num_flops_per_token(16) == form.num_flops_per_token(16)
+    net(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    causal = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, -1, -1)
+    with torch.no_grad():
+        truth = net(IDS)
+        assert net.shares_prefix
+        torch.testing.assert_close(net(IDS, mask=causal), truth, rtol=1e-4, atol=1e-5)
+        exported = MoDAForCausalLM(MoDAConfig(model=to_dict(section_of(form)))).eval()
+        exported.load_state_dict(to_hf(dict(net.named_parameters(remove_duplicate=False)), 61))
+        torch.testing.assert_close(exported(IDS).logits, truth, rtol=1e-4, atol=1e-5)
+        greedy = exported.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+        for n in range(7, 11):
+            assert greedy[0, n] == net(greedy[:, :n])[0, -1].argmax()
+
+
+def test_every_recipe_of_the_table_is_on_the_page() -> None:
+    rows = re.findall(r"^\| a[n]? ([\w ]+) \|", PAGE, flags=re.MULTILINE)
+    headings = re.findall(r"^## An? (.+)$", PAGE, flags=re.MULTILINE)
+    assert len(rows) == len(headings) and {"deep", "first_recent", "layer_scale"} <= set(CODE)
+
+
+def test_a_norm_placement(registries: None) -> None:
+    deep = load("deep").Deep
+    NormPlacement.register(*NormPlacement.known.values(), deep)
+    x, out = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    made = deep(3.0).combine(x, out, [torch.tanh], torch.add)
+    assert torch.equal(made, torch.tanh(3.0 * x + out))
+    for depth in ("null", "{mechanism: moda}", "{mechanism: denseformer}"):
+        if depth != "null":
+            known_everywhere(["model.norm_placement={deep: 3.0}", f"model.depth={depth}"], "{'deep': 3.0}")
+    plain = load_config(ROOT / "configs" / "olmo2_demo.yaml", ["model.norm_placement=deep", "model.vocab_size=61"])
+    net = transformer_config(plain.model).build()
+    net.init_weights(max_seq_len=16, device=torch.device("cpu"))
+    net(IDS, labels=IDS).loss.backward()
+    with pytest.raises(UserError, match=r"did you mean 'deep'\?"):
+        load_config(ROOT / "configs" / "olmo2_demo.yaml", ["model.norm_placement=depe"])
+
+
+def test_a_slot_policy(registries: None) -> None:
+    policy = load("first_recent").FirstRecent
+    SlotPolicy.register(*SlotPolicy.known.values(), policy)
+    assert policy(2, 2).slots(5, 2) == (0, 1, 8, 9) and policy(2, 2).slots(1, 2) == (0, 1)
+    read = {"first_recent": {"first": 1, "recent": 2}}
+    for attention in ("reuse", "project"):
+        net = build("post", {"mechanism": "moda", "attention": attention, "read": read}, n_layers=5)
+        check(net, "post", {**DEPTH, "attention": attention, "reads": policy(1, 2).slots}, n_layers=5)
+    known_everywhere(["model.depth.read={first_recent: {first: 1, recent: 2}}"], "first_recent")
+    with pytest.raises(UserError, match="numbers >= 1"):
+        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={first_recent: {first: 0, recent: 2}}"])
+
+
+def test_a_mechanism(registries: None) -> None:
+    mechanism = load("layer_scale").LayerScale
+    DepthMechanism.register(*DepthMechanism.known.values(), mechanism)
+    known_everywhere(["model.depth={mechanism: layer_scale, start: 0.2}"], "layer_scale")
+    config = load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.mechanism=layer_scale"])
+    assert config.model.depth is not None
+    assert config.model.depth.num_params(config.model) == 4 * 2 * 128
+    net = transformer_config(config.model, 61).build()
+    net.init_weights(max_seq_len=16, device=torch.device("cpu"))
+    assert torch.equal(net.blocks["0"].depth.attention_scale, torch.full((128,), 0.1))
