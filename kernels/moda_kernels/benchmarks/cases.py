@@ -6,7 +6,8 @@ The printed milliseconds are kept in ``paper_ms`` (FA2-Triton, MoDA) and, for Ta
 paper's C = 64 is the tile of its kernel, not the ``depth_chunk`` of this operator.
 
 Ours: the training shape (T = 4096, 16 / 8 heads, 72 slots: the last layer but one of the 36-layer model), which is added to
-Table 7, and the table ``siblings``: depth-only, non-causal and chunk-visible attention, packed documents, head dim 128.
+Table 7, and the table ``siblings``: depth-only, non-causal and chunk-visible attention, lists of slots, packed documents,
+head dim 128.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ PAPER_TABLE_7 = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row. ``sweep`` names the axis that a plot shows it on; ``docs`` is the number of equally long documents."""
+    """One row.
+
+    :param sweep: the axis that a plot shows it on.
+    :param docs: the number of equally long documents.
+    :param every: the S slots read are every so many of the buffers: 1 for a contiguous run.
+    """
 
     table: str
     sweep: str
@@ -42,6 +48,7 @@ class Case:
     depth_chunk: int = 1
     sequence: bool = True
     docs: int = 1
+    every: int = 1
     paper_ms: tuple[float | None, float] | None = None
 
     @property
@@ -50,8 +57,14 @@ class Case:
         extras += [f"chunk{self.depth_chunk}"] if self.depth_chunk > 1 else []
         extras += [] if self.sequence else ["depth-only"]
         extras += [f"{self.docs}docs"] if self.docs > 1 else []
+        extras += [f"every{self.every}"] if self.every > 1 else []
         extras += [f"B{self.B}"] if self.B > 1 else []
         return "-".join([f"T{self.T}", f"G{self.G}", f"S{self.S}", f"D{self.D}", *extras])
+
+    @property
+    def slots(self) -> tuple[int, ...] | None:
+        """The slots that are read, or None for all."""
+        return None if self.every == 1 else tuple(range(0, self.S * self.every, self.every))
 
 
 def _table_2() -> list[Case]:
@@ -79,6 +92,9 @@ TABLES: dict[str, list[Case]] = {
     "siblings": [
         Case("siblings", "depth-only", 16384, 8, 64, sequence=False),
         Case("siblings", "depth-only", 4096, 2, 72, B=8, sequence=False),
+        Case("siblings", "slot list", 4096, 2, 36, B=8, sequence=False),
+        Case("siblings", "slot list", 4096, 2, 36, B=8, sequence=False, every=2),
+        Case("siblings", "slot list", 4096, 2, 36, B=8, every=2),
         Case("siblings", "non-causal", 8192, 8, 64, causal=False),
         Case("siblings", "chunk", 8192, 8, 64, depth_chunk=4),
         Case("siblings", "chunk", 8192, 8, 64, depth_chunk=64),
@@ -102,8 +118,8 @@ def draw(case: Case, length: int | None = None) -> dict[str, torch.Tensor | None
         x["k"], x["v"] = (normal(case.B, T, case.Hk, case.D) for _ in range(2))
     if case.S:
         for name in ("depth_k", "depth_v"):
-            buffer = torch.empty(case.S, case.B, T, case.Hk, case.D, device="cuda", dtype=torch.bfloat16)
-            for s in range(case.S):  # slot by slot: no fp32 copy of the whole
+            buffer = torch.empty(case.S * case.every, case.B, T, case.Hk, case.D, device="cuda", dtype=torch.bfloat16)
+            for s in range(len(buffer)):  # slot by slot: no fp32 copy of the whole
                 buffer[s] = normal(case.B, T, case.Hk, case.D)
             x[name] = buffer
     if case.docs > 1:

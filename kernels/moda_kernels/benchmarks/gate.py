@@ -14,8 +14,9 @@ import dataclasses
 
 import torch
 
-from moda_kernels.moda_attention import moda_attention
-from moda_kernels.yardstick import Verdict, plain_attention, verdicts
+from moda_kernels.moda_attention.naive import naive_attention
+from moda_kernels.moda_attention.tensors import Result
+from moda_kernels.yardstick import Verdict, verdicts
 
 from .cases import Case, draw
 from .variants import INPUTS, Tensors, Variant, bind
@@ -30,17 +31,15 @@ Values = dict[str, torch.Tensor | None]
 
 
 def _differentiate(case: Case, x: Tensors, depth: bool, dtype: torch.dtype) -> Values:
-    """Output, LSE and gradients by autograd: the plain computation in bf16, the reference in fp64."""
+    """Output, LSE and gradients by autograd on the naive equation: the plain computation in bf16, the truth in fp64."""
     names = [n for n in INPUTS if x[n] is not None and (depth or not n.startswith("depth"))]
     leaves = {n: x[n].detach().to(dtype).requires_grad_() for n in names}  # type: ignore[union-attr]
     options = dict(causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"])
     arguments = [leaves.get(n) for n in INPUTS]
-    if dtype == torch.float64:
-        out, lse = moda_attention(*arguments, backend="reference", return_lse=True, **options)  # type: ignore[arg-type]
-    else:
-        out, lse = plain_attention(*arguments, **options)  # type: ignore[arg-type]
+    out, lse = naive_attention(*arguments, slots=case.slots if depth else None, **options)  # type: ignore[arg-type]
     grads = torch.autograd.grad(out, list(leaves.values()), x["grad_out"].to(dtype))  # type: ignore[union-attr]
-    return {"out": out.detach(), "lse": lse.detach(), **{f"d{n}": g for n, g in zip(names, grads)}}
+    by_name = {f"d{n}": g[:: case.every] if n.startswith("depth") else g for n, g in zip(names, grads)}
+    return {"out": out.detach(), "lse": lse.detach(), **by_name}
 
 
 def short_truth(case: Case, depth: bool) -> tuple[Tensors, Values, Values]:
@@ -100,7 +99,7 @@ def _sampled(
     tokens: torch.Tensor,
     T: int,
     dtype: torch.dtype,
-    saved: tuple[torch.Tensor, torch.Tensor],
+    saved: Result,
 ) -> Values:
     """Values of ``tokens`` of row 0 in ``dtype``, keys 0..T. dk and dv use the variant's own output and LSE of all rows."""
     q = x["q"][0, tokens].to(dtype).unflatten(1, (case.Hk, case.G)).requires_grad_()  # type: ignore[index]
@@ -117,7 +116,7 @@ def _sampled(
         first = tokens // case.depth_chunk * case.depth_chunk
         u = first[:, None] + torch.arange(case.depth_chunk, device="cuda")
         hidden = u > tokens[:, None]
-        dk, dv = (x[n][:, 0, u.clamp(max=T - 1)].to(dtype).requires_grad_() for n in ("depth_k", "depth_v"))  # type: ignore[index]
+        dk, dv = (x[n][:: case.every, 0, u.clamp(max=T - 1)].to(dtype).requires_grad_() for n in ("depth_k", "depth_v"))  # type: ignore[index]
         s = torch.einsum("nhgd,snchd->hgncs", q, dk) * scale
         parts.append(s.masked_fill(hidden[:, :, None], float("-inf")).flatten(-2))
         if case.depth_chunk == 1:
@@ -143,7 +142,7 @@ def _sampled(
 
 
 def _sampled_keys(
-    case: Case, x: Tensors, keys: torch.Tensor, T: int, dtype: torch.dtype, saved: tuple[torch.Tensor, torch.Tensor]
+    case: Case, x: Tensors, keys: torch.Tensor, T: int, dtype: torch.dtype, saved: Result
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv ``[n, Hk, D]`` of the sampled keys from the queries 0..T of row 0."""
     scale = case.D**-0.5

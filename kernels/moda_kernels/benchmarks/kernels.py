@@ -28,7 +28,8 @@ from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
 __all__ = ["BENCHMARK", "COLUMNS", "run_table"]
 
 COLUMNS = (
-    "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "dtype",
+    "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "every",
+    "dtype",
     "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "timing", "floor_ms", "over_floor",
     "cudnn_ms", "over_cudnn", "reason", "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s",
 )  # fmt: skip

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moda_kernels.moda_attention import Problem, get_backend, make_problem
+from moda_kernels.moda_attention.backend import get_backend
+from moda_kernels.moda_attention.problem import Problem, make_problem
+from moda_kernels.moda_attention.tensors import DepthGradients, Inputs, Result
 
 from .cases import Case
 
-__all__ = ["VARIANTS", "Bound", "Variant", "bind", "problem_of"]
+__all__ = ["VARIANTS", "Bound", "Variant", "bind"]
 
 Tensors = dict[str, torch.Tensor | None]
 INPUTS = ("q", "k", "v", "depth_k", "depth_v")
@@ -57,17 +59,9 @@ class Bound:
     """A variant on a case's tensors. ``results`` after a forward and a backward, by the yardstick's names."""
 
     problem: Problem
-    forward: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[[tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor | None]]
-    backward_add: Callable[[tuple[torch.Tensor, torch.Tensor]], None] | None = None
-
-
-def problem_of(case: Case, x: Tensors, depth: bool) -> Problem:
-    assert x["q"] is not None
-    deep = (x["depth_k"], x["depth_v"]) if depth else (None, None)
-    return make_problem(
-        x["q"], x["k"], x["v"], *deep, causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"]
-    )
+    forward: Callable[[], Result]
+    backward: Callable[[Result], dict[str, torch.Tensor | None]]
+    backward_add: Callable[[Result], None] | None = None
 
 
 def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
@@ -80,45 +74,45 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
         raise NotRun(f"T > {variant.longest}: takes too long")
     if not variant.depth and not case.sequence:
         raise NotRun("depth-only: there is no sequence attention")
-    p = problem_of(case, x, variant.depth)
-    if variant.sequence_kernel is not None:
-        return _bind_sequence(variant.sequence_kernel, p, x)
-    assert variant.backend is not None
-    backend = get_backend(variant.backend, p)
-    q, k, v, grad_out = (x[n] for n in ("q", "k", "v", "grad_out"))
+    q, grad_out = x["q"], x["grad_out"]
     assert q is not None and grad_out is not None
-    deep = p.n_slots > 0
-    depth_k, depth_v = (x["depth_k"], x["depth_v"]) if deep else (None, None)
-
-    def forward() -> tuple[torch.Tensor, torch.Tensor]:
-        return backend.forward(p, q, k, v, depth_k, depth_v, None)
-
-    def backward(saved: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-        gk, gv = (None if t is None else torch.empty_like(t) for t in (depth_k, depth_v))
-        slots = (0, p.n_slots)
-        dq, dk, dv, _ = backend.backward(p, grad_out, None, q, k, v, depth_k, depth_v, None, *saved, gk, gv, slots)
-        return {"dq": dq, "dk": dk, "dv": dv, "ddepth_k": gk, "ddepth_v": gv}
-
+    inputs = Inputs(q, x["k"], x["v"], *((x["depth_k"], x["depth_v"]) if variant.depth else ()))
+    options = dict(causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"])
+    slots = case.slots if variant.depth else None
+    p = make_problem(inputs, slots=slots, **options)  # type: ignore[arg-type]
+    if variant.sequence_kernel is not None:
+        return _bind_sequence(variant.sequence_kernel, p, inputs, grad_out)
+    assert variant.backend is not None
+    backend = get_backend(variant.backend, p.kind)
     sums: list[torch.Tensor] = []
 
-    def backward_add(saved: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def backward(saved: Result) -> dict[str, torch.Tensor | None]:
+        depth = None
+        if inputs.depth_k is not None and inputs.depth_v is not None:
+            buffers = torch.empty_like(inputs.depth_k), torch.empty_like(inputs.depth_v)
+            depth = DepthGradients(*buffers, (0, p.n_slots))
+        g = backend.backward(p, grad_out, None, inputs, saved, depth)
+        dk, dv = (None, None) if depth is None else (t[:: case.every] for t in depth[:2])
+        return {"dq": g.q, "dk": g.k, "dv": g.v, "ddepth_k": dk, "ddepth_v": dv}
+
+    def backward_add(saved: Result) -> None:
         """Depth gradients added to buffers that stay, as a layer's backward inside a model does."""
         if not sums:
-            sums.extend(torch.zeros_like(t) for t in (depth_k, depth_v) if t is not None)
-        backend.backward(p, grad_out, None, q, k, v, depth_k, depth_v, None, *saved, sums[0], sums[1], (0, 0))
+            sums.extend(torch.zeros_like(t) for t in (inputs.depth_k, inputs.depth_v) if t is not None)
+        backend.backward(p, grad_out, None, inputs, saved, DepthGradients(sums[0], sums[1], (0, 0)))
 
-    return Bound(p, forward, backward, backward_add if deep else None)
+    return Bound(p, lambda: backend.forward(p, inputs), backward, backward_add if p.n_slots else None)
 
 
-def _bind_sequence(name: str, p: Problem, x: Tensors) -> Bound:
-    from moda_kernels.moda_attention import sequence
+def _bind_sequence(name: str, p: Problem, x: Inputs, grad_out: torch.Tensor) -> Bound:
+    from moda_kernels.moda_attention.split import sequence
 
-    kernel = sequence.choose(p, name)
-    q, k, v, grad_out = (x[n] for n in ("q", "k", "v", "grad_out"))
-    assert q is not None and k is not None and v is not None and grad_out is not None
+    kernel = sequence.choose(p.kind._replace(sequence_kernel=name))
+    k, v = x.k, x.v
+    assert k is not None and v is not None
 
-    def backward(saved: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-        dq, dk, dv = kernel.backward(p, grad_out, q, k, v, *saved)
+    def backward(saved: Result) -> dict[str, torch.Tensor | None]:
+        dq, dk, dv = kernel.backward(p, grad_out, x.q, k, v, *saved)
         return {"dq": dq, "dk": dk, "dv": dv}
 
-    return Bound(p, lambda: kernel.forward(p, q, k, v), backward)
+    return Bound(p, lambda: Result(*kernel.forward(p, x.q, k, v)), backward)

@@ -3,8 +3,6 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
