@@ -20,6 +20,12 @@ __all__ = ["ProgressCallback", "format_duration", "step_line"]
 
 log = logging.getLogger(__name__)
 
+#: Figures of a step in the order in which a line shows them.
+_FORMATS = {
+    "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:.3f}", "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu_percent": "MFU {:.1f} %", "memory_gib": "memory {:.1f} GiB",
+}  # fmt: skip
+
 
 def format_duration(seconds: float) -> str:
     """``1d 02:03:04``, ``02:03:04`` or ``03:04``."""
@@ -31,19 +37,7 @@ def format_duration(seconds: float) -> str:
 
 def step_line(step: int, total: int, f: dict[str, float]) -> str:
     """One line of figures: step, loss, lr, gradient norm, tokens/s, MFU, memory, ETA."""
-    parts = [f"step {step}/{total}"]
-    if "loss" in f:
-        parts.append(f"loss {f['loss']:.4f}")
-    if "lr" in f:
-        parts.append(f"lr {f['lr']:.2e}")
-    if "grad_norm" in f:
-        parts.append(f"grad norm {f['grad_norm']:.3f}")
-    if "tokens_per_second" in f:
-        parts.append(f"{f['tokens_per_second']:,.0f} tokens/s")
-    if "mfu_percent" in f:
-        parts.append(f"MFU {f['mfu_percent']:.1f} %")
-    if "memory_gib" in f:
-        parts.append(f"memory {f['memory_gib']:.1f} GiB")
+    parts = [f"step {step}/{total}", *(form.format(f[name]) for name, form in _FORMATS.items() if name in f)]
     if "eta_seconds" in f:
         parts.append(f"ETA {format_duration(f['eta_seconds'])}")
     return " | ".join(parts)
