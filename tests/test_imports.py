@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"moda_kernels", "moda", "moda_evals", "scripts", "kernels", "evals"}  # the last two belong to others
+OURS = {"moda_kernels", "moda", "moda_evals", "moda_cli", "scripts", "kernels", "evals"}  # the last two belong to others
 MAY_IMPORT = {
     "kernels": {"moda_kernels"},
     "moda": {"moda_kernels", "moda"},
     "evals": {"moda_kernels", "moda", "moda_evals"},
-    "scripts": {"moda_kernels", "moda", "moda_evals"},
+    "scripts": {"moda_kernels", "moda", "moda_evals", "moda_cli"},
 }
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
