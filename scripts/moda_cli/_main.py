@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given and not given[0].startswith("-"):
         return _execute(given[0], given[1:])
-    parser = _all_commands()
+    parser = _all_commands(whole="--print-completion" in given)
     parser.parse_args(given)
     parser.print_help(sys.stderr)
     return 2
@@ -110,7 +110,8 @@ def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
 def _report(error: Exception) -> None:
     """One line about an unexpected error; the traceback goes to the run's log, or to a file if the process has none."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    logs = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    logs = [h for h in files if h.baseFilename != os.devnull]
     if os.environ.get("MODA_TRACEBACK", "0") != "0":
         print(trace, end="", file=sys.stderr)
         where = "above"
@@ -127,15 +128,16 @@ def _report(error: Exception) -> None:
     print(f"error: {what}{rank}: {type(error).__name__}: {reason} (traceback: {where})", file=sys.stderr)
 
 
-def _all_commands() -> argparse.ArgumentParser:
+def _all_commands(whole: bool) -> argparse.ArgumentParser:
+    """The parser of ``moda`` itself; ``whole``: with the arguments of every command, for completion."""
     about = "Language models with Mixture-of-Depths Attention. `moda COMMAND --help` describes a command."
     more = "Several processes: torchrun --nproc-per-node=8 -m moda_cli COMMAND ..."
     parser = argparse.ArgumentParser("moda", description=about, epilog=more)
     parser.add_argument("--version", action="version", version=f"moda {__version__}")
     children = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
-        parent = importlib.import_module(f"moda_cli.{name}").parser()
-        children.add_parser(name, help=text, parents=[parent], add_help=False)
+        parents = [importlib.import_module(f"moda_cli.{name}").parser()] if whole else []
+        children.add_parser(name, help=text, parents=parents, add_help=not whole)
     with contextlib.suppress(ImportError):  # the extra `completion`
         import shtab
 
