@@ -250,7 +250,7 @@ def _load_huggingface(path: Path, device: torch.device, dtype: torch.dtype, toke
         import transformers
     except ImportError:
         raise UserError(
-            "checkpoint", "transformers, to load a Hugging Face folder", hint="pip install 'moda[hf]'"
+            "checkpoint", "transformers, to load a Hugging Face folder", hint="pip install -e '.[hf]'"
         ) from None
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not list(path.glob("*.safetensors")):

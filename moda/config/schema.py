@@ -502,7 +502,7 @@ class CheckpointConfig:
 
 @dataclass
 class WandBSection:
-    """``logging.wandb``: Weights & Biases (``pip install 'moda[wandb]'``)."""
+    """``logging.wandb``: Weights & Biases (``pip install -e '.[wandb]'``)."""
 
     enabled: bool = False
     project: str | None = None

@@ -94,7 +94,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install 'moda[wandb]'")
+        raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install -e '.[wandb]'")
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
     return Plan(config, tokenizer, transformer, world_size)

@@ -34,6 +34,12 @@ COMMANDS = {
     "draw": "draw what a query of a MoDA layer sees",
 }
 
+NO_BUGS = {
+    "ModuleNotFoundError": "a package is not installed",
+    "MemoryError": "out of memory",
+    "OutOfMemoryError": "out of GPU memory",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``moda COMMAND ...``; returns the exit code."""
@@ -122,7 +128,7 @@ def _report(error: Exception) -> None:
         with tempfile.NamedTemporaryFile("w", prefix="moda-", suffix=".log", delete=False) as f:
             f.write(trace)
         where = f"{f.name}, or set MODA_TRACEBACK=1"
-    what = "out of memory" if type(error).__name__ in ("OutOfMemoryError", "MemoryError") else "this is a bug"
+    what = NO_BUGS.get(type(error).__name__, "this is a bug")
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     reason = (str(error).strip() or "no message").splitlines()[0]
     print(f"error: {what}{rank}: {type(error).__name__}: {reason} (traceback: {where})", file=sys.stderr)

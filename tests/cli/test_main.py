@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import moda_cli
 from moda import __version__
@@ -154,13 +155,24 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(
     assert "Traceback" in shown and "error: this is a bug on rank 3: RuntimeError" in shown
 
 
-def test_no_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
-    monkeypatch.setattr(train, "run", raising(torch.OutOfMemoryError("tried to allocate 8 GiB")))
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (
+            torch.OutOfMemoryError("tried to allocate 8 GiB"),
+            "error: out of GPU memory: OutOfMemoryError: tried to alloc",
+        ),
+        (ModuleNotFoundError("No module named 'x'"), "error: a package is not installed: ModuleNotFoundError: No mod"),
+    ],
+    ids=["memory", "package"],
+)
+def test_what_is_no_bug(
+    error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", raising(error))
     monkeypatch.setenv("MODA_TRACEBACK", "1")
     assert moda_cli.main(["train", "x.yaml"]) == 1
-    assert "error: out of memory: OutOfMemoryError: tried to allocate 8 GiB" in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_bug(tmp_path: Path) -> None:

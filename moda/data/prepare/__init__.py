@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
             from moda.errors import UserError
 
             raise UserError(
-                "prepare_data", "the extra 'data' to be installed (pip install 'moda[data]')", str(e)
+                "prepare_data", "the extra 'data' to be installed (pip install -e '.[data]')", str(e)
             ) from None
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
