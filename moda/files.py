@@ -43,6 +43,19 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1))
 
 
+def _is_deep(data: Any, limit: int = 100) -> bool:
+    """Whether JSON data is nested more than ``limit`` times: what reads it further may be recursive."""
+    level = [data]
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return any(isinstance(node, (dict, list)) for node in level)
+
+
 def read_json(path: Path, key: str, kind: type = dict) -> Any:
     """The contents of a JSON file that may come from anywhere.
 
@@ -53,6 +66,8 @@ def read_json(path: Path, key: str, kind: type = dict) -> Any:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if _is_deep(data):
+            raise RecursionError
     except (OSError, ValueError, RecursionError) as e:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e).split("\n")[0][:200]
         raise UserError(key, f"a readable JSON file {path}", hint=reason) from None

@@ -6,7 +6,6 @@ token only, so they are thrown away when the token is done (see ``hf/decoder_mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from types import SimpleNamespace
 
 import torch
 
+from moda.checkpoints import kind_of, open_checkpoint, read_weights
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.hf import fields_of, read_export, to_hf
 from moda.hf.decoder_moda import KVCache, MoDADecoder
-from moda.weights import STATE, open_checkpoint, read_weights
 
 __all__ = ["Sampling", "generate", "load_decoder", "stream_text"]
 
@@ -69,9 +68,8 @@ def load_decoder(
 
     :raises UserError: for a folder that is none of these.
     """
-    exported = (folder / "config.json").is_file() and not (folder / STATE).is_dir()
     section: TokenizerSection | None
-    if exported and "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if kind_of(folder) in ("export", "huggingface"):
         fields, named, _ = read_export(folder)
         section = TokenizerSection(str(folder)) if (folder / "tokenizer.json").is_file() else None
     else:

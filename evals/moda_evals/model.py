@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from moda.checkpoints import kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
-from moda.weights import STATE, load_model, open_checkpoint
 
 from .shared_prefix import Layout, shared_attention
 
@@ -306,21 +306,10 @@ def load(
     folder = Path(path).expanduser()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = _default_dtype(device) if dtype is None else DTYPES[dtype]
-    if not folder.is_dir():
-        raise UserError("checkpoint", "an existing folder", path)
-    exported = (folder / "config.json").is_file() and not (folder / STATE).is_dir()
-    if exported and "model_type" in _json_keys(folder / "config.json"):
+    if kind_of(folder) in ("export", "huggingface"):
         model = _load_huggingface(folder, device, kind, tokenizer)
     else:
         model = _load_trained(folder, device, kind, tokenizer)
     if context_length is not None:
         model.context_length = context_length
     return model
-
-
-def _json_keys(file: Path) -> list[str]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError("checkpoint", f"a readable {file}", hint=str(e)) from None
-    return list(data) if isinstance(data, dict) else []

@@ -15,12 +15,12 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
 
+from moda.checkpoints import STATE, Checkpoint, read_weights
 from moda.config.schema import RunConfig
 from moda.config.typed import from_dict, to_dict
 from moda.data import load_tokenizer
 from moda.errors import UserError
 from moda.model import MoDABlockConfig, MoDATransformerConfig
-from moda.weights import STATE, Checkpoint, read_weights
 
 __all__ = ["ModelFields", "fields_of", "from_hf", "read_export", "to_hf", "write_checkpoint", "write_export"]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,6 @@ from olmo_core.train.callbacks import (
     CheckpointerCallback,
     ConfigSaverCallback,
     GPUMemoryMonitorCallback,
-    SpeedMonitorCallback,
-    WandBCallback,
 )
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
@@ -35,29 +31,19 @@ from olmo_core.train.train_module.transformer import (
     TransformerTensorParallelConfig,
 )
 
+from moda.checkpoints import OwnCheckpointer
 from moda.config.schema import Checkpointing, DataParallel, Optimizer
 from moda.config.typed import to_dict
 from moda.data import TrainingData
 from moda.errors import UserError
 
-from .checkpoints import ChecksumCallback
+from .callbacks import ChecksumCallback, SignalCallback, SpeedCallback, WandB
 from .composition import CompositionCallback
-from .metrics import stable_name
 from .plan import Plan
 from .progress import ProgressCallback
 from .validation import ValidationConfig
 
 __all__ = ["build_data_loader", "build_train_module", "build_trainer"]
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class _WandB(WandBCallback):
-    """OLMo-core's callback, with the names of metrics.jsonl for the figures that are there."""
-
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        super().log_metrics(step, {stable_name(name) or name: value for name, value in metrics.items()})
 
 
 def _optimizer(plan: Plan) -> OptimConfig:
@@ -180,21 +166,18 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         "config_saver": ConfigSaverCallback(save_data_paths=True),
         "checksums": ChecksumCallback(),
         "composition": CompositionCallback(folder=c.log_folder, drawn=data.drawn, labels=data.labels),
-        "speed": SpeedMonitorCallback(device_peak_flops_per_second=_peak_flops(module.device)),
+        "signals": SignalCallback(),
+        "speed": SpeedCallback(device_peak_flops_per_second=_peak_flops(module.device)),
     }
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
     if data.validation is not None:
         callbacks["validation"] = ValidationConfig(
-            eval_dataset=data.validation,
-            eval_interval=c.eval.interval,
-            eval_on_startup=c.eval.on_start,
-            eval_on_finish=c.eval.on_finish,
-            max_batches=c.eval.max_batches,
+            data.validation, c.eval.interval, c.eval.on_start, c.eval.on_finish, c.eval.max_batches
         )
     if c.logging.wandb.enabled:
         w = c.logging.wandb
-        callbacks["wandb"] = _WandB(
+        callbacks["wandb"] = WandB(
             name=c.name,
             project=w.project,
             entity=w.entity,
@@ -212,6 +195,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         cancel_check_interval=1 if plan.world_size == 1 else 5,
         callbacks=callbacks,
     ).build(module, loader)
+    trainer.checkpointer = OwnCheckpointer(**vars(trainer.checkpointer))
     saver = trainer.callbacks["config_saver"]
     assert isinstance(saver, ConfigSaverCallback)
     saver.config = json.loads(json.dumps(to_dict(c)))

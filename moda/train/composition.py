@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,18 @@ from olmo_core.io import is_url
 from olmo_core.train.callbacks import Callback
 
 from moda.data.mixture import Drawn
+from moda.files import write_json
 
 __all__ = ["COMPOSITION_FILE", "CompositionCallback", "count_drawn"]
-
-log = logging.getLogger(__name__)
 
 COMPOSITION_FILE = "data.json"
 _BLOCK = 1 << 22
 
 
 def count_drawn(loader: Any, labels: list[str], steps: int) -> dict[str, int]:
-    """Tokens of each source in the first ``steps`` batches, counted from the loader's own order.
+    """Tokens of each source in the first ``steps`` batches, counted from the loader's own order. All ranks must call it.
 
-    :param loader: OLMo-core's loader of fixed-length sequences.
+    :param loader: OLMo-core's loader of fixed-length sequences. It is left as it is.
     :param labels: the source of every path of its dataset.
     """
     dataset = loader.dataset
@@ -35,17 +33,14 @@ def count_drawn(loader: Any, labels: list[str], steps: int) -> dict[str, int]:
     names = list(dict.fromkeys(labels))
     of_path = np.array([names.index(label) for label in labels], dtype=np.int64)
     counts = np.zeros(len(names), dtype=np.int64)
-    before = loader._epoch
-    try:
-        for epoch in range(1, -(-steps // loader.total_batches) + 1):
-            batches = min(steps - (epoch - 1) * loader.total_batches, loader.total_batches)
-            loader._epoch = epoch
-            order = loader._build_global_indices()[: batches * per_batch]
-            for start in range(0, len(order), _BLOCK):  # a 400B-token run has 98 million sequences
-                paths = np.searchsorted(ends, order[start : start + _BLOCK], side="right")
-                counts += np.bincount(of_path[paths], minlength=len(names))
-    finally:
-        loader._epoch = before
+    ordered = copy.copy(loader)
+    for epoch in range(1, -(-steps // loader.total_batches) + 1):
+        ordered.reshuffle(epoch)  # a file in the work folder, written when the epoch began
+        batches = min(steps - (epoch - 1) * loader.total_batches, loader.total_batches)
+        order = ordered.get_global_indices()[: batches * per_batch]
+        for start in range(0, len(order), _BLOCK):  # a 400B-token run has 98 million sequences
+            paths = np.searchsorted(ends, order[start : start + _BLOCK], side="right")
+            counts += np.bincount(of_path[paths], minlength=len(names))
     return {name: int(n) * dataset.sequence_length for name, n in zip(names, counts)}
 
 
@@ -63,21 +58,19 @@ class CompositionCallback(Callback):
     labels: list[str] = field(default_factory=list)
 
     def _write(self, trained: dict[str, int]) -> None:
-        path = Path(self.folder) / COMPOSITION_FILE
+        if get_rank() != 0 or is_url(self.folder):
+            return
         total = sum(d.tokens or 0 for d in self.drawn)
         content: dict[str, Any] = {"dataset": [d.describe(total) for d in self.drawn]}
         if trained:
             tokens = sum(trained.values())
             shares = {name: {"tokens": n, "share": n / tokens} for name, n in trained.items()}
             content["trained_on"] = {"steps": self.step, "tokens": tokens, "sources": shares}
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps(content, indent=1))
-        scratch.replace(path)
+        write_json(Path(self.folder) / COMPOSITION_FILE, content)
 
     def pre_train(self) -> None:
-        if get_rank() == 0 and not is_url(self.folder):
-            self._write({})
+        self._write({})
 
     def post_train(self) -> None:
-        if get_rank() == 0 and not is_url(self.folder) and self.step > 0:
+        if self.step > 0:
             self._write(count_drawn(self.trainer.data_loader, self.labels, self.step))

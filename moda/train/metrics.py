@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moda.files import writing
+
 __all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select", "stable_name"]
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,7 +45,7 @@ def select(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """One JSON object a step. A resumed run drops the lines after the step it resumes from.
+    """One JSON object per step. A resumed run drops the lines after the step it resumes from.
 
     :param folder: the run's folder.
     """
@@ -55,12 +57,10 @@ class MetricsFile:
 
     def rewind(self, step: int) -> None:
         """Forget what was written after ``step`` (and a line cut short by a kill)."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if self.path.is_file() else []
-        if not kept and not self.path.is_file():
+        if not self.path.is_file():
             return
-        scratch = self.path.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        scratch.replace(self.path)
+        with writing(self.path) as f:
+            f.writelines(json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step)
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Write a step's figures; those that come later for the same step (an evaluation, say) join its line.
@@ -83,11 +83,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that was cut short."""
+    """The lines of a metrics file, without those that were cut short or damaged."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -10,26 +9,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from olmo_core.distributed.utils import broadcast_object, get_rank
+from olmo_core.distributed.utils import broadcast_object, get_rank, is_distributed
 from olmo_core.exceptions import OLMoConfigurationError, OLMoEnvironmentError
 from olmo_core.io import is_url
 from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
+from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device
 from omegaconf import OmegaConf
 from rich.table import Table
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from moda.checkpoints import STATE, changed_settings, check_own, check_same_model, find_resumable, match_weights
 from moda.config.schema import RunConfig
 from moda.config.typed import to_dict
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
+from moda.files import write_json, write_text
 
 from .build import build_data_loader, build_train_module, build_trainer
-from .checkpoints import changed_settings, check_same_model, find_resumable
+from .callbacks import SignalCallback
 from .environment import console, launched_world_size, prepare_environment, set_up_logging
 from .metrics import METRICS_FILE, read_metrics
 from .plan import Plan, make_plan
@@ -38,6 +41,7 @@ from .progress import format_duration
 __all__ = ["Outcome", "plan", "print_plan", "train"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,29 @@ def _print_data(p: Plan) -> None:
         console.print(f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset", highlight=False)
 
 
-def _prepare_data(p: Plan) -> TrainingData:
-    """Check and, for text, tokenize the data: rank 0 first, the others once it is there. An error reaches every rank."""
-    error: UserError | None = None
-    data: TrainingData | None = None
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, on every rank. A mistake of the user's that it raises is raised on every rank.
+
+    :param work: returns something small that can be sent to the other ranks.
+    """
+    result: T | None = None
+    error: tuple[Any, ...] | None = None
     if get_rank() == 0:
         try:
-            data = _build(p)
+            result = work()
         except UserError as e:
-            error = e
-    error = broadcast_object(error)
+            error = (e.key, e.expected, e.got, e.hint)
+    result, error = broadcast_object((result, error))
     if error is not None:
-        raise error
-    return _build(p) if data is None else data
+        raise UserError(*error)
+    return result  # type: ignore[return-value]
+
+
+def _prepare_data(p: Plan) -> TrainingData:
+    """Check and, for text, tokenize the data: rank 0 first, the others once it is there."""
+    built: list[TrainingData] = []
+    _on_first_rank(lambda: built.append(_build(p)))
+    return built[0] if built else _build(p)
 
 
 def _build(p: Plan) -> TrainingData:
@@ -125,16 +139,6 @@ def _build(p: Plan) -> TrainingData:
         total_tokens=p.steps * train.tokens_per_step,
         tokens_per_step=train.tokens_per_step,
     )
-
-
-def _save_config(config: RunConfig) -> None:
-    if get_rank() != 0:
-        return
-    path = Path(config.log_folder) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    scratch.replace(path)
 
 
 #: Further callbacks for a run, made once its trainer is there (the evaluation package registers its tasks so).
@@ -166,22 +170,11 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
 def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     config = p.config
     started = time.monotonic()
-    checkpoint: str | None = None
-    if get_rank() == 0:
-        found = find_resumable(config.save_folder)
-        checkpoint = None if found is None else str(found)
-    checkpoint = broadcast_object(checkpoint)
-    source = checkpoint or config.train.load_path
-    if source is not None and not is_url(source):
-        if not (Path(source) / "model_and_optim" / ".metadata").is_file():
-            raise UserError("train.load_path", "the folder of a checkpoint (with model_and_optim/)", source)
-        check_same_model(Path(source), config.model)
+    checkpoint = _on_first_rank(lambda: _choose_checkpoint(config))
     data = _prepare_data(p)
-    _save_config(config)
-
     device = get_default_device()
     log.info(
-        "%s: %s parameters, %s tokens a step, %s steps, %d process%s on %s",
+        "%s: %s parameters, %s tokens per step, %s steps, %d process%s on %s",
         config.name,
         f"{p.transformer.num_counted_params:,}",
         f"{config.train.tokens_per_step:,}",
@@ -198,7 +191,9 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     if checkpoint is not None:
         _resume(trainer, checkpoint, config)
     elif config.train.load_path is not None:
-        _start_from(trainer, config.train.load_path)
+        _start_from(config.train.load_path, p, trainer, module)
+    if get_rank() == 0:
+        write_text(Path(config.log_folder) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     if trainer.global_step >= p.steps:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
@@ -207,11 +202,29 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
         trainer.fit()
     if get_rank() == 0:
         _summarise(config, trainer.global_step, time.monotonic() - started)
-    return Outcome(trainer.global_step, _signal_of(trainer))
+    signals = trainer.callbacks["signals"]
+    assert isinstance(signals, SignalCallback)
+    return Outcome(trainer.global_step, signals.received)
+
+
+def _choose_checkpoint(config: RunConfig) -> str | None:
+    """The checkpoint of this run to resume from, or None. It, or else ``train.load_path``, is checked.
+
+    :raises UserError: for a checkpoint that is not the user's own, is none, or is of another model.
+    """
+    checkpoint = find_resumable(config.save_folder)
+    if checkpoint is not None:
+        check_own(checkpoint)
+    source = str(checkpoint) if checkpoint is not None else config.train.load_path
+    if source is not None and not is_url(source):
+        if not (Path(source) / STATE / ".metadata").is_file():
+            raise UserError("train.load_path", f"the folder of a checkpoint (with {STATE}/)", source)
+        check_same_model(Path(source), config.model)
+    return None if checkpoint is None else source
 
 
 def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
-    """Go on from a checkpoint of this run, saying which settings have changed since.
+    """Resume from a checkpoint of this run, naming changed settings.
 
     :raises UserError: if the run was begun with other data.
     """
@@ -226,24 +239,30 @@ def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
         ) from None  # fmt: skip
     log.info("resuming from %s", checkpoint)
     for change in changed_settings(Path(checkpoint), config):
-        log.warning("this run was begun with another setting of %s", change)
+        log.warning("setting changed since the checkpoint: %s", change)
 
 
-def _start_from(trainer: Trainer, source: str) -> None:
-    """Load a checkpoint's weights, and nothing else of it, into a run that begins."""
-    weights = source if is_url(source) else str(Path(source) / "model_and_optim")
-    trainer.load_checkpoint(weights, load_trainer_state=False, load_optim_state=False)
+def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrainModule) -> None:
+    """Load a checkpoint's weights, and nothing else of it, into a run that begins.
+
+    Rank 0 reads them as an evaluation does, and the other ranks get their parts from it.
+
+    :raises UserError: where they are damaged or not those of the model.
+    """
+    if is_url(source):
+        log.warning("%s is read by OLMo-core, which unpickles its table of contents: use what you trust alone", source)
+        trainer.load_checkpoint(source, load_trainer_state=False, load_optim_state=False)
+    else:
+        weights: dict[str, torch.Tensor] = {}
+        _on_first_rank(lambda: weights.update(match_weights(Path(source), p.transformer.build(init_device="meta"))))
+        # Not strict: of a tied pair only the embedding is there. match_weights has compared all names.
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)
+        set_model_state_dict(module.model, weights, options=options)
     log.info("starting from the weights of %s", source)
 
 
-def _signal_of(trainer: Any) -> signal.Signals | None:
-    reason = trainer._cancel_reason or ""
-    return next((s for s in (signal.SIGTERM, signal.SIGINT) if s.name in reason), None)
-
-
-def _first_last(lines: list[dict[str, Any]], key: str) -> tuple | None:
-    values = [line[key] for line in lines if line.get(key) is not None]
-    return (values[0], values[-1]) if values else None
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
@@ -251,23 +270,20 @@ def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
     folder = Path(config.log_folder)
     metrics = folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
+    ends: dict[str, tuple[float, float] | None] = {}
+    for key in ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]:
+        values = [line[key] for line in lines if line.get(key) is not None]
+        ends[key] = (values[0], values[-1]) if values else None
     table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
     for heading in ("validation", "loss before", "after", "perplexity before", "after", "fall"):
         table.add_column(heading, justify="left" if heading == "validation" else "right", no_wrap=True)
-    keys = ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]
-    for key in keys:
-        ends = _first_last(lines, key)
-        if ends is None:
-            continue
-        before, after = ends
-        name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
-        fall = math.exp(before - after)
-        row = (f"{before:.3f}", f"{after:.3f}", f"{math.exp(before):,.1f}", f"{math.exp(after):,.1f}", f"{fall:,.1f}x")
-        table.add_row(name, *row)
+    for key, losses in ends.items():
+        if losses is not None:
+            name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
+            perplexities = [_perplexity(loss) for loss in losses]
+            row = (*(f"{x:.3f}" for x in losses), *(f"{x:,.1f}" for x in perplexities))
+            table.add_row(name, *row, f"{_perplexity(losses[0] - losses[1]):,.1f}x")
     console.print(table)
     console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
-    with (folder / "summary.json").open("w") as f:
-        json.dump(
-            {"steps": steps, "seconds": seconds, "metrics": {k: _first_last(lines, k) for k in keys}}, f, indent=1
-        )
+    write_json(folder / "summary.json", {"steps": steps, "seconds": seconds, "metrics": ends})

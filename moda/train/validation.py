@@ -10,16 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from olmo_core.data import DataCollator, NumpyFSLDataLoader, NumpyPaddedFSLDataset
-from olmo_core.distributed.utils import all_reduce_value
+from olmo_core.data import DataCollator, NumpyDatasetConfig, NumpyPaddedFSLDataset, TextDataLoaderBase
+from olmo_core.distributed.utils import all_reduce_value, get_rank, get_world_size
 from olmo_core.eval import LMEvaluator
 from olmo_core.train import Trainer
-from olmo_core.train.callbacks import (
-    Callback,
-    EvaluatorCallback,
-    LMEvaluatorCallbackConfig,
-    SpeedMonitorCallback,
-)
+from olmo_core.train.callbacks import Callback, CallbackConfig, EvaluatorCallback
+
+from .callbacks import SpeedCallback
 
 __all__ = ["NextTokenEvaluator", "TimedEvaluator", "ValidationBatches", "ValidationConfig"]
 
@@ -38,15 +35,14 @@ class TimedEvaluator(EvaluatorCallback):
         self._evaluated_at = self.step
         spent = time.perf_counter() - began
         for callback in self.trainer.callbacks.values():
-            if isinstance(callback, SpeedMonitorCallback):
-                callback._step_last_logged += spent
-                callback._start_time += spent
+            if isinstance(callback, SpeedCallback):
+                callback.leave_out(spent)
 
     def post_train(self) -> None:
-        told_to_stop = all_reduce_value(  # the ranks may learn of it at different times, and all must do the same here
+        stopped = all_reduce_value(  # the ranks may learn of it at different times, and all must do the same here
             float(self.trainer.is_canceled), self.trainer.device, op=dist.ReduceOp.MAX
         )
-        if not told_to_stop and self._evaluated_at != self.step:
+        if not stopped and self._evaluated_at != self.step:
             super().post_train()
 
 
@@ -106,25 +102,34 @@ class ValidationBatches:
 
 
 @dataclass
-class ValidationConfig(LMEvaluatorCallbackConfig):
-    """OLMo-core's validation with :class:`ValidationBatches`.
+class ValidationConfig(CallbackConfig):
+    """Validation in the loop, built once its trainer is there.
 
-    :param max_batches: of each set at most so many batches.
+    :param dataset: padded documents, with a ``label`` in each file's metadata.
+    :param interval: in steps; None for none but those at start and finish.
+    :param max_batches: of each set at most so many batches; None for all of it.
     """
 
-    max_batches: int | None = None
+    dataset: NumpyDatasetConfig
+    interval: int | None
+    on_start: bool
+    on_finish: bool
+    max_batches: int | None
 
-    def build(self, trainer: Trainer) -> Callback | None:
-        built = super().build(trainer)
-        if isinstance(built, EvaluatorCallback):
-            built.__class__ = TimedEvaluator
-            for evaluator in built.evaluators:
-                assert isinstance(evaluator, LMEvaluator) and isinstance(evaluator.batches, NumpyFSLDataLoader)
-                evaluator.__class__ = NextTokenEvaluator
-                loader = evaluator.batches
-                assert isinstance(loader.dataset, NumpyPaddedFSLDataset)
-                evaluator.batches = ValidationBatches(
-                    loader.dataset, loader.collator, per_rank=loader.rank_batch_size // loader.dataset.sequence_length,
-                    rank=loader.dp_rank, ranks=loader.dp_world_size, limit=self.max_batches,
-                )  # fmt: skip
-        return built
+    def build(self, trainer: Trainer) -> Callback:
+        dataset, loader = self.dataset.build(), trainer.data_loader
+        assert isinstance(dataset, NumpyPaddedFSLDataset) and isinstance(loader, TextDataLoaderBase)
+        dataset.prepare()
+        group = trainer.dp_process_group
+        batches = ValidationBatches(
+            dataset, loader.collator, per_rank=trainer.train_module.eval_batch_spec.rank_batch_size // dataset.sequence_length,
+            rank=get_rank(group), ranks=get_world_size(group), limit=self.max_batches,
+        )  # fmt: skip
+        labels = sorted({metadata["label"] for metadata in dataset.metadata})
+        evaluator = NextTokenEvaluator(name="lm", batches=batches, labels=labels, device=trainer.device)
+        return TimedEvaluator(
+            evaluators=[evaluator],
+            eval_interval=self.interval,
+            eval_on_startup=self.on_start,
+            eval_on_finish=self.on_finish,
+        )

@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from moda.checkpoints import open_checkpoint
     from moda.hf import write_checkpoint, write_export
-    from moda.weights import open_checkpoint
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("olmo_core").setLevel(logging.ERROR)

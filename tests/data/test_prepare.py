@@ -255,7 +255,7 @@ def test_command_line(tmp_path: Path, documents: list[str], capsys: Any) -> None
 def test_throughput_benchmark(tmp_path: Path, documents: list[str]) -> None:
     from rich.console import Console
 
-    from moda.data.prepare.benchmark import benchmark
+    from moda.bench.data import benchmark
 
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     rows = benchmark(str(path), str(tmp_path / "t.csv"), Console(quiet=True), workers=1, repeats=1)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from moda.checkpoints import open_checkpoint
 from moda.hf import write_export
-from moda.weights import open_checkpoint
 from moda_evals.downstream import evaluate_task
 from moda_evals.model import load
 from moda_evals.tasks import TASKS

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moda.checkpoints import load_model, open_checkpoint, read_weights
 from moda.errors import UserError
-from moda.weights import load_model, open_checkpoint, read_weights
 from moda_evals import run as evals_run
 from moda_evals.compare import compare
 from moda_evals.model import load
@@ -167,7 +167,7 @@ def test_damaged_and_forged_checkpoints(
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(UserError, match="a whole checkpoint"):
         load(str(tmp_path / "a" / "step10"))
-    from moda.train.checkpoints import write_checksums
+    from moda.checkpoints import write_checksums
 
     whole = copy("d")
     (whole / "train").mkdir()

@@ -16,10 +16,10 @@ import pytest
 import tokenizers
 import torch
 
+from moda.checkpoints import load_model, open_checkpoint, read_weights
 from moda.errors import UserError
 from moda.hf import fields_of, to_hf, write_checkpoint, write_export
 from moda.hf.decoder_moda import KVCache, MoDADecoder
-from moda.weights import load_model, open_checkpoint, read_weights
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

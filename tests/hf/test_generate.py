@@ -10,13 +10,13 @@ import pytest
 import tokenizers
 import torch
 
+from moda.checkpoints import load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import load_tokenizer
 from moda.errors import UserError
 from moda.generate import Sampling, generate, load_decoder, stream_text
 from moda.hf import write_export
 from moda.hf.decoder_moda import KVCache
-from moda.weights import load_model, open_checkpoint
 from tests.small_checkpoint import run_config, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

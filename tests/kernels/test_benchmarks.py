@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_without_a_gpu_the_script_says_so() -> None:
 
 @pytest.mark.gpu
 def test_a_variant_that_misses_parity_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moda_kernels.benchmarks import runner
+    from moda_kernels.benchmarks.kernels import run_table
     from moda_kernels.moda_attention import fused
 
     right = fused.forward
@@ -93,9 +94,76 @@ def test_a_variant_that_misses_parity_gets_no_time(tmp_path: Path, monkeypatch: 
         return out * 1.05, lse
 
     monkeypatch.setattr(fused, "forward", wrong)
-    path = runner.run_table("7", tmp_path, ("cudnn", "fused"), only="T1024")
+    path = run_table("7", tmp_path, ("cudnn", "fused"), only="T1024")
     with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
     assert {r["status"] for r in rows if r["variant"] == "fused"} == {"parity failed"}
     assert {r["status"] for r in rows if r["variant"] == "cudnn"} == {"ok"}
     assert all(r["median_ms"] == "" for r in rows if r["variant"] == "fused")
+
+
+def test_rows_say_where_they_are_from(tmp_path: Path) -> None:
+    from moda_kernels.benchmarks.results import provenance, write
+
+    path = write(tmp_path / "new" / "t.csv", [{"a": 1, "b": None}, {"a": 2, "b": "x, y"}])
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    where = provenance()
+    assert {"gpu", "cpu", "python", "torch", "triton", "commit", "date"} <= where.keys() and where["cpu"]
+    assert [{k: r[k] for k in ("a", "b")} for r in rows] == [{"a": "1", "b": ""}, {"a": "2", "b": "x, y"}]
+    assert all(r[name] == value for r in rows for name, value in where.items())
+    assert list(rows[0]) == ["a", "b", *where] and [p.name for p in path.parent.iterdir()] == ["t.csv"]
+
+
+def test_committed_results_are_readable_and_of_the_current_columns() -> None:
+    from moda_kernels.benchmarks.kernels import COLUMNS
+
+    folder = ROOT / "docs" / "benchmarks"
+    for path in folder.glob("*.csv"):
+        with path.open(newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert rows and all(r["commit"] for r in rows), path.name
+        if path.stem in ("table_2", "table_7", "table_siblings"):
+            assert list(rows[0])[: len(COLUMNS)] == list(COLUMNS), path.name
+
+
+def test_quantiles_and_seconds() -> None:
+    from moda_kernels.benchmarks.timing import quantiles, seconds
+
+    q = quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert (q.median, q.p20, q.p80, q.repeats) == (3.5, 2.0, 5.0, 6)
+    assert 0.01 < seconds(lambda: time.sleep(0.01)) < 5
+
+
+def test_the_operator_alone_has_the_command_line_too() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["bench", "kernels", "--help"]
+try:
+    runpy.run_module("moda_kernels.benchmarks", run_name="__main__")
+except SystemExit as e:
+    assert e.code == 0
+assert not {"moda", "rich", "olmo_core", "triton"} & set(sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "kernels")
+    assert shown.returncode == 0 and "--table" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["kernels", "--table", "2", "--variants", "flsh"], "invalid choice: 'flsh'"),
+        (["kernels", "--table", "2", "--budget-ms", "0"], "expected a number > 0, got 0"),
+        (["kernels", "--table", "2", "--budget-ms", "nan"], "expected a number > 0, got nan"),
+        (["parity", "--seeds", "0"], "expected an integer >= 1, got 0"),
+        (["data", "--out", "t.csv", "--repeats", "x"], "expected an integer >= 1, got x"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_bad_options_are_refused(line: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from moda_kernels.benchmarks.registry import build_parser
+
+    parser = build_parser(["moda_kernels.benchmarks.kernels", "moda.bench.parity", "moda.bench.data"], ROOT)
+    with pytest.raises(SystemExit) as refused:
+        parser.parse_args(line)
+    assert refused.value.code == 2 and message in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moda.backend_parity import BACKENDS, NOISE, compare, distance, draw, gradient_errors
+from moda.bench.parity import BACKENDS, NOISE, compare, distance, draw, gradient_errors
 from moda_kernels.yardstick import FACTOR
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moda.train.checkpoints import damage, find_resumable
+from moda.checkpoints import damage, find_resumable
 from moda.train.metrics import read_metrics
 from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
 
@@ -203,7 +203,7 @@ def test_config_is_saved_beside_the_checkpoints(whole: Path) -> None:
 
 def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without wandb itself: what the callback hands to it."""
-    from moda.train.build import _WandB
+    from moda.train.callbacks import WandB
 
     logged: list[dict[str, float]] = []
 
@@ -211,7 +211,7 @@ def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatc
         def log(self, figures: dict[str, float], step: int) -> None:
             logged.append({**figures, "at": step})
 
-    monkeypatch.setattr(_WandB, "wandb", Fake())
+    monkeypatch.setattr(WandB, "wandb", Fake())
     names = [
         "train/CE loss",
         "eval/lm/c4/CE loss",
@@ -219,7 +219,7 @@ def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatc
         "eval/downstream/copa/accuracy",
         "throughput/device/BPS",
     ]
-    _WandB(name="x").log_metrics(3, {name: float(i) for i, name in enumerate(names)})
+    WandB(name="x").log_metrics(3, {name: float(i) for i, name in enumerate(names)})
     assert logged == [
         {"loss": 0.0, "eval/c4/loss": 1.0, "eval/c4/perplexity": 2.0, "eval/downstream/copa/accuracy": 3.0,
          "throughput/device/BPS": 4.0, "at": 3}

@@ -1,1 +1,1 @@
-"""Benchmarks of the operator: cases, variants, a parity gate, one runner, CSV files and the plots drawn from them."""
+"""What every benchmark of this project uses (registry, timing, CSV files), and the benchmark of the operator itself."""

@@ -8,15 +8,18 @@ What is shorter than :data:`GRAPH_BELOW_MS` is timed as the replay of a CUDA gra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["GRAPH_BELOW_MS", "Quantiles", "measure", "measure_launched", "median_ms"]
+__all__ = ["GRAPH_BELOW_MS", "Quantiles", "measure", "measure_launched", "median_ms", "quantiles", "seconds"]
 
 
 class Quantiles(NamedTuple):
+    """:param timing: ``events``, or ``graph`` for the replay of a CUDA graph."""
+
     median: float
     p20: float
     p80: float
@@ -51,11 +54,12 @@ def measure(runs: Sequence[Callable[[], object]], budget_ms: float = 150.0, most
             run()
             after.record()
     torch.cuda.synchronize()
-    return [_quantiles([a.elapsed_time(b) for a, b in of_one]) for of_one in zip(*marks)]
+    return [quantiles([a.elapsed_time(b) for a, b in of_one]) for of_one in zip(*marks)]
 
 
-def _quantiles(milliseconds: Sequence[float]) -> Quantiles:
-    times = sorted(milliseconds)
+def quantiles(times: Sequence[float]) -> Quantiles:
+    """Median, 20th and 80th percentile of times in any unit."""
+    times = sorted(times)
 
     def quantile(f: float) -> float:
         at = f * (len(times) - 1)
@@ -85,4 +89,19 @@ def measure_launched(runs: Sequence[Callable[[], object]], budget_ms: float = 15
 
 
 def median_ms(run: Callable[[], object]) -> float:
+    """Median milliseconds of one call, by itself."""
     return measure([run])[0].median
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, to the end of what it does on the GPU: for what takes milliseconds and more."""
+
+    def wait() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began

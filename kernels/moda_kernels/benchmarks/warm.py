@@ -1,6 +1,6 @@
 """Compile the kernels of some (case, variant) pairs on short copies of the cases: ``python -m moda_kernels.benchmarks.warm``.
 
-Run by the runner in several processes before it measures; all that is left behind is Triton's compilation cache.
+Run by ``kernels.py`` in several processes before it measures; all that is left behind is Triton's compilation cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(table: str, only: str, work: str) -> None:
             bound.backward(saved)
             if not case.sequence and bound.backward_add is not None:
                 bound.backward_add(saved)
-        except Exception as error:  # the runner meets it again and records it
+        except Exception as error:  # met again, and recorded, when it is measured
             log.warning("%s %s: %s", case.name, name, error)
 
 

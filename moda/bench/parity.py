@@ -3,23 +3,25 @@
 Truth is an fp32 run with the reference backend. Two bf16 runs with the reference backend, one of them from the start rounded to
 bf16, say how far bf16 itself leads away from it: training magnifies a difference of the last bit, above all in a spike, so that
 one run alone, or one seed, would be luck. ``fused`` and ``split`` may be at most twice as far from the truth
-(:data:`moda_kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified. ``scripts/bench.py parity``
-writes the curves of several seeds.
+(:data:`moda_kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import multiprocessing
 import pydoc_data.topics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .config.schema import DepthKVSection, ModelConfig
+from moda_kernels.benchmarks import results
+from moda_kernels.benchmarks.registry import Benchmark, number, require_gpu, results_option
 
-__all__ = ["BACKENDS", "NOISE", "compare", "distance", "draw", "gradient_errors", "write_curves"]
+__all__ = ["BACKENDS", "BENCHMARK", "NOISE", "compare", "distance", "draw", "gradient_errors", "write_curves"]
 
 STEPS, BATCH, LENGTH, LR = 200, 8, 256, 5e-4
 BACKENDS = ("fused", "split")
@@ -28,18 +30,21 @@ NOISE = ("reference", "reference, rounded start")
 State = dict[str, torch.Tensor]
 
 
-def _build(backend: str) -> torch.nn.Module:
-    config = ModelConfig(
+def _build(backend: str) -> Any:
+    from moda.config.schema import ModelConfig
+    from moda.config.typed import from_dict
+
+    model = dict(
         d_model=256, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=64, ffn_hidden_size=512, vocab_size=256,
-        norm_placement="post", depth_kv=DepthKVSection(), attention_backend=backend,  # type: ignore[arg-type]
+        norm_placement="post", depth_kv={}, attention_backend=backend,
     )  # fmt: skip
-    return config.transformer().build(init_device="cuda")
+    return from_dict(ModelConfig, model).transformer().build(init_device="cuda")
 
 
 def _start(seed: int) -> State:
     """A model's first parameters: OLMo-core's initialisation, its rows in an order that the seed gives."""
     model = _build("reference")
-    model.init_weights(max_seq_len=LENGTH, device=torch.device("cuda"))  # type: ignore[operator]
+    model.init_weights(max_seq_len=LENGTH, device=torch.device("cuda"))
     order = torch.Generator().manual_seed(seed)
     return {
         name: p.detach()[torch.randperm(p.shape[0], generator=order).to(p.device)] if p.ndim > 1 else p.detach().clone()
@@ -111,26 +116,23 @@ def gradient_errors(seed: int, after: int) -> dict[str, float]:
         return torch.cat([p.grad.double().flatten() for p in run.model.parameters() if p.grad is not None])
 
     truth = gradient("reference", torch.float32)
-    found = {b: gradient(b, torch.bfloat16) for b in ("reference", *BACKENDS)}
-    return {name: ((g - truth).norm() / truth.norm()).item() for name, g in found.items()}
+    gradients = {b: gradient(b, torch.bfloat16) for b in ("reference", *BACKENDS)}
+    return {name: ((g - truth).norm() / truth.norm()).item() for name, g in gradients.items()}
 
 
-def write_curves(out: Path, seeds: int, where: dict[str, str]) -> tuple[Path, Path]:
+def write_curves(out: Path, seeds: int) -> tuple[Path, Path]:
     """Run :func:`compare` for several seeds, a process each, and write the curves and their plot.
-
-    :param where: columns that say what they were made on.
 
     :returns: the CSV and the plot.
     """
     with multiprocessing.get_context("spawn").Pool(seeds) as pool:
-        found = pool.map(compare, range(seeds))
-    path = out / "parity_200_steps.csv"
-    with path.open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["seed", "step", *found[0], *where])
-        for seed, runs in enumerate(found):
-            for step, losses in enumerate(zip(*runs.values())):
-                writer.writerow([seed, step, *(f"{x:.6f}" for x in losses), *where.values()])
+        curves = pool.map(compare, range(seeds))
+    rows = [
+        {"seed": seed, "step": step, **{name: f"{losses[step]:.6f}" for name, losses in runs.items()}}
+        for seed, runs in enumerate(curves)
+        for step in range(STEPS)
+    ]
+    path = results.write(out / "parity_200_steps.csv", rows)
     return path, draw(path)
 
 
@@ -149,14 +151,14 @@ def draw(path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = _read(path)
+    curves = _read(path)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
-    for name, losses in found[0].items():
+    for name, losses in curves[0].items():
         left.plot(losses, label=name, linewidth=1.0, linestyle="--" if name in NOISE else "-")
     left.set(xlabel="step", ylabel="loss", title="seed 0")
     left.legend()
     names: Iterable[str] = (*NOISE, *BACKENDS)
-    for seed, runs in enumerate(found):
+    for seed, runs in enumerate(curves):
         right.plot([distance(runs[n], runs["fp32"]) for n in names], "o", label=f"seed {seed}", alpha=0.8)
     right.set_xticks(range(4), ["reference", "reference,\nrounded start", *BACKENDS])
     right.set(ylabel="rms difference of the losses from fp32", ylim=(0, None), title="all in bf16")
@@ -166,3 +168,17 @@ def draw(path: Path) -> Path:
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
     return target
+
+
+def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:
+    results_option(parser, root)
+    parser.add_argument("--seeds", type=number(int, 1), default=5, help="runs, all at once")
+
+
+def _run(args: argparse.Namespace) -> None:
+    require_gpu()
+    for path in write_curves(args.out, args.seeds):
+        print(path)
+
+
+BENCHMARK = Benchmark("parity", "200 training steps of a small model with every backend", _add_options, _run)

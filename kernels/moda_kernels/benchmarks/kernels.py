@@ -1,59 +1,40 @@
-"""One runner for every table: compile in parallel, gate, time, write the CSV after every case."""
+"""The operator on the paper's tables 2 and 7 and on siblings of it: compile in parallel, gate, time, one CSV per table.
+
+The CSV is written after every case, so that a run that is stopped leaves what it has measured.
+"""
 
 from __future__ import annotations
 
-import csv
+import argparse
 import json
-import logging
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from moda_kernels.yardstick import report
 
-from . import gate
+from . import gate, results
 from .cases import TABLES, Case, draw
 from .floors import Ceilings, floor_ms, measure_ceilings
-from .provenance import commit
+from .plots import draw_sweeps
+from .registry import Benchmark, NotMeasured, number, require_gpu, results_option
 from .timing import Quantiles, measure_launched
 from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
 
-__all__ = ["COLUMNS", "environment", "run_table"]
-
-log = logging.getLogger(__name__)
+__all__ = ["BENCHMARK", "COLUMNS", "run_table"]
 
 COLUMNS = (
     "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "dtype",
     "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "timing", "floor_ms", "over_floor",
-    "cudnn_ms", "over_cudnn", "reason",
-    "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s", "gpu", "capability",
-    "torch", "triton", "cuda", "cudnn", "commit", "date",
+    "cudnn_ms", "over_cudnn", "reason", "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s",
 )  # fmt: skip
 
 Progress = Callable[[str], None]
 Truth = tuple[Tensors, gate.Values, gate.Values]
-
-
-def environment() -> dict[str, str]:
-    """GPU, versions, commit and date: the columns that say where a time is from."""
-    import triton
-
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": f"{major}.{minor}",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
 
 
 def warm(table: str, jobs: int, variants: Sequence[str], only: str | None) -> None:
@@ -83,7 +64,7 @@ def run_table(
     jobs: int = 0,
     only: str | None = None,
     budget_ms: float = 150.0,
-    progress: Progress = log.info,
+    progress: Progress = print,
 ) -> Path:
     """Measure a table and write ``out/table_<table>.csv``.
 
@@ -91,30 +72,26 @@ def run_table(
     :param jobs: processes that compile beforehand; 0 compiles as it goes.
     :param only: measure the cases whose name contains this.
     :param budget_ms: repetitions of each measurement take about this long (at least five).
-    :raises ValueError: for a table or variant that does not exist.
+
+    :raises NotMeasured: where no case's name contains ``only``.
     """
-    unknown = [v for v in variants if v not in VARIANTS]
-    if unknown or table not in TABLES:
-        raise ValueError(
-            f"bench: table must be one of {', '.join(TABLES)} and variants of {', '.join(VARIANTS)}, got {table!r}, "
-            f"{', '.join(variants)}"
+    cases = _cases(table, only)
+    if not cases:
+        raise NotMeasured(
+            f"--only: expected part of a case's name ({', '.join(c.name for c in TABLES[table])}), got {only}"
         )
     started = time.time()
     warm(table, jobs, variants, only)
     progress(f"table {table}: compiled in {time.time() - started:.0f} s")
-    ceilings, where = measure_ceilings(), environment()
+    ceilings, where = measure_ceilings(), results.provenance()
     progress(
         f"{where['gpu']}: copy {ceilings.bandwidth / 1e12:.2f} TB/s, bf16 product {ceilings.matrix_rate / 1e12:.0f} TFLOP/s"
     )
     path = out / f"table_{table}.csv"
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    for case in _cases(table, only):
-        rows += _run_case(case, [VARIANTS[v] for v in variants], ceilings, where, budget_ms, progress)
-        with path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    for case in cases:
+        rows += _run_case(case, [VARIANTS[v] for v in variants], ceilings, budget_ms, progress)
+        results.write(path, rows, where)
     progress(f"table {table}: {len(rows)} rows in {time.time() - started:.0f} s, {path}")
     return path
 
@@ -123,7 +100,6 @@ def _run_case(
     case: Case,
     variants: Sequence[Variant],
     ceilings: Ceilings,
-    where: dict[str, str],
     budget_ms: float,
     progress: Progress,
 ) -> list[dict[str, object]]:
@@ -151,17 +127,12 @@ def _run_case(
             status, reason = "failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         torch.cuda.empty_cache()
         for what in times or ("both",):
-            row = _row(case, variant, what, status, reason, ceilings, where)
+            row = _row(case, variant, what, status, reason, ceilings)
             if times:
                 q, cudnn = times[what]
                 floor = floor_ms(case, what, ceilings) if variant.depth else None
-                row.update(
-                    median_ms=round(q.median, 5),
-                    p20_ms=round(q.p20, 5),
-                    p80_ms=round(q.p80, 5),
-                    repeats=q.repeats,
-                    timing=q.timing,
-                )
+                spread = {f"{n}_ms": round(getattr(q, n), 5) for n in ("median", "p20", "p80")}
+                row.update(spread, repeats=q.repeats, timing=q.timing)
                 if floor is not None:
                     row.update(floor_ms=round(floor, 5), over_floor=round(q.median / floor, 4))
                 if cudnn is not None:
@@ -218,15 +189,46 @@ def _times(
     return times
 
 
-def _row(
-    case: Case, variant: Variant, what: str, status: str, reason: str, ceilings: Ceilings, where: dict[str, str]
-) -> dict[str, object]:
+def _row(case: Case, variant: Variant, what: str, status: str, reason: str, ceilings: Ceilings) -> dict[str, object]:
+    row: dict[str, object] = {name: getattr(case, name, None) for name in COLUMNS}
     paper = case.paper_ms if case.paper_ms is not None and what == "both" else (None, None)
-    return {
-        "table": case.table, "sweep": case.sweep, "case": case.name, "T": case.T, "G": case.G, "Hq": case.G * case.Hk,
-        "Hk": case.Hk, "D": case.D, "S": case.S, "B": case.B, "causal": case.causal, "depth_chunk": case.depth_chunk,
-        "sequence": case.sequence, "docs": case.docs, "dtype": "bfloat16", "variant": variant.name,
-        "exact": variant.exact, "pass": what, "status": status, "reason": reason,
-        "paper_fa2_triton_ms": paper[0], "paper_moda_triton_ms": paper[1],
-        "copy_tb_s": round(ceilings.bandwidth / 1e12, 3), "matmul_tflop_s": round(ceilings.matrix_rate / 1e12, 1), **where,
-    }  # fmt: skip
+    row.update(case=case.name, Hq=case.G * case.Hk, dtype="bfloat16", variant=variant.name, exact=variant.exact)
+    row.update(
+        {"pass": what}, status=status, reason=reason, paper_fa2_triton_ms=paper[0], paper_moda_triton_ms=paper[1]
+    )
+    row["copy_tb_s"] = round(ceilings.bandwidth / 1e12, 3)
+    row["matmul_tflop_s"] = round(ceilings.matrix_rate / 1e12, 1)
+    return row
+
+
+def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:
+    results_option(parser, root)
+    parser.add_argument("--table", required=True, choices=tuple(TABLES), help="what to measure")
+    parser.add_argument(
+        "--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME",
+        help=f"measure these variants only: {', '.join(VARIANTS)}",
+    )  # fmt: skip
+    parser.add_argument("--only", metavar="TEXT", help="measure the cases whose name contains TEXT")
+    parser.add_argument("--jobs", type=number(int, 0), default=0, help="processes that compile beforehand (0: none)")
+    parser.add_argument(
+        "--budget-ms", type=number(float, 0, above=True), default=150.0, help="time of each measurement's repetitions"
+    )
+    parser.add_argument("--plot-only", action="store_true", help="draw the plots of an existing CSV")
+
+
+def _run(args: argparse.Namespace) -> None:
+    path = args.out / f"table_{args.table}.csv"
+    if not args.plot_only:
+        require_gpu()
+        run_table(args.table, args.out, args.variants, args.jobs, args.only, args.budget_ms)
+    elif not path.is_file():
+        raise NotMeasured(f"file not found: {path}")
+    try:
+        plots = draw_sweeps(path)
+    except ImportError:
+        raise NotMeasured(f"no plots of {path}: they need matplotlib") from None
+    for plot in plots:
+        print(f"plot: {plot}")
+
+
+BENCHMARK = Benchmark("kernels", "the operator: tables of the paper, and siblings", _add_options, _run)

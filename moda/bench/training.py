@@ -1,0 +1,134 @@
+"""A training step of whole models: forward and backward, without data loading and optimizer.
+
+MoDA against the paper's parameter-matched OLMo2 baseline, bf16 parameters, per-block ``torch.compile``, random tokens. The
+baseline is timed as OLMo-core builds it and with cuDNN attention. The models are those of ``configs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moda.errors import UserError
+from moda_kernels.benchmarks import results
+from moda_kernels.benchmarks.registry import Benchmark, require_gpu, results_option
+from moda_kernels.benchmarks.timing import quantiles, seconds
+
+__all__ = ["BENCHMARK", "MODELS", "time_steps", "training_table"]
+
+#: name -> (configuration, SDPA kernel of a plain model or None for PyTorch's own choice). The first is the baseline.
+MODELS: dict[str, tuple[str, SDPBackend | None]] = {
+    "OLMo2 38 layers": ("olmo2_700m.yaml", None),
+    "OLMo2 38 layers, cuDNN": ("olmo2_700m.yaml", SDPBackend.CUDNN_ATTENTION),
+    "MoDA 36 layers, FFN KV": ("moda_700m.yaml", None),
+}
+
+
+def time_steps(
+    config: Path,
+    *,
+    batch: int = 8,
+    length: int = 4096,
+    steps: int = 10,
+    warmup: int = 3,
+    compiled: bool = True,
+    sdpa: SDPBackend | None = None,
+) -> tuple[int, list[float], int]:
+    """Time training steps of a configuration's model, on the GPU where there is one.
+
+    :param batch: sequences per step, of ``length`` tokens each.
+    :param sdpa: force this SDPA kernel in a plain model.
+
+    :returns: parameters, milliseconds of each step, and the peak of the GPU's memory in bytes.
+    """
+    from moda.config import load_config
+    from moda.data import load_tokenizer
+
+    run = load_config(config)
+    vocab = run.model.vocab_size or load_tokenizer(run.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = run.model.transformer(vocab).build(init_device=device.type)
+    model.init_weights(max_seq_len=length, device=device)
+    model = model.to(torch.bfloat16)
+    if compiled:
+        model.apply_compile()
+    tokens = torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def step() -> None:
+        with contextlib.nullcontext() if sdpa is None else sdpa_kernel(sdpa):
+            model(tokens, labels=tokens, loss_reduction="mean").loss.backward()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    milliseconds = []
+    for _ in range(warmup + steps):
+        milliseconds.append(1e3 * seconds(step))
+        model.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return model.num_params, milliseconds[warmup:], peak
+
+
+def training_table(
+    configs: Path, rounds: int = 2, batch: int = 8, length: int = 4096, **options: bool | int
+) -> list[dict]:
+    """Time every model of :data:`MODELS`, all of them ``rounds`` times over: a GPU's clock changes under load.
+
+    :param configs: the folder of their configurations.
+
+    :returns: one row per model.
+
+    :raises UserError: where the folder lacks one of them.
+    """
+    missing = [file for file, _ in MODELS.values() if not (configs / file).is_file()]
+    if missing:
+        raise UserError(
+            "--configs", f"a folder with {missing[0]}", str(configs), "the folder configs/ of a clone of this project"
+        )
+    times: dict[str, list[float]] = {name: [] for name in MODELS}
+    params, peaks = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, 0)
+    for _ in range(rounds):
+        for name, (file, sdpa) in MODELS.items():
+            torch.compiler.reset()
+            params[name], taken, peak = time_steps(configs / file, batch=batch, length=length, sdpa=sdpa, **options)
+            gc.collect()  # the model, before the next one is built
+            torch.cuda.empty_cache()
+            times[name] += taken
+            peaks[name] = max(peaks[name], peak)
+    rows = []
+    for name in MODELS:
+        q = quantiles(times[name])
+        speed = batch * length / q.median * 1e3
+        rows.append({
+            "model": name, "params": params[name], "median_ms": round(q.median, 3), "p20_ms": round(q.p20, 3),
+            "p80_ms": round(q.p80, 3), "tokens_per_second": round(speed),
+            "over_baseline": round(quantiles(times[next(iter(MODELS))]).median / q.median, 4),
+            "peak_gib": round(peaks[name] / 2**30, 2),
+        })  # fmt: skip
+    return rows
+
+
+def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:
+    results_option(parser, root)
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        default=root / "configs",
+        help="folder of the models' configurations (default: %(default)s)",
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    require_gpu()
+    rows = training_table(args.configs)
+    for row in rows:
+        speed = f"{row['median_ms']:9.2f} ms {row['tokens_per_second']:8d} tokens/s {row['over_baseline']:.3f}"
+        print(f"{row['model']:28s} {speed}")
+    print(results.write(args.out / "table_training.csv", rows))
+
+
+BENCHMARK = Benchmark("training", "a training step of whole models, against OLMo2", _add_options, _run)

@@ -1,0 +1,30 @@
+"""Checkpoints: telling their kind, finding the newest whole one, checksums, reading without running anything from the folder.
+
+A checkpoint of a run (``stepN``) holds ``config.json``, the weights and the optimizer's state (``model_and_optim/``), the
+trainer's state (``train/``) and ``checksums.json``.
+"""
+
+from .find import STATE, find_resumable, kind_of
+from .own import OwnCheckpointer, check_own
+from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
+from .seal import CHECKSUMS, damage, write_checksums
+from .settings import changed_settings, check_same_model, read_settings
+
+__all__ = [
+    "CHECKSUMS",
+    "STATE",
+    "Checkpoint",
+    "OwnCheckpointer",
+    "changed_settings",
+    "check_own",
+    "check_same_model",
+    "damage",
+    "find_resumable",
+    "kind_of",
+    "load_model",
+    "match_weights",
+    "open_checkpoint",
+    "read_settings",
+    "read_weights",
+    "write_checksums",
+]

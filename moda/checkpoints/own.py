@@ -1,0 +1,125 @@
+"""Resuming one's own run: weights, optimizer, data order and random states, without unpickling anything blindly.
+
+OLMo-core's loader unpickles the table of contents, every shard and the trainer's state. Here the table is read by
+:func:`.read_table` and all the rest by ``torch.load(weights_only=True)``, which knows tensors, numbers, strings and, for numpy's
+random state, arrays. A save folder that is a URL is left to OLMo-core: what can write there is trusted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from olmo_core.distributed.utils import get_rank
+from olmo_core.io import is_url
+from olmo_core.train.checkpoint import Checkpointer
+from olmo_core.train.train_module import TrainModule
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from moda.errors import UserError
+
+from .find import STATE
+from .trust import check_path, read_table
+
+__all__ = ["OwnCheckpointer", "check_own"]
+
+
+def check_own(folder: Path) -> None:
+    """Check that a run's checkpoint belongs to the user who resumes from it; root may read all.
+
+    :raises UserError: naming the first file that does not.
+    """
+    user = os.geteuid()
+    for path in (folder, *sorted(folder.rglob("*"))):
+        owner = path.stat().st_uid
+        if user not in (0, owner):
+            raise UserError(
+                "train.save_folder", f"checkpoints owned by the user who resumes from them (user id {user})",
+                f"{path} of user id {owner}", "train.load_path starts from the weights of anyone's checkpoint",
+            )  # fmt: skip
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's reader, which loads tensors with ``weights_only=True``, with a table of contents that is not unpickled blindly."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        del args, kwargs
+        table = read_table(Path(self.path))
+        for entry in table.storage_data.values():
+            check_path(Path(self.path), entry.relative_path)
+            entry.transform_descriptors = None  # OLMo-core's entries lack this field of torch's
+        table.storage_meta = StorageMeta(load_id=self.load_id)
+        return table
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises for anything but plain values; the same bytes are then loaded
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _read_trainer_state(folder: Path) -> dict[str, Any] | None:
+    """This rank's state, or that of rank 0 where more ranks resume than have saved."""
+    files = [folder / "train" / f"rank{rank}.pt" for rank in (get_rank(), 0)]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        return None
+    numpy_state = np.random.get_state()[1]
+    assert isinstance(numpy_state, np.ndarray)
+    names = [numpy_state.__reduce__()[0], np.ndarray, np.dtype, type(numpy_state.dtype)]
+    try:
+        with torch.serialization.safe_globals(names):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many kinds
+        reason = str(e).split("\n")[0][:200]
+        raise UserError("checkpoint", f"numbers, strings and tensors alone in {file}", hint=reason) from None
+
+
+@dataclass
+class OwnCheckpointer(Checkpointer):
+    """OLMo-core's checkpointer, with a loader that runs nothing from the folder."""
+
+    def load(
+        self,
+        dir: os.PathLike[str] | str,
+        train_module: TrainModule,
+        *,
+        load_trainer_state: bool | None = None,
+        load_optim_state: bool | None = None,
+        reset_optimizer_states_on_load: bool | None = None,
+    ) -> dict[str, Any] | None:
+        """Load weights, optimizer and, unless ``load_trainer_state`` is false, return the trainer's state.
+
+        :raises UserError: for a folder that cannot be read without running what it names.
+        """
+        if is_url(dir):
+            return super().load(
+                dir,
+                train_module,
+                load_trainer_state=load_trainer_state,
+                load_optim_state=load_optim_state,
+                reset_optimizer_states_on_load=reset_optimizer_states_on_load,
+            )
+        folder = Path(dir)
+        trainer_state = None if load_trainer_state is False else _read_trainer_state(folder)
+        if load_trainer_state and trainer_state is None:
+            raise UserError("checkpoint", f"the trainer's state in {folder / 'train'}", "none")
+        state = train_module.state_dict_to_load(read_table(folder / STATE), optim=load_optim_state)
+        try:
+            dcp.load(
+                state, storage_reader=_Reader(folder / STATE), planner=_Planner(), process_group=self.process_group
+            )
+        except CheckpointException as e:
+            reason = next((str(error).split("\n")[0][:200] for error, _ in e.failures.values()), "")
+            raise UserError("checkpoint", f"a checkpoint of this run in {folder}", hint=reason) from None
+        train_module.load_state_dict(state)
+        return trainer_state

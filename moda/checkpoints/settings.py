@@ -1,0 +1,55 @@
+"""A run's configuration as it was saved with a checkpoint, compared with another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moda.config.schema import ModelConfig
+from moda.config.typed import from_dict, to_dict
+from moda.errors import UserError
+from moda.files import read_json
+
+from .find import CONFIG
+
+__all__ = ["changed_settings", "check_same_model", "read_settings"]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The resolved configuration saved with a checkpoint, as plain sections.
+
+    :raises UserError: where the folder has none.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError("checkpoint", f"a checkpoint of this project, with {CONFIG}", str(folder))
+    settings = read_json(folder / CONFIG, "checkpoint")
+    if not isinstance(settings.get("model"), dict):
+        raise UserError("checkpoint", f"{folder / CONFIG} to have a model section", "none")
+    return settings
+
+
+def check_same_model(folder: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint of another model before anything of it is loaded.
+
+    :raises UserError: naming the first setting that differs.
+    """
+    saved = to_dict(from_dict(ModelConfig, read_settings(folder)["model"], "model"))
+    for key, before, now in _differences(saved, to_dict(model), "model"):
+        if key != "model.attention_backend":  # changes speed, not the model
+            raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, "or choose another train.save_folder")
+
+
+def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ in two plain configurations, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key, a, b
+
+
+def changed_settings(folder: Path, config: Any) -> list[str]:
+    """Settings that were changed since a checkpoint was saved, as ``key: was -> is``."""
+    changes = _differences(read_settings(folder), to_dict(config), "")
+    return [f"{key}: {was} -> {now}" for key, was, now in changes if key not in ("train.save_folder", "description")]

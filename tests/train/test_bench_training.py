@@ -1,0 +1,37 @@
+"""The benchmark of training steps: the models are those of configs/, and rows come out of tiny ones on a CPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from moda.bench.training import MODELS, training_table
+from moda.config import load_config
+from moda.errors import UserError
+from tests.tiny import ROOT, write_config
+
+
+def test_the_models_are_those_that_were_measured() -> None:
+    with (ROOT / "docs" / "benchmarks" / "table_training.csv").open(newline="") as f:
+        measured = {row["model"]: int(row["params"]) for row in csv.DictReader(f)}
+    built = {name: load_config(ROOT / "configs" / file).model.transformer() for name, (file, _) in MODELS.items()}
+    assert {name: model.num_params for name, model in built.items()} == measured
+    assert [model.n_layers for model in built.values()] == [38, 38, 36]
+
+
+def test_rows_of_tiny_models(tmp_path: Path) -> None:
+    config = write_config(tmp_path).read_text()
+    for file, _ in MODELS.values():
+        (tmp_path / file).write_text(config)
+    rows = training_table(tmp_path, rounds=1, batch=1, length=16, steps=2, warmup=1, compiled=False)
+    assert [row["model"] for row in rows] == list(MODELS) and rows[0]["over_baseline"] == 1.0
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["params"] > 0
+        assert row["tokens_per_second"] == pytest.approx(16e3 / row["median_ms"], rel=0.01)
+
+
+def test_an_installed_project_without_configs_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--configs: expected a folder with olmo2_700m.yaml"):
+        training_table(tmp_path)
