@@ -1,7 +1,8 @@
 # make train   a virtual environment, everything installed, the demo trained (8 to 10 minutes on two cores)
 # make test    the same environment, then lint, type check and tests
+# make docs    a reference of the Python packages, made from their docstrings, in build/api
 #
-# Both can be repeated: what is done is not done again. On a machine with NVIDIA GPUs: make TORCH='torch>=2.10,<2.14' ...
+# All can be repeated: what is installed is not installed again. On a machine with NVIDIA GPUs: make TORCH='torch>=2.10,<2.14' ...
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,10 +14,10 @@ ARGS   ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: train test install lint types check clean
+.PHONY: train test install lint types check docs clean
 
 train: $(VENV)/.installed
-	$(BIN)/python scripts/train.py $(CONFIG) $(ARGS)
+	$(BIN)/moda train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-dev lint types check
 
@@ -31,6 +32,9 @@ types: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/pdoc --docformat restructuredtext --output-directory build/api moda_kernels moda moda_evals
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed"'
@@ -47,4 +51,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data/work
+	rm -rf $(VENV) build runs data/work

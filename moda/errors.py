@@ -1,4 +1,4 @@
-"""The one kind of error that means: what you gave cannot work, and here is what would."""
+"""The one error for bad input: it names what was given and what would work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["UserError", "nearest"]
 
 
 class UserError(Exception):
-    """A mistake of the user's, to be shown without a traceback.
+    """Bad input, reported without a traceback.
 
     :param key: the configuration key, argument or file concerned.
     :param expected: what is allowed.
@@ -18,13 +18,14 @@ class UserError(Exception):
     """
 
     def __init__(self, key: str, expected: str, got: object | None = None, hint: str | None = None) -> None:
+        super().__init__(key, expected, got, hint)  # all of them, so that it can be pickled and sent to other processes
         self.key, self.expected, self.got, self.hint = key, expected, got, hint
-        text = f"{key}: expected {expected}"
-        if got is not None:
-            text += f", got {got!r}" if not isinstance(got, str) else f", got {got}"
-        if hint:
-            text += f" ({hint})"
-        super().__init__(text)
+
+    def __str__(self) -> str:
+        text = f"{self.key}: expected {self.expected}"
+        if self.got is not None:
+            text += f", got {self.got!r}" if not isinstance(self.got, str) else f", got {self.got}"
+        return f"{text} ({self.hint})" if self.hint else text
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

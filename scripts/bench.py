@@ -1,8 +1,8 @@
-"""Benchmarks. ``python scripts/bench.py NAME --help`` says what each measures."""
+"""``moda bench`` as a script; see ``--help``."""
 
-import sys
+from moda_cli import script
 
-from moda_cli.bench import main
+main = script("bench")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

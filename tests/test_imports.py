@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS = {"moda_kernels", "moda", "moda_evals", "scripts", "kernels", "evals"}  # the last two belong to others
+import moda
+from tests.tiny import ROOT, environment
+
+OURS = {
+    "moda_kernels",
+    "moda",
+    "moda_evals",
+    "moda_cli",
+    "scripts",
+    "kernels",
+    "evals",
+}  # the last two belong to others
 MAY_IMPORT = {
     "kernels": {"moda_kernels"},
     "moda": {"moda_kernels", "moda"},
     "evals": {"moda_kernels", "moda", "moda_evals"},
-    "scripts": {"moda_kernels", "moda", "moda_evals"},
+    "scripts": {"moda_kernels", "moda", "moda_evals", "moda_cli"},
 }
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
@@ -61,3 +73,33 @@ def test_importing_kernels_loads_neither_triton_nor_olmo_core() -> None:
         "import sys, moda_kernels; assert not {'triton', 'olmo_core', 'moda'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_one_version() -> None:
+    """The operator alone and the whole project are released together."""
+    alone = re.search(r'^version = "(.*)"', (ROOT / "kernels" / "pyproject.toml").read_text(), re.MULTILINE)
+    citation = re.search(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert alone is not None and citation is not None
+    assert alone[1] == citation[1] == moda.__version__
+    assert f"## [{moda.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_kernels_package_of_hugging_face_beside_ours(tmp_path: Path) -> None:
+    """transformers uses a package called ``kernels``: with it installed, its classes and ours can be imported."""
+    hub_kernels = pytest.importorskip("transformers.integrations.hub_kernels")
+    wanted = f"kernels>={hub_kernels.KERNELS_MIN_VERSION},<{hub_kernels.KERNELS_MAX_VERSION}"
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    installed = subprocess.run([*line, wanted, "kernels-data"], capture_output=True, text=True)
+    if installed.returncode:
+        assert "Could not find a version" in installed.stderr or "No module named pip" in installed.stderr
+        pytest.skip("the package index cannot be reached")
+    code = f"""
+import kernels, moda, moda_cli, moda_evals.run, moda_kernels
+from transformers.utils import is_kernels_available
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Olmo2ForCausalLM
+assert kernels.__file__.startswith({str(tmp_path)!r}) and is_kernels_available()
+"""
+    clone = environment()
+    clone["PYTHONPATH"] = os.pathsep.join([clone["PYTHONPATH"], str(tmp_path)])  # the clone comes first, as in its root
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=clone)

@@ -1,61 +1,141 @@
-"""Every command of the README and of docs/ names things that exist; training commands are checked as far as a dry run goes."""
-
-from __future__ import annotations
+"""Every command of the README, of docs/ and of CONTRIBUTING.md is accepted by its own parser; training commands are planned."""
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from moda.config import load_config
 from moda.train.plan import make_plan
+from moda_cli._main import COMMANDS, arguments
 from tests.tiny import ROOT, make_tokenizer
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = {"eval", "git", "lm_eval", "pre-commit", "pytest", "ruff", "mypy", "source"}  # programs that are not ours
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
+def blocks(language: str) -> Iterator[tuple[Path, str]]:
     for document in DOCUMENTS:
-        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), flags=re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    yield f"{document.name}: {' '.join(words)}", words
+        for block in re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE):
+            yield document, block
 
 
-ALL = list(commands())
-TRAINING = [(name, words) for name, words in ALL if "scripts/train.py" in words]
-SCRIPTS = sorted({w for _, words in ALL for w in words if re.fullmatch(r"scripts/\w+\.py", w)})
+def lines() -> Iterator[tuple[Path, str]]:
+    """Command lines: those of bash blocks, and whole ones in the text."""
+    for document, block in blocks("bash"):
+        yield from ((document, line) for line in block.replace("\\\n", " ").splitlines())
+    for document in DOCUMENTS:
+        text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for line in re.findall(r"`((?:python|torchrun|moda|make|pip) [^`]+)`", text):
+            if not re.fullmatch(r"moda [a-z]+", line):  # the name of a command
+                yield document, line
 
 
-@pytest.mark.parametrize("words", [w for _, w in TRAINING], ids=[n for n, _ in TRAINING])
-def test_training_commands(words: list[str], tmp_path: Path) -> None:
-    arguments = words[words.index("scripts/train.py") + 1 :]
-    config, overrides = arguments[0], [a for a in arguments[1:] if not a.startswith("--")]
-    if not (ROOT / config).is_file():
-        pytest.skip(f"{config} is the reader's own file")
-    tokenizer = make_tokenizer(tmp_path / "my_tokenizer" / "tokenizer.json")
-    overrides = [o.replace("my_tokenizer/tokenizer.json", str(tokenizer)) for o in overrides]
-    processes = next((int(w.split("=")[1]) for w in words if w.startswith("--nproc-per-node=")), 1)
-    make_plan(load_config(ROOT / config, overrides), processes)
+def words_of(line: str) -> list[str]:
+    """What the shell would pass on; options that are shown as optional (``[--limit N]``) are taken as given."""
+    words = shlex.split(" ".join(line.split()), comments=True)
+    optional = False
+    for i, word in enumerate(words):
+        if word.startswith("[--"):
+            words[i], optional = word[1:], True
+        if optional and words[i].endswith("]"):
+            words[i], optional = words[i][:-1], False
+    return ["1" if word == "N" else word for word in words]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_explain_themselves(script: str) -> None:
-    assert (ROOT / script).is_file()
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and "usage" in shown.stdout.lower(), shown.stderr
+def ours(words: list[str]) -> tuple[str, list[str]] | None:
+    """The command of this project in a line, and its arguments."""
+    if words[0] == "moda":
+        return words[1], words[2:]
+    if "moda_cli" in words:
+        at = words.index("moda_cli") + 1
+        return words[at], words[at + 1 :]
+    script = next((i for i, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)), None)
+    if script is None:
+        return None
+    called = re.search(r'script\("(\w+)"(?:, "(\w+)")?\)', (ROOT / words[script]).read_text())
+    assert called is not None, f"{words[script]} calls no command"
+    rest = words[script + 1 :]
+    return (rest[0], rest[1:]) if rest and rest[0] == called[2] else (called[1], rest)
 
 
-def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for _, words in ALL:
-        if words[0] == "make":
-            assert f"\n{words[1]}:" in makefile
+ALL = [(f"{d.name}: {' '.join(w)}", w) for d, line in lines() if (w := words_of(line))]
+COMMAND_LINES = [(name, words, called) for name, words in ALL if (called := ours(words)) is not None]
+PYTHON = [(f"{d.name}: {text.strip().splitlines()[0]}", text) for d, text in blocks("python")]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(COMMAND_LINES) > 20 and {"train", "eval", "prepare", "export"} <= {c for _, _, (c, _) in COMMAND_LINES}
+    assert any(document.name == "README.md" for document, _ in blocks("python"))
+
+
+@pytest.mark.parametrize("words, called", [c[1:] for c in COMMAND_LINES], ids=[c[0] for c in COMMAND_LINES])
+def test_commands(words: list[str], called: tuple[str, list[str]], tmp_path: Path) -> None:
+    command, given = called
+    if command.startswith("--") or command == "COMMAND" or "--help" in given:
+        return
+    assert command in COMMANDS
+    args = arguments(command, given)  # exits where the parser refuses
+    if command in ("train", "plan") and (ROOT / args.config).is_file():  # others are the reader's own
+        tokenizer = make_tokenizer(tmp_path / "my_tokenizer" / "tokenizer.json")
+        overrides = [o.replace("my_tokenizer/tokenizer.json", str(tokenizer)) for o in args.overrides]
+        processes = next((int(w.split("=")[1]) for w in words if w.startswith("--nproc-per-node=")), 1)
+        make_plan(load_config(ROOT / args.config, overrides), processes)
+    if command == "prepare" and given[0] == "tokenize" and "=" in args.arguments[0]:
+        from moda.data.prepare import load_options
+
+        load_options(None, args.arguments)
+
+
+def test_a_wrong_option_would_be_found() -> None:
+    for line in (
+        "python scripts/eval.py CHECKPOINT --sweet all",
+        "moda generate CHECKPOINT",
+        "moda prepare mirror MIX",
+    ):
+        called = ours(words_of(line))
+        assert called is not None
+        with pytest.raises(SystemExit):
+            arguments(*called)
+
+
+def test_names_of_commands() -> None:
+    names = {name for document in DOCUMENTS for name in re.findall(r"`moda ([a-z]+)`", document.read_text())}
+    assert names and names <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", [w for _, w in ALL if ours(w) is None], ids=" ".join)
+def test_other_programs(words: list[str]) -> None:
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[0] == "pip" or words[:3] == ["python", "-m", "pip"]:
+        for extra in re.findall(r"\.\[([\w-]+)\]", " ".join(words)):
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    elif words[0].startswith("."):
+        assert words[0].startswith(".venv/") or (ROOT / words[0]).is_file()
+    else:
+        assert words[0] in OTHERS, "a program that no test knows"
+
+
+@pytest.mark.parametrize("text", [t for _, t in PYTHON], ids=[n for n, _ in PYTHON])
+def test_python_runs(text: str) -> None:
+    if "cuda" in text and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+
+
+MODELS = [text for document, text in blocks("yaml") if document.name == "README.md"]
+
+
+@pytest.mark.parametrize("text", MODELS, ids=[m.splitlines()[0] for m in MODELS])
+def test_model_sections_are_accepted(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"base": str(ROOT / "configs" / "moda_demo.yaml"), **yaml.safe_load(text)}))
+    load_config(file)
 
 
 def test_pictures_and_links_exist() -> None:

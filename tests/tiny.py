@@ -84,7 +84,9 @@ def command(config: Path, *overrides: str, processes: int | None = None) -> list
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """This process's environment, in which the packages of this clone are imported."""
+    folders = [ROOT, *(ROOT / name for name in ("kernels", "evals", "scripts"))]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
 
 
 def run(config: Path, *overrides: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:

@@ -72,10 +72,10 @@ def benchmark(
     from rich.table import Table
 
     from moda.config.schema import TokenizerSection
-    from moda.data.tokenizer import load_encoder, load_tokenizer
     from moda.data.manifest import MANIFEST, read_manifest
     from moda.data.prepare.options import PrepareOptions
     from moda.data.prepare.run import prepare
+    from moda.data.tokenizer import load_encoder, load_tokenizer
     from moda.errors import UserError
 
     named = load_tokenizer(TokenizerSection(tokenizer))

@@ -335,7 +335,7 @@ class CheckpointConfig:
 
 @dataclass
 class WandBSection:
-    """``logging.wandb``: Weights & Biases (``pip install 'moda[wandb]'``)."""
+    """``logging.wandb``: Weights & Biases (``pip install -e '.[wandb]'``)."""
 
     enabled: bool = False
     project: str | None = None

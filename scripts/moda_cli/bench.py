@@ -1,13 +1,8 @@
-"""Benchmarks: ``bench.py NAME``; ``bench.py NAME --help`` says what it measures."""
-
-from __future__ import annotations
+"""Benchmarks; NAME --help says what each measures."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from moda.errors import UserError
 from moda_kernels.benchmarks import registry
 
 MODULES = (
@@ -26,13 +21,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen benchmark and return the exit code."""
-    try:
-        return registry.run(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(parser().parse_args(argv))
+    return registry.run(args)

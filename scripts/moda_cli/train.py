@@ -1,0 +1,38 @@
+"""Train a model from a configuration file. The same command resumes from the newest complete checkpoint.
+
+Examples:
+  %(prog)s configs/moda_demo.yaml
+  %(prog)s configs/moda_700m.yaml train.max_tokens=2e9 train.save_folder=runs/try
+  torchrun --nproc-per-node=8 scripts/train.py configs/moda_1.5b.yaml
+"""
+
+import argparse
+import os
+
+from ._options import add_config_arguments, new_parser
+
+RESUME = "the same command resumes from the newest checkpoint"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = new_parser(__doc__)
+    add_config_arguments(p)
+    p.add_argument("--dry-run", action="store_true", help="only print the configuration and its sizes, as `moda plan`")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    # Read when torch is imported. Large CPU tensors (the logits) go into huge pages: page faults otherwise take longer
+    # than the arithmetic. Threads that wait for each other sleep: on a busy machine they would take cores from others.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moda.config import load_config
+    from moda.train.run import plan, print_plan, train
+    from moda_evals.in_loop import check_downstream, downstream_callbacks
+
+    config = load_config(args.config, args.overrides)
+    check_downstream(config)
+    if args.dry_run:
+        print_plan(plan(config))
+        return 0
+    return train(config, downstream_callbacks).exit_code
