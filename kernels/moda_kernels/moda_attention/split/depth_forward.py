@@ -56,7 +56,7 @@ def load_slots(
     k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """The next step's rows of K and V: their positions among the slots read, slot numbers, which elements exist, and both tiles."""
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, and both tiles."""
     position = start + n // HEADS
     valid = (position < n_slots)[:, None]
     if BLOCK_D != D:
