@@ -17,15 +17,45 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "LOG2_E", "depth_columns", "device_of", "key_range", "load_row_values", "load_tile", "natural_lse", "next_power_of_two",
-    "probabilities", "rows", "score_gradients", "sees", "slot_numbers", "slot_pointers", "softmax_step", "store_or_add",
-    "strides", "tma_descriptor", "tma_ready", "tma_rows",
+    "LOG2_E", "depth_columns", "device_of", "key_range", "load_row_values", "load_tile", "natural_lse",
+    "next_power_of_two", "probabilities", "rows", "rows_of_tile", "score_gradients", "sees", "slot_numbers",
+    "slot_pointers", "softmax_step", "store_or_add", "strides", "tma_descriptor", "tma_ready", "tma_rows",
 ]  # fmt: skip
 
 LOG2_E = 1.4426950408889634
 
 
 # --- steps inside a kernel -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_of_tile(
+    length,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """What a program of the grid (tiles, Hk, B) owns: whole tokens with the query heads of one key/value head; later tiles first.
+
+    Returns batch, key/value head, first and last token; token and query head of each row; the dims; which rows and which elements
+    exist; batch and token as int64.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    first = tile * TOKENS
+    last = tl.minimum(first + TOKENS, length) - 1
+    rows = tl.arange(0, BLOCK_M)
+    token = first + rows // PADDED_GROUP
+    member = rows % PADDED_GROUP
+    d = tl.arange(0, BLOCK_DIM)
+    real = (token < length) & (member < GROUP)
+    inside = real[:, None] & (d < DIM)[None, :]
+    q_head = head * GROUP + member
+    return batch, head, first, last, token, q_head, d, real, inside, batch.to(tl.int64), token.to(tl.int64)
 
 
 @triton.jit

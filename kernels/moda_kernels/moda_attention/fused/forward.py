@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import steps
 from ..problem import Problem
-from ..steps import depth_columns, key_range, load_tile, natural_lse, sees, softmax_step
+from ..steps import depth_columns, key_range, load_tile, natural_lse, rows_of_tile, sees, softmax_step
 from ..tensors import Inputs, Result
 from ..tiles import Tile, TileChooser
 
@@ -67,21 +67,9 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: one tile of rows of one key/value head. Grid (tiles, Hk, B); later (longer) tiles start first."""
     TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    first = tile * TOKENS
-    last = tl.minimum(first + TOKENS, length) - 1
-
-    rows = tl.arange(0, BLOCK_M)
-    token = first + rows // PADDED_GROUP
-    member = rows % PADDED_GROUP
-    d = tl.arange(0, BLOCK_DIM)
-    real = (token < length) & (member < GROUP)
-    inside = real[:, None] & (d < DIM)[None, :]
-    q_head = head * GROUP + member
-    b64 = batch.to(tl.int64)
-    t64 = token.to(tl.int64)
+    batch, head, first, last, token, q_head, d, real, inside, b64, t64 = rows_of_tile(
+        length, GROUP, PADDED_GROUP, DIM, BLOCK_M, BLOCK_DIM
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)

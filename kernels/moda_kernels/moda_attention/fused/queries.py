@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import steps
 from ..problem import Problem
-from ..steps import depth_columns, key_range, load_tile, probabilities, score_gradients, sees
+from ..steps import depth_columns, key_range, load_tile, probabilities, rows_of_tile, score_gradients, sees
 from ..tensors import Inputs
 from ..tiles import Tile, TileChooser
 from .forward import problem_kind, row_bounds
@@ -59,22 +59,9 @@ def queries_kernel(
     ``START``: the sum begins with ``grad_q_start`` (fp32, unscaled), the term of the tokens' own depth slots.
     ``CHUNKED``: the depth slots of chunks are walked here; with ``DEPTH_QUERY`` their term is the depth query's gradient.
     """
-    TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    first = tile * TOKENS
-    last = tl.minimum(first + TOKENS, length) - 1
-
-    rows = tl.arange(0, BLOCK_M)
-    token = first + rows // PADDED_GROUP
-    member = rows % PADDED_GROUP
-    d = tl.arange(0, BLOCK_DIM)
-    real = (token < length) & (member < GROUP)
-    inside = real[:, None] & (d < DIM)[None, :]
-    q_head = head * GROUP + member
-    b64 = batch.to(tl.int64)
-    t64 = token.to(tl.int64)
+    batch, head, first, last, token, q_head, d, real, inside, b64, t64 = rows_of_tile(
+        length, GROUP, PADDED_GROUP, DIM, BLOCK_M, BLOCK_DIM
+    )
 
     g_at = b64 * stride_gb + t64[:, None] * stride_gt + q_head[:, None] * stride_gh + d[None, :]
     do = tl.load(grad_out + g_at, mask=inside, other=0.0)

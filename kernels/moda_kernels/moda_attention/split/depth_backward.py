@@ -25,7 +25,7 @@ from torch import Tensor
 from ..steps import rows, slot_numbers, slot_pointers, store_or_add
 from ..tensors import Deferred, DepthGradients, Result
 from ..tiles import Tile
-from .depth_forward import LOG2_E, depth_logits, packed_heads, rows_of_program, slot_layout
+from .depth_forward import LOG2_E, depth_logits, load_slots, packed_heads, rows_of_program, slot_layout
 from .flush import LayerProducts
 
 __all__ = ["backward_tile", "depth_backward"]
@@ -93,17 +93,10 @@ def _depth_backward_kernel(
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
     dv_slot = tl.cast(dv_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        position = start + n // HEADS
-        valid = (position < n_slots)[:, None]
-        if BLOCK_D != D:
-            valid = valid & (d < D)[None, :]
-        number = slot
-        if LISTED:
-            number = slot_numbers(table_ptr, position, n_slots)[:, None]
-        k_at = slot_pointers(k_ptr, start, k_slot, k_offset, number, in_slot, LISTED)
-        k = tl.load(k_at, mask=valid, other=0.0, eviction_policy="evict_first")
-        v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
-        v = tl.load(v_at, mask=valid, other=0.0, eviction_policy="evict_first")
+        position, number, valid, k, v = load_slots(
+            k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
+            D, HEADS, BLOCK_D, LISTED,
+        )  # fmt: skip
         x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
         p = tl.exp2(x - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

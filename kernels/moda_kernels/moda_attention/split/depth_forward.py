@@ -29,7 +29,15 @@ from ..steps import slot_numbers, slot_pointers
 from ..tensors import Result
 from ..tiles import Tile
 
-__all__ = ["depth_forward", "depth_logits", "forward_tile", "packed_heads", "rows_of_program", "slot_layout"]
+__all__ = [
+    "depth_forward",
+    "depth_logits",
+    "forward_tile",
+    "load_slots",
+    "packed_heads",
+    "rows_of_program",
+    "slot_layout",
+]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -41,6 +49,26 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
     row = tl.program_id(0) * HEADS
     token = row // N_KV_HEADS
     return row.to(tl.int64), (token // T).to(tl.int64), (token % T).to(tl.int64), (row % N_KV_HEADS).to(tl.int64)
+
+
+@triton.jit
+def load_slots(
+    k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, and both tiles."""
+    position = start + n // HEADS
+    valid = (position < n_slots)[:, None]
+    if BLOCK_D != D:
+        valid = valid & (d < D)[None, :]
+    number = slot
+    if LISTED:
+        number = slot_numbers(table_ptr, position, n_slots)[:, None]
+    k_at = slot_pointers(k_ptr, start, k_slot, k_offset, number, in_slot, LISTED)
+    k = tl.load(k_at, mask=valid, other=0.0, eviction_policy="evict_first")
+    v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
+    v = tl.load(v_at, mask=valid, other=0.0, eviction_policy="evict_first")
+    return position, number, valid, k, v
 
 
 @triton.jit
@@ -98,17 +126,10 @@ def _depth_forward_kernel(
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        position = start + n // HEADS
-        kv_mask = (position < n_slots)[:, None]
-        if BLOCK_D != D:
-            kv_mask = kv_mask & (d < D)[None, :]
-        number = slot
-        if LISTED:
-            number = slot_numbers(table_ptr, position, n_slots)[:, None]
-        k_at = slot_pointers(k_ptr, start, k_slot, k_offset, number, in_slot, LISTED)
-        k = tl.load(k_at, mask=kv_mask, other=0.0, eviction_policy="evict_first")
-        v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
-        v = tl.load(v_at, mask=kv_mask, other=0.0, eviction_policy="evict_first")
+        position, number, valid, k, v = load_slots(
+            k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
+            D, HEADS, BLOCK_D, LISTED,
+        )  # fmt: skip
         x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
         new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
