@@ -12,7 +12,8 @@ import torch
 from olmo_core.data import NumpyDatasetDType, NumpyPaddedFSLDatasetConfig, TokenizerConfig
 from olmo_core.data.utils import get_labels
 
-from moda.data.text import prepare_text
+from moda.config.schema import DataConfig
+from moda.data import build_training_data
 from moda.errors import UserError
 from moda.train.validation import NextTokenEvaluator
 from moda_evals.model import ScoredModel, load
@@ -128,7 +129,8 @@ def test_text_is_tokenized_as_training_data_is(tokenizer_file: Path, tmp_path: P
         (tmp_path / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
     sources = [str(tmp_path / "text")]
     assert model.tokenizer_info is not None
-    prepare_text(sources, model.tokenizer_info, validation_fraction=0.3, work_dir=tmp_path / "work")
+    data = DataConfig(text=sources, validation_fraction=0.3, work_dir=str(tmp_path / "work"))
+    build_training_data(data, model.tokenizer_info, 8)
     sets = [Text("text", "text", tuple(sources)), TokenFiles("tokens", "tokens", (str(tmp_path / "work/*/*/*.npy"),))]
     opened, _ = open_sets(sets, model)
     ours, prepared = (evaluate_set(model, entry, Windows(64, 32)) for entry in opened)
