@@ -77,9 +77,9 @@ def known_everywhere(overrides: list[str], shown: str) -> None:
 
 
 def test_every_recipe_of_the_table_is_on_the_page() -> None:
-    rows = re.findall(r"^\| a[n]? ([\w ]+) \|", PAGE, flags=re.MULTILINE)
+    rows = re.findall(r"^\| an? ([\w ]+) \|", PAGE, flags=re.MULTILINE)
     headings = re.findall(r"^## An? (.+)$", PAGE, flags=re.MULTILINE)
-    assert len(rows) == len(headings) and {"deep", "first_recent", "layer_scale"} <= set(CODE)
+    assert rows == headings and len(CODE) == len(rows)
 
 
 def test_a_norm_placement(registries: None) -> None:
@@ -122,3 +122,54 @@ def test_a_mechanism(registries: None) -> None:
     net = transformer_config(config.model, 61).build()
     net.init_weights(max_seq_len=16, device=torch.device("cpu"))
     assert torch.equal(net.blocks["0"].depth.attention_scale, torch.full((128,), 0.1))
+
+
+def test_a_sequence_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moda_kernels.moda_attention.naive import naive_attention
+    from moda_kernels.moda_attention.problem import make_problem
+    from moda_kernels.moda_attention.split import sequence
+    from moda_kernels.moda_attention.tensors import Inputs
+
+    kernel = load("dense").Dense()
+    monkeypatch.setitem(sequence._KERNELS, kernel.name, kernel)
+    sequence._present.cache_clear()
+    q, k, v = (torch.randn(2, 5, h, 16).requires_grad_() for h in (4, 2, 2))
+    p = make_problem(Inputs(q, k, v))
+    assert sequence.choose(p.kind._replace(sequence_kernel="dense")) is kernel
+    sequence._present.cache_clear()
+    out, lse = naive_attention(q, k, v)
+    do = torch.randn_like(out)
+    found = kernel.forward(p, q.detach(), k.detach(), v.detach())
+    for ours, truth in zip(found, (out, lse)):
+        torch.testing.assert_close(ours, truth)
+    grads = kernel.backward(p, do, q.detach(), k.detach(), v.detach(), *found)
+    for ours, truth in zip(grads, torch.autograd.grad(out, (q, k, v), do)):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moda_evals import tasks
+
+    task = load("capitals").CAPITALS
+    monkeypatch.setitem(tasks.TASKS, task.name, task)
+    assert tasks.resolve_tasks(["capitals"]) == [task]
+    with pytest.raises(UserError, match=r"did you mean 'capitals'\?"):
+        tasks.resolve_tasks(["capitols"])
+
+
+def test_a_data_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moda.data import build_training_data, load_tokenizer, sources
+
+    source = load("random").Random()
+    monkeypatch.setitem(sources.SOURCES, source.name, source)
+    changes = [f"data.work_dir={tmp_path}", "data.text=null", "data.source={random: {tokens: 5000}}"]
+    config = load_config(ROOT / "configs" / "moda_demo.yaml", changes)
+    tokenizer = load_tokenizer(config.data.tokenizer)  # type: ignore[arg-type]
+    built = build_training_data(config.data, tokenizer, 256)
+    assert built.tokens == 5000 and len(built.train.build()) == 5000 // 256
+    for wrong, words in (("{randon: {tokens: 1}}", r"did you mean 'random'\?"), ("{random: {tokns: 1}}", "tokens")):
+        with pytest.raises(UserError, match=words):
+            bad = load_config(ROOT / "configs" / "moda_demo.yaml", [*changes[:2], f"data.source={wrong}"])
+            build_training_data(bad.data, tokenizer, 256)
+    with pytest.raises(UserError, match="exactly one of"):
+        build_training_data(load_config(ROOT / "configs" / "moda_demo.yaml", changes[2:]).data, tokenizer, 256)

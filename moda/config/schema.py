@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from moda.errors import UserError
 
@@ -92,21 +93,23 @@ class MixtureSection:
 
 @dataclass
 class DataConfig:
-    """``data``: exactly one of ``mix``, ``paths``, ``mixture`` and ``text``.
+    """``data``: exactly one of ``mix``, ``paths``, ``mixture``, ``text`` and ``source``.
 
     :param mix: a data mix of OLMo-core by name, found under ``base_dir``.
     :param base_dir: folder, http(s), s3, gs or r2 URL of the mix.
     :param mix_tokens: use only a subset of the mix's files that holds this many tokens, the same one for everyone
-        (``scripts/prepare_data.py mirror --tokens`` downloads it).
+        (``moda prepare mirror --tokens`` downloads it).
     :param mixture: prepared sources with ratios or token budgets.
     :param paths: token files (flat uint16/uint32, globs allowed), as OLMo-core reads them.
-    :param text: text to tokenize at the first start: ``python-stdlib``, or files, folders and globs (UTF-8 text, or .jsonl
-        with a ``text`` field).
+    :param text: text to tokenize at the first start: ``python-stdlib``, or files, folders and globs of any known text format.
+    :param source: another data source: ``{NAME: its options}``.
     :param tokenizer: which tokenizer the tokens are of.
     :param validation: ``{name: [token files]}``, or the name of a validation mix; for ``text`` a share of the documents
-        is held out by a stable hash of their relative path.
+        is held out by a stable hash of their text.
     :param validation_fraction: that share.
-    :param verify: what is compared with the manifest beside token files: their ``size``, or their ``hash`` (reads them all).
+    :param document_masking: whether attention stays within a document; needs a depth mechanism that allows it.
+    :param verify: what is compared with the manifest beside token files: their ``size``, or their ``hash`` (reads them all,
+        and checks every id).
     :param work_dir: where tokenized text and indices are kept between runs.
     :param num_workers: data loading processes.
     """
@@ -117,6 +120,7 @@ class DataConfig:
     mixture: MixtureSection | None = None
     paths: list[str] | None = None
     text: str | list[str] | None = None
+    source: dict[str, Any] | None = None
     tokenizer: TokenizerSection | str = "dolma2"
     validation: str | dict[str, list[str]] | None = None
     validation_fraction: float = 0.05
@@ -126,11 +130,12 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("mix", "paths", "mixture", "text") if getattr(self, name) is not None]
+        given = [name for name in ("mix", "paths", "mixture", "text", "source") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UserError(
-                "data", "exactly one of data.mix, data.paths, data.mixture and data.text", ", ".join(given) or "none"
-            )
+            expected = "exactly one of data.mix, data.paths, data.mixture, data.text and data.source"
+            raise UserError("data", expected, ", ".join(given) or "none")
+        if self.source is not None and len(self.source) != 1:
+            raise UserError("data.source", "one data source by name", ", ".join(self.source) or "none")
         at_least("data.mix_tokens", self.mix_tokens, 1)
         if self.mix_tokens is not None and self.mix is None:
             raise UserError("data.mix_tokens", "null without data.mix", self.mix_tokens)
