@@ -17,7 +17,7 @@ import torch
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from moda.config.schema import ModelConfig, TokenizerSection
+from moda.config.schema import TokenizerSection
 from moda.data import load_tokenizer
 from moda.errors import UserError
 from moda.files import read_json
@@ -26,6 +26,7 @@ from moda.typed import from_dict
 
 from .find import CONFIG, STATE, Kind, kind_of
 from .seal import CHECKSUMS, differences
+from .settings import saved_model
 from .trust import check_classes, check_path, objects, read_table
 
 __all__ = ["Checkpoint", "load_model", "match_weights", "open_checkpoint", "read_weights"]
@@ -140,7 +141,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         length = next((n for o in objects(settings) if isinstance(n := o.get("sequence_length"), int) and n > 0), None)
         return Checkpoint(folder, kind, _olmo_core_config(file, model), _find_tokenizer(settings), length, settings)
     # Only what describes the model: a key of another section that has since been renamed does not matter here.
-    architecture = from_dict(ModelConfig, model, "model")
+    architecture = saved_model(folder, settings)
     data, train = (s if isinstance(s := settings.get(name), dict) else {} for name in ("data", "train"))
     named = data.get("tokenizer") or "dolma2"
     tokenizer = from_dict(

@@ -13,7 +13,7 @@ from moda.typed import from_dict, to_dict
 
 from .find import CONFIG
 
-__all__ = ["changed_settings", "check_same_model", "read_settings"]
+__all__ = ["changed_settings", "check_same_model", "read_settings", "saved_model"]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -29,12 +29,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def saved_model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
+    """The model section of a checkpoint's settings.
+
+    :raises UserError: for a checkpoint of a layout that is no longer read, and for a section that cannot be understood.
+    """
+    model = settings["model"]
+    if "depth_kv" in model:
+        hint = "saved before version 0.1.0, with other parameter names: use the version that saved it, or train again"
+        raise UserError("checkpoint", "a checkpoint with model.depth", f"{folder} with model.depth_kv", hint)
+    return from_dict(ModelConfig, model, "model")
+
+
 def check_same_model(folder: Path, model: ModelConfig) -> None:
     """Refuse a checkpoint of another model before anything of it is loaded.
 
     :raises UserError: naming the first setting that differs.
     """
-    saved = to_dict(from_dict(ModelConfig, read_settings(folder)["model"], "model"))
+    saved = to_dict(saved_model(folder, read_settings(folder)))
     for key, before, now in _differences(saved, to_dict(model), "model"):
         if key != "model.attention_backend":  # changes speed, not the model
             raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, "or choose another train.save_folder")

@@ -19,6 +19,7 @@ from moda.checkpoints import (
     CHECKSUMS,
     OwnCheckpointer,
     check_own,
+    check_same_model,
     damage,
     find_resumable,
     kind_of,
@@ -252,3 +253,16 @@ def test_checkpoints_of_others_are_not_resumed_from(own: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "geteuid", lambda: owner + 4321)
     with pytest.raises(UserError, match=rf"train.save_folder: expected checkpoints owned by .*{owner + 4321}"):
         check_own(own)
+
+
+def test_the_old_layout_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "step10"
+    config = run_config(make_tokenizer(tmp_path / "tokenizer.json"), sequence_length=64)
+    save_checkpoint(folder, config)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["model"]["depth_kv"] = {"attention": "reuse"}
+    del settings["model"]["depth"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    for read in (open_checkpoint, lambda path: check_same_model(path, config.model)):
+        with pytest.raises(UserError, match="model.depth_kv .*use the version that saved it, or train again"):
+            read(folder)
