@@ -16,7 +16,7 @@ from moda.data.mixes import mix_files
 from moda.data.mixture import Drawn
 from moda.data.token_files import check_token_files, find_token_files
 from moda.data.tokenizer import Tokenizer
-from moda.errors import UserError
+from moda.errors import UserError, nearest
 
 from .base import DataSource, Request
 from .mix import Mix
@@ -26,7 +26,7 @@ from .text import Text
 
 __all__ = ["SOURCES", "TrainingData", "build_training_data", "preview"]
 
-#: By the key of ``data`` that asks for them.
+#: By the key of ``data`` that asks for them, or of ``data.source``.
 SOURCES: dict[str, DataSource] = {s.name: s for s in (Mix(), Paths(), Mixture(), Text())}
 
 
@@ -51,13 +51,14 @@ class TrainingData:
 def source_of(data: DataConfig) -> DataSource:
     """The source that a ``data`` section asks for.
 
-    :raises UserError: if it asks for none, or for several.
+    :raises UserError: if it asks for one that is not known.
     """
-    given = [name for name in SOURCES if getattr(data, name, None) is not None]
-    if len(given) != 1:
-        names = ", ".join(f"data.{name}" for name in SOURCES)
-        raise UserError("data", f"exactly one of {names}", ", ".join(given) or "none")
-    return SOURCES[given[0]]
+    if data.source is not None:
+        [name] = data.source
+        if name not in SOURCES:
+            raise UserError("data.source", "a known data source", name, nearest(name, SOURCES))
+        return SOURCES[name]
+    return next(source for name, source in SOURCES.items() if getattr(data, name, None) is not None)
 
 
 def preview(

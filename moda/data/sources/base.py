@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from olmo_core.data.source_mixture import SourceMixtureDataset
@@ -14,8 +14,12 @@ from moda.config.schema import DataConfig
 from moda.data.mixture import Drawn
 from moda.data.token_files import check_token_files, find_token_files, token_dtype
 from moda.data.tokenizer import Tokenizer
+from moda.errors import UserError
+from moda.typed import from_dict
 
 __all__ = ["DataSource", "Request", "Selection", "stem"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Request:
     @property
     def dtype(self) -> np.dtype:
         return token_dtype(self.tokenizer.config.vocab_size)
+
+    def options(self, name: str, kind: type[T]) -> T:
+        """What stands under ``data.source.NAME``, as a dataclass.
+
+        :raises UserError: for an option that it does not have, or a value of another type.
+        """
+        key, given = f"data.source.{name}", (self.data.source or {}).get(name) or {}
+        if not isinstance(given, dict):
+            raise UserError(key, "a section of options", given)
+        return from_dict(kind, given, key)
 
     def check(self, key: str, paths: list[str]) -> None:
         """Check token files as the section says; remote ones are passed over.
