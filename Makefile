@@ -1,4 +1,4 @@
-# make train   a virtual environment, everything installed, the demo trained (8 to 10 minutes on two cores)
+# make train   a virtual environment, everything installed, the demo trained (8 to 12 minutes on two cores)
 # make test    the same environment, then lint, type check and tests
 # make docs    a reference of the Python packages, made from their docstrings, in build/api
 #

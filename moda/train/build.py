@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from olmo_core.data import NumpyDataLoaderConfig
 from olmo_core.data.data_loader import NumpyDataLoaderBase
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import is_distributed
+from olmo_core.nn.transformer import Transformer
 from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.callbacks import (
@@ -46,15 +48,21 @@ from .validation import ValidationConfig
 __all__ = ["build_data_loader", "build_train_module", "build_trainer"]
 
 
-def _optimizer(plan: Plan) -> OptimConfig:
-    o = plan.config.optim
+def _optimizer(plan: Plan, model: Transformer) -> OptimConfig:
+    o, depth = plan.config.optim, plan.config.model.depth
+    spared = ["embeddings.weight", *(() if depth is None else depth.no_weight_decay)]
+    names = [name for name, _ in model.named_parameters()]
     cls = AdamWConfig if o.name == Optimizer.adamw else SkipStepAdamWConfig
     return cls(
         lr=o.lr,
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        group_overrides=[OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})],
+        group_overrides=[
+            OptimGroupOverride(params=[glob], opts={"weight_decay": 0.0})
+            for glob in spared
+            if fnmatch.filter(names, glob)
+        ],
     )
 
 
@@ -91,10 +99,12 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     compiled = half if c.train.compile is None else c.train.compile
     if p.activation_checkpointing == Checkpointing.budget and not compiled:
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
+    model = plan.transformer.build(init_device="meta")
+    model.init_seed = c.train.seed
     module = TransformerTrainModuleConfig(
         rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
-        optim=_optimizer(plan),
+        optim=_optimizer(plan, model),
         max_grad_norm=c.optim.max_grad_norm,
         scheduler=CosWithWarmup(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
         compile_model=compiled,
@@ -104,8 +114,6 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
         z_loss_multiplier=c.optim.z_loss,
     )
-    model = plan.transformer.build(init_device="meta")
-    model.init_seed = c.train.seed
     built = module.build(model, device=device)
     assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(

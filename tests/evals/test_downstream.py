@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import olmo_eval
 import pytest
@@ -70,7 +71,8 @@ def slow_predictions(model, label: str, tokenizer_file: Path, metric: str) -> li
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_against_one_choice_at_a_time(name: str, model, tokenizer_file: Path, first_questions) -> None:
-    task, n = TASKS[name], QUESTIONS
+    task: Any = TASKS[name]
+    n = QUESTIONS
     if name in LONG:
         task, n = replace(task, labels=task.labels[:1]), LONG[name]
     result = evaluate_task(model, task, limit=n, batch_tokens=4096, per_example=True)
@@ -88,6 +90,7 @@ def test_metric_is_that_of_olmo_eval() -> None:
     """The metrics are those ai2-olmo-eval has for these labels; for one-letter answers its length norm changes nothing."""
     from olmo_eval.tasks import LABEL_TO_TASK_MAP
 
+    task: Any
     for task in TASKS.values():
         for label in task.labels:
             entry = LABEL_TO_TASK_MAP[label]

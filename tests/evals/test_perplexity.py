@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_standard_error_is_that_of_a_ratio() -> None:
 
 def test_the_paper_sets_and_what_is_missing(model, tmp_path: Path) -> None:
     base = tmp_path / "eval-data" / "perplexity" / "v3_small_gptneox20b"
-    paper = resolve_sets(PAPER_SETS)
+    paper: Any = resolve_sets(PAPER_SETS)
     for entry in paper[:-1]:
         documents(base / entry.label / "val", [9, 5])
     with pytest.raises(UserError, match="stack: expected the token file .*dolma_stack.*prepare_data.py mirror"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from moda_evals.sets import SETS, DocumentSet, OpenSet, TokenDocument
 from moda_evals.tasks import TASKS, JsonlTask, Task, resolve_tasks
 from tests.tiny import tiny_config
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"context": "The capital of France is", "choices": [" Paris", " Rome", " a very large town"], "label": 0},
     {"context": "Two and two make", "choices": [" five", " four"], "label": 1},
     {"context": "Käse is made of", "choices": [" milk", " stone"], "label": 0},

@@ -300,7 +300,7 @@ def test_fresh_slots_are_stored_and_others_added(
             buffers.append(buffer)
         saved = b.forward(p, x)
         views = buffers if slots is not None else [buffer[:4] for buffer in buffers]
-        b.backward(p, drawn["grad_out"].to(dtype), None, x, saved, DepthGradients(*views, fresh))
+        b.backward(p, drawn["grad_out"].to(dtype), None, x, saved, DepthGradients(views[0], views[1], fresh))
         return buffers
 
     truth, plain = run("reference", torch.float64), run("reference", torch.float16)

@@ -58,7 +58,7 @@ def immediate(
         for g in grads:
             g.copy_(start)
             g[fresh[0] : fresh[1]] = float("nan")
-    return [backward(c, DepthGradients(*grads, fresh), **options), *grads]
+    return [backward(c, DepthGradients(grads[0], grads[1], fresh), **options), *grads]
 
 
 def backward(c: dict[str, Any], depth: Any, **options: Any) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_flush_equals_immediate(size: dict[str, int]) -> None:
     for lo, hi in ((0, cut), (cut, S)):
         if lo < hi:  # slots below `cut` are fresh, the others are added to
             fresh = (0, max(0, min(hi, cut) - lo))
-            pending.flush((1, 4), tuple(range(first + lo, first + hi)), DepthGradients(*grads, fresh))
+            pending.flush((1, 4), tuple(range(first + lo, first + hi)), DepthGradients(grads[0], grads[1], fresh))
     wanted = [torch.zeros(k.shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
     for c in cases:
         for total, g in zip(wanted, immediate(c, (0, S))[1:], strict=True):
@@ -146,7 +146,7 @@ def test_a_list_of_slots_is_read_as_if_they_were_a_run(slots: tuple[int, ...], s
         grads = [start.clone() for _ in range(2)]
         for g in grads:
             g[index[fresh[0] : fresh[1]]] = float("nan")
-        dq = backward(c, DepthGradients(*grads, fresh), table=index)
+        dq = backward(c, DepthGradients(grads[0], grads[1], fresh), table=index)
         assert torch.equal(dq, wanted[0])
         for g, want in zip(grads, wanted[1:], strict=True):
             assert torch.equal(g[index], want)
@@ -156,7 +156,7 @@ def test_a_list_of_slots_is_read_as_if_they_were_a_run(slots: tuple[int, ...], s
     for at in (0, 1):
         assert torch.equal(backward(c, Deferred(pending, at, 0), table=index), wanted[0])
     grads = [start.clone() for _ in range(2)]
-    pending.flush((0, 2), slots, DepthGradients(*grads, (1, n)))
+    pending.flush((0, 2), slots, DepthGradients(grads[0], grads[1], (1, n)))
     for g, alone in zip(grads, immediate(picked, (0, n))[1:], strict=True):
         want = 2 * alone.double()
         want[0] += start[slots[0]].double()
@@ -295,7 +295,8 @@ def test_sequence_kernels_agree_on_the_joint_softmax(monkeypatch: pytest.MonkeyP
     x = Inputs(c["q"], draw(2, 130, 2, 64, seed=20), draw(2, 130, 2, 64, seed=21), c["k"], c["v"])
     p = make_problem(x, causal=causal)
     saved = split.forward(p, x)
-    depth = DepthGradients(*(torch.empty(c["k"].shape, dtype=DTYPE, device=DEVICE) for _ in range(2)), fresh=(0, 11))
+    dk, dv = (torch.empty(c["k"].shape, dtype=DTYPE, device=DEVICE) for _ in range(2))
+    depth = DepthGradients(dk, dv, fresh=(0, 11))
     dlse = torch.randn_like(saved.lse)
     grads = split.backward(p, c["do"], dlse, x, saved, depth)
 

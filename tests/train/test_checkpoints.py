@@ -53,7 +53,9 @@ def olmo_config() -> TransformerConfig:
 def module() -> TransformerTrainModule:
     model = olmo_config().build(init_device="cpu")
     config = TransformerTrainModuleConfig(rank_microbatch_size=64, max_sequence_length=32, optim=AdamWConfig())
-    return config.build(model, device=torch.device("cpu"))
+    built = config.build(model, device=torch.device("cpu"))
+    assert isinstance(built, TransformerTrainModule)
+    return built
 
 
 @pytest.fixture
