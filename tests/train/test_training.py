@@ -177,6 +177,8 @@ PARALLEL = {
     "ddp": ["parallel.data=ddp"],
     "hsdp": ["parallel.data=hsdp", "parallel.shard_degree=1"],
     "tensor": ["parallel.tensor=2", "model.depth=null"],
+    "fsdp, value residual": ["model.depth.mechanism=value_residual"],
+    "fsdp, denseformer": ["model.depth.mechanism=denseformer"],
 }
 
 
@@ -186,9 +188,10 @@ def test_other_parallelism_from_the_command_line(kind: str, whole: Path, tmp_pat
     config = write_config(tmp_path)
     done = run(config, *PARALLEL[kind], "train.max_steps=3", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    if kind == "tensor":
+    model = [override for override in PARALLEL[kind] if override.startswith("model.")]
+    if model:
         one = tmp_path / "one"
-        done = run(config, "model.depth=null", "train.max_steps=3", f"train.save_folder={one / 'run'}")
+        done = run(config, *model, "train.max_steps=3", f"train.save_folder={one / 'run'}")
         assert done.returncode == 0, done.stdout + done.stderr
         close(losses(tmp_path), losses(one))
     else:  # a shorter run has another schedule, but its first steps warm up alike
@@ -199,7 +202,7 @@ def test_dry_run_prints_sizes_and_trains_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     shown = run(config, "--dry-run", "train.max_steps=9")
     assert shown.returncode == 0, shown.stderr
-    for text in ("norm_placement: post", "parameters", "training FLOPs a token", "memory a process", "steps"):
+    for text in ("norm_placement: post", "parameters", "training FLOPs per token", "memory per process", "steps"):
         assert text in shown.stdout
     assert not (tmp_path / "run").exists() and not (tmp_path / "work").exists()
 
