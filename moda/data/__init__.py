@@ -3,8 +3,6 @@
 Names are imported on use: the worker processes of a preparation need neither torch nor OLMo-core.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ sequences of a file are taken: OLMo-core 3.0.0 samples document indices that it 
 sequences of every file; that sampling, which reads all files once, is left out.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,6 @@ from olmo_core.data.utils import load_array_slice_into_tensor
 from olmo_core.io import get_file_size
 
 from moda.errors import UserError
-
-__all__ = ["SeededMixture", "TokenDataset", "TrainingDatasetConfig", "affine"]
 
 
 def affine(count: int, seed: int, file: int) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """A look at token files: how many documents and how long, a few of them decoded, and the sources' shares."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +19,6 @@ from .prepare.progress import format_bytes
 from .sources.base import stem
 from .token_files import token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["Lengths", "histogram_lines", "inspect", "scan"]
 
 _BLOCK = 1 << 24  # token ids read at a time
 _BUCKETS = 32  # powers of two

@@ -1,7 +1,5 @@
 """The manifest beside prepared token files: finding it, reading it, and comparing files with it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable
@@ -12,8 +10,6 @@ from typing import Any
 
 from moda.errors import UserError
 from moda.files import read_json
-
-__all__ = ["MANIFEST", "find_manifest", "hash_of", "read_manifest", "shard_entry", "verify_hashes"]
 
 MANIFEST = "manifest.json"
 

@@ -5,8 +5,6 @@ the server gives one, its MD5 (``Content-MD5``, or an ``ETag`` that is one, as S
 stalls, breaks off or meets a server error is continued with a range request, up to a number of attempts.
 """
 
-from __future__ import annotations
-
 import base64
 import errno
 import hashlib
@@ -37,8 +35,6 @@ from .mixes import choose_subset, load_sizes, mix_paths, subset_file
 from .prepare.progress import format_bytes
 from .token_files import token_dtype
 from .tokenizer import load_tokenizer
-
-__all__ = ["MirrorOptions", "fetch", "mirror", "remote_size"]
 
 log = logging.getLogger(__name__)
 

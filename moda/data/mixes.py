@@ -6,8 +6,6 @@ file of each source is taken whole, so the subset holds a little more than B. It
 the seed alone. Five files that OLMoE-mix-0824 lists twice are in a subset once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable
@@ -22,8 +20,6 @@ from moda.errors import UserError, nearest
 from moda.files import read_json, write_json
 
 from .tokenizer import Tokenizer
-
-__all__ = ["choose_subset", "load_sizes", "mix_files", "mix_paths", "subset_file"]
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,6 @@ OLMo-core's source mixture decides how many sequences come from each file: share
 proportion to their size, rounding by largest remainder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -23,8 +21,6 @@ from olmo_core.io import get_file_size
 
 from moda.config.schema import MixtureSection
 from moda.errors import UserError
-
-__all__ = ["Drawn", "draw", "labels_of"]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@
 * The format of a file is told by its name and its first bytes (:func:`moda.data.formats.detect`).
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import logging
@@ -22,17 +20,6 @@ from pathlib import Path
 from moda.errors import UserError
 
 from .formats import AUTO, FORMATS, Piece, Records, TextFormat, detect
-
-__all__ = [
-    "PYTHON_STDLIB",
-    "Document",
-    "TextFile",
-    "expand",
-    "find_files",
-    "holdout_share",
-    "is_held_out",
-    "read_documents",
-]
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Token files: their integer type, and a check of many of them against their manifest and tokenizer before a run."""
 
-from __future__ import annotations
-
 import logging
 import string
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +17,6 @@ from moda.files import read_json, write_json
 from .manifest import find_manifest, read_manifest, shard_entry, verify_hashes
 from .text import expand
 from .tokenizer import Tokenizer
-
-__all__ = ["check_token_files", "find_token_files", "looks_like", "token_dtype"]
 
 log = logging.getLogger(__name__)
 

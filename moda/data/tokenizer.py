@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from moda.config.schema import TokenizerSection
 
-__all__ = ["Tokenizer", "document_ids", "encode_batch", "load_encoder", "load_tokenizer", "packaged_tokenizer_file"]
-
 PACKAGED = "allenai_gpt-neox-olmo-dolma-v1_5.json"
 
 # name: (the method of OLMo-core's TokenizerConfig that has its settings, the hub name that tells the tokenizer apart)

@@ -4,8 +4,6 @@ A format is a class in a file of its own and a line in ``FORMATS``. Worker proce
 torch nor OLMo-core.
 """
 
-from __future__ import annotations
-
 from .base import Piece, Records, TextFormat
 from .compression import format_suffix, read_head
 from .huggingface import HuggingFace

@@ -1,7 +1,5 @@
 """What a text format is, and the checks that every record passes, whatever its format."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +10,6 @@ from typing import IO, Any, ClassVar
 from moda.errors import UserError
 
 from .compression import BROKEN
-
-__all__ = ["BadRecord", "FileFormat", "Piece", "Records", "TextFormat", "decode"]
 
 _BUFFER = 1 << 20
 

@@ -1,7 +1,5 @@
 """Compressed files: told by their suffix or, where the name does not say so, by their first bytes."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from moda.errors import UserError
-
-__all__ = ["BROKEN", "compression_of", "format_suffix", "open_contents", "read_head"]
 
 # suffix: how a file begins, as (offset, bytes)
 _MAGIC: dict[str, tuple[tuple[int, bytes], ...]] = {

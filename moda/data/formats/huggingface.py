@@ -1,14 +1,10 @@
 """Hugging Face datasets, by name or folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .base import Piece, Records, TextFormat
-
-__all__ = ["HuggingFace"]
 
 
 class HuggingFace(TextFormat):

@@ -1,7 +1,5 @@
 """Documents of a line each: JSON lines, and plain lines."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re
@@ -11,8 +9,6 @@ from typing import IO, Any
 from .base import BadRecord, FileFormat, Piece, Records, decode
 from .compression import compression_of, open_contents
 from .text import TEXT_SUFFIXES
-
-__all__ = ["JsonLines", "Lines"]
 
 _OBJECT = re.compile(rb'\s*\{\s*"')
 

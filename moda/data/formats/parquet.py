@@ -1,12 +1,8 @@
 """Parquet: a document per row, from a column of strings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from .base import BadRecord, Piece, Records, TextFormat, decode
-
-__all__ = ["Parquet"]
 
 
 class Parquet(TextFormat):

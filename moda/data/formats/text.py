@@ -1,15 +1,11 @@
 """Plain text: a document per file."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterator
 from typing import IO
 
 from .base import FileFormat, Piece, Records, decode
 from .compression import open_contents
-
-__all__ = ["TEXT_SUFFIXES", "Code", "Text"]
 
 _CODE = frozenset({
     ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".html",

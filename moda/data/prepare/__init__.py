@@ -3,8 +3,6 @@
 ``prepare`` and its options are imported on use, so that worker processes stay light.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -26,8 +26,6 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from .readers import TaskReader
 
-__all__ = ["Stage", "exact", "minhash"]
-
 #: A stage's name, its pipeline and its number of tasks.
 Stage = tuple[str, list[PipelineStep], int]
 

@@ -3,8 +3,6 @@
 A task that fails leaves its reason in ``state/errors``, because the executors lose it in different ways.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import errno
@@ -22,8 +20,6 @@ from loguru import logger
 
 from moda.errors import UserError
 from moda.files import read_json, write_json
-
-__all__ = ["disk_full", "make_executor", "raise_errors", "run_stage", "start_ray"]
 
 
 def disk_full(e: BaseException, folder: str | Path) -> UserError | None:

@@ -1,7 +1,5 @@
 """The options of a preparation, checked when they are read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +16,6 @@ from moda.config.schema import TokenizerSection
 from moda.data.formats import AUTO, FORMATS
 from moda.errors import UserError, nearest
 from moda.typed import from_dict
-
-__all__ = ["Dedup", "ExecutorKind", "PrepareOptions", "SourceOptions", "load_options"]
 
 
 class Policy(str, Enum):

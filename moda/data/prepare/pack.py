@@ -1,7 +1,5 @@
 """Parts to shards: the documents of a source in order, cut at document ends into files of the chosen size."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,6 @@ from datatrove.pipeline.base import PipelineStep
 from moda.files import write_json, writing
 
 from .tasks import read_state, state_file
-
-__all__ = ["ShardWriter", "plan_shards"]
 
 _BLOCK = 1 << 24
 

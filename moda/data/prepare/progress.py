@@ -11,8 +11,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Watch", "format_bytes"]
-
 _LINE_SECONDS = 10.0
 
 

@@ -1,7 +1,5 @@
 """The first step of a stage: the documents of a task, read as everywhere, counted, and its progress noted."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator
@@ -14,8 +12,6 @@ from moda.data.formats import FORMATS
 from moda.files import write_json
 
 from .tasks import read_task, state_file
-
-__all__ = ["TaskReader"]
 
 _PROGRESS_SECONDS = 0.5
 

@@ -1,7 +1,5 @@
 """A preparation from its options to the finished folder: plan, lock, stages, shards, manifest, rename."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -36,8 +34,6 @@ from .progress import Watch
 from .readers import TaskReader
 from .tasks import STATE, Task, make_tasks, read_state, state_file, write_task
 from .tokenize import SPLITS, PartTokenizer
-
-__all__ = ["Preparation", "prepare"]
 
 log = logging.getLogger(__name__)
 

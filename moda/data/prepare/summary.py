@@ -1,14 +1,10 @@
 """What a preparation made, as a table."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 
 from .progress import format_bytes
 from .run import Preparation
-
-__all__ = ["show"]
 
 
 def show(done: Preparation, console: Console) -> None:

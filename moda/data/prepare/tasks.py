@@ -27,8 +27,6 @@ from moda.files import read_json, write_json
 if TYPE_CHECKING:
     from .options import PrepareOptions, SourceOptions
 
-__all__ = ["STATE", "Task", "make_tasks", "read_state", "read_task", "state_file", "write_task"]
-
 STATE = "state"  # the folder inside OUT.partial that holds all of the above but the finished shards
 _SMALLEST, _LARGEST, _SHARES = 2 << 20, 256 << 20, 256
 _HUGGINGFACE_SHARDS = 8

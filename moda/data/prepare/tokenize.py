@@ -25,8 +25,6 @@ from .tasks import state_file
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SPLITS", "PartTokenizer", "cut_text"]
-
 SPLITS = ("train", "validation")
 _BATCH_CHARS = 1 << 20  # characters given to the tokenizer at a time
 _LONGEST = 1 << 20  # characters of a document that are tokenized as one; longer documents are cut

@@ -3,8 +3,6 @@
 A data source is a class in a file of its own and a line in ``SOURCES``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -17,8 +17,6 @@ from moda.data.tokenizer import Tokenizer
 from moda.errors import UserError
 from moda.typed import from_dict
 
-__all__ = ["DataSource", "Request", "Selection", "stem"]
-
 T = TypeVar("T")
 
 

@@ -1,12 +1,8 @@
 """``data.mix``: a data mix of OLMo-core under a base directory."""
 
-from __future__ import annotations
-
 from moda.data.mixes import mix_files
 
 from .base import DataSource, Request, Selection
-
-__all__ = ["Mix"]
 
 
 class Mix(DataSource):

@@ -1,12 +1,8 @@
 """``data.mixture``: sources in given shares."""
 
-from __future__ import annotations
-
 from moda.data.mixture import draw, labels_of
 
 from .base import DataSource, Request, Selection
-
-__all__ = ["Mixture"]
 
 
 class Mixture(DataSource):

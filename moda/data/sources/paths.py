@@ -1,10 +1,6 @@
 """``data.paths``: token files."""
 
-from __future__ import annotations
-
 from .base import DataSource, Request, Selection, stem
-
-__all__ = ["Paths"]
 
 
 class Paths(DataSource):

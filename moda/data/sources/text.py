@@ -3,8 +3,6 @@
 For corpora of many gigabytes there is ``scripts/prepare_data.py``; this is for a folder of text or the demo.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -25,8 +23,6 @@ from moda.errors import UserError
 from moda.files import write_json, writing
 
 from .base import DataSource, Request, Selection
-
-__all__ = ["Text", "split"]
 
 log = logging.getLogger(__name__)
 
