@@ -133,18 +133,18 @@ def test_two_preparations_at_once(tmp_path: Path, documents: list[str], prepared
 
 
 def test_full_disk(tmp_path: Path, documents: list[str], prepared: Any, monkeypatch: Any) -> None:
-    from moda.data.prepare import tokenize
+    from moda.data.prepare import steps
 
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     whole = prepared(tmp_path / "whole", {"a": str(path)}, task_bytes=5000)
 
-    class Full(tokenize._Part):
+    class Full(steps._Part):
         def write(self, ids: Any) -> None:
             if "00002" in self._tokens.name:
                 raise OSError(errno.ENOSPC, "No space left on device")
             super().write(ids)
 
-    monkeypatch.setattr(tokenize, "_Part", Full)
+    monkeypatch.setattr(steps, "_Part", Full)
     with pytest.raises(UserError, match="enough disk space.*run the same command again"):
         prepared(tmp_path / "out", {"a": str(path)}, task_bytes=5000)
     assert not list((tmp_path / "out.partial").rglob("*.partial"))

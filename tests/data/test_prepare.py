@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from moda.config.schema import TokenizerSection
-from moda.data.prepare.tokenize import cut_text
+from moda.data.prepare.steps import cut_text
 from moda.data.tokenizer import load_tokenizer
 from moda.errors import UserError
 from tests.data_files import tree, write_jsonl
@@ -196,12 +196,11 @@ def test_resume_after_kill(tmp_path: Path, documents: list[str], prepared: Any) 
 def test_finished_parts_are_not_made_again(
     tmp_path: Path, documents: list[str], prepared: Any, monkeypatch: Any
 ) -> None:
-    from moda.data.prepare import pack
-    from moda.data.prepare.tokenize import PartTokenizer
+    from moda.data.prepare.steps import PartTokenizer, ShardWriter
 
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     options = {"task_bytes": 5000, "shard_tokens": 2000}
-    monkeypatch.setattr(pack.ShardWriter, "run", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop here")))
+    monkeypatch.setattr(ShardWriter, "run", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop here")))
     with pytest.raises(UserError, match="stop here"):
         prepared(tmp_path / "out", {"a": str(path)}, **options)
     monkeypatch.undo()
@@ -265,7 +264,7 @@ def test_throughput_benchmark(tmp_path: Path, documents: list[str]) -> None:
 
 def test_worker_processes_stay_light() -> None:
     """What a task imports needs neither torch nor OLMo-core, which take seconds to load."""
-    steps = "readers, tokenize, pack, dedup, executors"
+    steps = "steps, dedup, executors"
     code = f"import sys; from moda.data.prepare import {steps}; print({{'torch', 'olmo_core'}} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("", "kernels", "evals"))}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

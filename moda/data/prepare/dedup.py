@@ -24,7 +24,7 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from .readers import TaskReader
+from .steps import TaskReader
 
 #: A stage's name, its pipeline and its number of tasks.
 Stage = tuple[str, list[PipelineStep], int]

@@ -29,11 +29,9 @@ from moda.typed import to_dict
 from . import dedup
 from .executors import disk_full, make_executor, raise_errors, run_stage, start_ray
 from .options import Dedup, ExecutorKind, PrepareOptions
-from .pack import ShardWriter, plan_shards
 from .progress import Watch
-from .readers import TaskReader
+from .steps import SPLITS, PartTokenizer, ShardWriter, TaskReader, plan_shards
 from .tasks import STATE, Task, make_tasks, read_state, state_file, write_task
-from .tokenize import SPLITS, PartTokenizer
 
 log = logging.getLogger(__name__)
 
