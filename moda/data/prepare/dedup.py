@@ -4,9 +4,7 @@ Both read the documents of every task in the same order as the tokenizing stage 
 Equal contents (exact), or near-equal word 5-grams (MinHash), lose all but one document.
 """
 
-# No `from __future__ import annotations`: datatrove reads the return annotation of `_content` as a type.
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -26,15 +24,17 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from .steps import TaskReader
 
+if TYPE_CHECKING:
+    from .options import PrepareOptions
+
 #: A stage's name, its pipeline and its number of tasks.
 Stage = tuple[str, list[PipelineStep], int]
-
 
 # SHA-1, because datatrove's xxhash functions fail with xxhash 4, which no longer takes strings.
 _HASH = HashConfig(precision=64, hash_fc="sha1")
 
 
-def _content(document: Document) -> bytes:
+def _content(document: Document) -> bytes:  # datatrove reads this annotation as a type: no future import here
     return document.text.encode("utf-8")
 
 
@@ -51,27 +51,25 @@ class _Whitespace(WordTokenizer):
         raise NotImplementedError
 
 
-def exact(state: str, tasks: int) -> tuple[list[Stage], Callable[[], PipelineStep]]:
-    """The stages that find equal documents, and the filter that drops them."""
-    config = ExactDedupConfig(content_getter=_content, hash_config=_HASH)
-    signatures, duplicates = f"{state}/exact/signatures", f"{state}/exact/duplicates"
-    stages: list[Stage] = [
-        ("hash", [TaskReader(state, "hash"), ExactDedupSignature(signatures, config)], tasks),
-        ("find", [ExactFindDedups(signatures, duplicates, config, lines_to_buffer=4096)], 1),
-    ]
-    return stages, lambda: ExactDedupFilter(duplicates, config)
-
-
-def minhash(
-    state: str, tasks: int, *, n_grams: int, buckets: int, hashes_per_bucket: int
-) -> tuple[list[Stage], Callable[[], PipelineStep]]:
-    """The stages that find near-duplicates, and the filter that drops them."""
-    config = MinhashConfig(n_grams=n_grams, num_buckets=buckets, hashes_per_bucket=hashes_per_bucket, hash_config=_HASH)
-    folder = f"{state}/minhash"
-    words: Any = _Whitespace("en")
-    stages: list[Stage] = [
-        ("hash", [TaskReader(state, "hash"), MinhashDedupSignature(f"{folder}/signatures", config, words)], tasks),
-        ("match", [MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/matches", config=config)], buckets),
-        ("cluster", [MinhashDedupCluster(f"{folder}/matches", f"{folder}/remove", config=config)], 1),
-    ]
-    return stages, lambda: MinhashDedupFilter(f"{folder}/remove")
+def stages(options: "PrepareOptions", state: str, tasks: int) -> tuple[list[Stage], list[PipelineStep]]:
+    """The stages that find the duplicates, and the filter that drops them; neither where none are asked for."""
+    if options.dedup.value == "none":
+        return [], []
+    signatures, matches, remove = (
+        f"{state}/{options.dedup.value}/{name}" for name in ("signatures", "matches", "remove")
+    )
+    reader = TaskReader(state, "hash")
+    if options.dedup.value == "exact":
+        exact = ExactDedupConfig(content_getter=_content, hash_config=_HASH)
+        find = ExactFindDedups(signatures, remove, exact, lines_to_buffer=4096)
+        hashing: PipelineStep = ExactDedupSignature(signatures, exact)
+        return [("hash", [reader, hashing], tasks), ("find", [find], 1)], [ExactDedupFilter(remove, exact)]
+    given, words = options.minhash, _Whitespace("en")
+    config = MinhashConfig(
+        n_grams=given.n_grams, num_buckets=given.buckets, hashes_per_bucket=given.hashes_per_bucket, hash_config=_HASH
+    )
+    return [
+        ("hash", [reader, MinhashDedupSignature(signatures, config, words)], tasks),
+        ("match", [MinhashDedupBuckets(signatures, matches, config=config)], given.buckets),
+        ("cluster", [MinhashDedupCluster(matches, remove, config=config)], 1),
+    ], [MinhashDedupFilter(remove)]

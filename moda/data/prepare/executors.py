@@ -11,7 +11,7 @@ import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -20,6 +20,9 @@ from loguru import logger
 
 from moda.errors import UserError
 from moda.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from .options import PrepareOptions
 
 
 def disk_full(e: BaseException, folder: str | Path) -> UserError | None:
@@ -51,7 +54,7 @@ def _note_error(state: str, stage: str, rank: int, e: BaseException) -> None:
 
 
 class _Noted:
-    """What our executors do around a task: keep the terminal quiet, and keep the reason of a failure."""
+    """What our executors do around a task: keep the terminal quiet, and note the reason of a failure."""
 
     state: str
     stage: str
@@ -78,7 +81,7 @@ class _Local(_Noted, LocalPipelineExecutor):
         ranks = self.get_incomplete_ranks()
         self.save_executor_as_json()
         if self.workers == 1:
-            pipeline: list[Any] = self.pipeline
+            pipeline = self.pipeline
             try:
                 for rank in ranks:
                     self.pipeline = copy.deepcopy(pipeline)
@@ -101,22 +104,19 @@ class _Slurm(_Noted, SlurmPipelineExecutor):
 
 
 def make_executor(
-    kind: str, pipeline: list[PipelineStep], tasks: int, *, state: str, stage: str, workers: int, slurm: dict[str, Any]
+    options: "PrepareOptions", pipeline: list[PipelineStep], tasks: int, *, state: str, stage: str, workers: int
 ) -> Any:
-    """datatrove's executor of a stage.
+    """datatrove's executor of a stage, as the options name it.
 
-    :param kind: ``local``, ``ray`` or ``slurm``.
     :param workers: tasks that run at a time.
-    :param slurm: further settings of datatrove's ``SlurmPipelineExecutor``.
     """
+    slurm = {"mail_type": "NONE", "job_name": f"prepare-{stage}", **(options.slurm or {})}
+    kinds: dict[str, tuple[type[Any], dict[str, Any]]] = {
+        "local": (_Local, {}), "ray": (_Ray, {"mem_per_cpu_gb": 0.5}), "slurm": (_Slurm, slurm),
+    }  # fmt: skip
+    kind, further = kinds[options.executor.value]
     logs = f"{state}/stages/{stage}"
-    common: dict[str, Any] = dict(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs)
-    further: dict[str, dict[str, Any]] = {
-        "local": {},
-        "ray": {"mem_per_cpu_gb": 0.5},
-        "slurm": {"mail_type": "NONE", "job_name": f"prepare-{stage}", **slurm},
-    }
-    executor: Any = {"local": _Local, "ray": _Ray, "slurm": _Slurm}[kind](**common, **further[kind])
+    executor = kind(pipeline=pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs, **further)
     executor.state, executor.stage = state, stage
     return executor
 

@@ -28,7 +28,7 @@ from moda.typed import to_dict
 
 from . import dedup
 from .executors import disk_full, make_executor, raise_errors, run_stage, start_ray
-from .options import Dedup, ExecutorKind, PrepareOptions
+from .options import ExecutorKind, PrepareOptions
 from .progress import Watch
 from .steps import SPLITS, PartTokenizer, ShardWriter, TaskReader, plan_shards
 from .tasks import STATE, Task, make_tasks, read_state, state_file, write_task
@@ -99,8 +99,7 @@ def _open_plan(state: Path, plan: dict[str, Any], tasks: list[Task]) -> None:
     file = state / "plan.json"
     if file.is_file():
         before = read_json(file, "output")
-        changed = [name for name, value in plan.items() if before.get(name) != value]
-        if changed:
+        if changed := [name for name, value in plan.items() if before.get(name) != value]:
             what = "input files" if changed[0] in ("pieces", "inputs", "tasks") else changed[0]
             hint = "resume it with what it was begun with, or pass --restart"
             raise UserError("output", f"the same {what} as the unfinished preparation in {state.parent}", hint=hint)
@@ -115,7 +114,7 @@ def _open_plan(state: Path, plan: dict[str, Any], tasks: list[Task]) -> None:
 
 
 class _Stages:
-    """Runs the stages of one preparation, one after the other."""
+    """Runs the stages of a preparation."""
 
     def __init__(self, options: PrepareOptions, state: Path, console: Console) -> None:
         self.options, self.state, self.console = options, state, console
@@ -125,16 +124,9 @@ class _Stages:
             start_ray(options.ray_address)
 
     def run(
-        self,
-        title: str,
-        stage: str,
-        pipeline: list[PipelineStep],
-        tasks: int,
-        *,
-        total: int | None = None,
-        workers: int | None = None,
-        is_whole: Callable[[int], bool] = lambda rank: True,
-    ) -> None:
+        self, title: str, stage: str, pipeline: list[PipelineStep], tasks: int, *, total: int | None = None,
+        workers: int | None = None, is_whole: Callable[[int], bool] = lambda rank: True,
+    ) -> None:  # fmt: skip
         """Run a stage until all its tasks are complete.
 
         :param total: input bytes, where the stage reads the input.
@@ -147,10 +139,8 @@ class _Stages:
             mark = self.state / "stages" / stage / "completions" / f"{rank:05d}"
             if mark.is_file() and not is_whole(rank):
                 mark.unlink()
-        executor = make_executor(
-            self.options.executor.value, pipeline, tasks, state=str(self.state), stage=stage,
-            workers=min(self.workers, workers or self.workers), slurm=self.options.slurm or {},
-        )  # fmt: skip
+        most = min(self.workers, workers or self.workers)
+        executor = make_executor(self.options, pipeline, tasks, state=str(self.state), stage=stage, workers=most)
         if not executor.get_incomplete_ranks():
             return
         with Watch(title, self.state, stage, total, tasks, self.console):
@@ -165,17 +155,11 @@ class _Stages:
 
 def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: list[Task], dtype: np.dtype) -> None:
     """Everything up to the parts."""
-    options, state = stages.options, str(stages.state)
+    options, state, parts = stages.options, str(stages.state), stages.state / "parts"
     total = sum(t.size for t in tasks) or None
-    before: list[dedup.Stage] = []
-    make_filter: Callable[[], PipelineStep] | None = None
-    if options.dedup == Dedup.exact:
-        before, make_filter = dedup.exact(state, len(tasks))
-    elif options.dedup == Dedup.minhash:
-        before, make_filter = dedup.minhash(state, len(tasks), **to_dict(options.minhash))
+    before, filters = dedup.stages(options, state, len(tasks))
     for name, pipeline, count in before:
         stages.run(f"duplicates: {name}", name, pipeline, count, total=total if name == "hash" else None)
-    parts = stages.state / "parts"
 
     def is_whole(rank: int) -> bool:
         """Whether a part's files are there with the sizes that it noted."""
@@ -190,7 +174,7 @@ def _tokenize(stages: _Stages, tokenizer: Tokenizer, tasks: list[Task], dtype: n
         state, tokenizer.location, vocab_size=tokenizer.config.vocab_size, eos_token_id=tokenizer.config.eos_token_id,
         dtype=dtype.name, validation_fraction=options.validation_fraction,
     )  # fmt: skip
-    pipeline = [TaskReader(state, "tokenize"), *([make_filter()] if make_filter else []), step]
+    pipeline = [TaskReader(state, "tokenize"), *filters, step]
     stages.run("tokenizing", "tokenize", pipeline, len(tasks), total=total, is_whole=is_whole)
 
 
@@ -219,7 +203,7 @@ def _pack(stages: _Stages, tasks: list[Task], dtype: np.dtype) -> list[dict[str,
 
 
 def _source_summary(state: Path, tasks: list[Task], name: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Documents, tokens, bytes and hash of one source, and what was left out of it."""
+    """The manifest's entry of a source: documents, tokens, bytes, hash, and what was left out."""
     counts: Counter[str] = Counter()
     splits: dict[str, Counter[str]] = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     for rank, task in enumerate(tasks):
@@ -239,14 +223,12 @@ def _source_summary(state: Path, tasks: list[Task], name: str, shards: list[dict
 
 def _finish(partial: Path, out: Path) -> None:
     """Turn the folder of an unfinished preparation into the output; one that is being replaced goes last."""
-    old: Path | None = None
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
         out.rename(old)
     partial.rename(out)
     for path in (old, out / STATE):
-        if path is not None:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
     (out / ".lock").unlink(missing_ok=True)
 
 

@@ -170,7 +170,8 @@ class PartTokenizer(DocumentTokenizer):
             parts: dict[str, _Part] = {}
             for split in SPLITS:
                 paths = [Path(self.state) / "parts" / f"{rank:05d}.{split}.{kind}" for kind in ("tokens", "ends")]
-                parts[split] = _Part(*(files.enter_context(writing(path, "wb")) for path in paths), self.dtype)
+                tokens, ends = (files.enter_context(writing(path, "wb")) for path in paths)
+                parts[split] = _Part(tokens, ends, self.dtype)
             previous: list[Stretch] = []
             running = encoder.submit(self._encode, previous)
             for batch in itertools.chain(self._batches(data), [[]]):

@@ -1,9 +1,9 @@
 """What a preparation made, as a table."""
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
-from .progress import format_bytes
 from .run import Preparation
 
 
@@ -16,22 +16,18 @@ def show(done: Preparation, console: Console) -> None:
     total = 0
     for name, s in manifest["sources"].items():
         total += s["bytes"]
-        out = [f"{v:,} {k.replace('_', ' ')}" for k, v in s["skipped"].items()]
-        if s["duplicates"]:
-            out.append(f"{s['duplicates']:,} duplicates")
+        left_out = {**s["skipped"], "duplicates": s["duplicates"]}
+        left_out_text = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in left_out.items() if n) or "nothing"
         shards = sum(e["source"] == name for e in manifest["shards"].values())
-        figures = (
-            f"{s['documents']:,}",
-            f"{s['tokens']:,}",
-            format_bytes(s["bytes"]),
-            f"{s['validation']['tokens']:,}",
+        documents, tokens, validation = s["documents"], s["tokens"], s["validation"]["tokens"]
+        table.add_row(
+            name, f"{documents:,}", f"{tokens:,}", decimal(s["bytes"]), f"{validation:,}", f"{shards:,}", left_out_text
         )
-        table.add_row(name, *figures, f"{shards:,}", ", ".join(out) or "nothing")
     console.print(table)
     if done.seconds:
-        pace = f"{format_bytes(total / done.seconds)}/s"
-        console.print(f"{done.seconds:.1f} s, {pace} of text", highlight=False)
+        console.print(f"{done.seconds:.1f} s, {decimal(int(total / done.seconds))}/s of text", highlight=False)
     else:
         console.print("it was there already, complete: nothing to do", highlight=False)
-    paths = f"data.paths: ['{done.folder}/train/*.npy']"
-    console.print(f"in a run's configuration: {paths}", highlight=False, soft_wrap=True)
+    console.print(
+        f"in a run's configuration: data.paths: ['{done.folder}/train/*.npy']", highlight=False, soft_wrap=True
+    )
