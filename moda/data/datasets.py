@@ -91,16 +91,10 @@ class TrainingDatasetConfig(NumpyFSLDatasetConfig):
     seed: int = 0
 
     def build(self) -> NumpyFSLDataset:
-        common: dict[str, Any] = dict(
-            sequence_length=self.sequence_length,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            vocab_size=self.tokenizer.vocab_size,
-            dtype=self.get_dtype(),
-            metadata=self.metadata,
-            generate_doc_lengths=self.generate_doc_lengths,
-            bos_token_id=self.tokenizer.bos_token_id,
-        )
+        names = ("pad_token_id", "eos_token_id", "vocab_size", "bos_token_id")
+        common: dict[str, Any] = {name: getattr(self.tokenizer, name) for name in names}
+        common |= {name: getattr(self, name) for name in ("sequence_length", "metadata", "generate_doc_lengths")}
+        common["dtype"] = self.get_dtype()
         dataset: NumpyFSLDataset
         if self.drawn is None:
             dataset = TokenDataset(*(self.paths or []), **common)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from moda.config.schema import TokenizerSection
 from moda.errors import UserError
 
 from .manifest import MANIFEST, find_manifest, read_manifest
-from .prepare.progress import format_bytes
 from .sources.base import stem
 from .token_files import token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
@@ -79,27 +79,28 @@ def histogram_lines(lengths: Lengths) -> Iterator[str]:
         yield f"{low:>11,} - {2**b:<11,} {n:>12,}  {bar}"
 
 
-def plot_histogram(found: dict[str, Lengths], path: str) -> None:
-    """Draw the histograms of the training sources as shares of their documents."""
+def plot_histogram(sources: dict[str, Lengths], path: str) -> None:
+    """Draw the histograms of the training sources as shares of their documents.
+
+    :raises UserError: for a file that cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    shown = {n: lengths for n, lengths in found.items() if not n.endswith("(validation)")} or found
+    shown = {n: lengths for n, lengths in sources.items() if not n.endswith("(validation)")} or sources
     edges = 2.0 ** np.arange(_BUCKETS)
     for name, lengths in shown.items():
-        used = np.flatnonzero(lengths.buckets)
-        if not len(used):
-            continue
-        low, high = max(int(used[0]) - 1, 0), min(int(used[-1]) + 2, _BUCKETS)
-        share = lengths.buckets / lengths.documents
-        axis.plot(edges[low:high], share[low:high], marker="o", ms=4, label=f"{name} ({lengths.documents:,} documents)")
+        if lengths.documents:
+            used = np.flatnonzero(lengths.buckets)
+            some = slice(max(int(used[0]) - 1, 0), int(used[-1]) + 2)
+            share, label = lengths.buckets / lengths.documents, f"{name} ({lengths.documents:,} documents)"
+            axis.plot(edges[some], share[some], marker="o", ms=4, label=label)
     axis.set_xscale("log", base=2)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("tokens in a document (up to)")
-    axis.set_ylabel("share of the source's documents")
+    axis.set(xlabel="tokens in a document (up to)", ylabel="share of the source's documents")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     try:
@@ -174,24 +175,24 @@ def inspect(
     """
     files, made_with = _find(paths, tokenizer)
     eos, dtype = made_with.config.eos_token_id, token_dtype(made_with.config.vocab_size)
-    found: dict[str, Lengths] = {}
+    sources: dict[str, Lengths] = {}
     for name, shards in files.items():
-        lengths = found[name] = Lengths()
+        lengths = sources[name] = Lengths()
         for shard in shards:
             if not shard.is_file():
                 raise UserError("folder", f"the shard {shard}, which the manifest lists")
             scan(shard, dtype, eos, lengths)
-    total = sum(lengths.tokens for lengths in found.values())
+    total = sum(lengths.tokens for lengths in sources.values())
     table = Table(title=f"{made_with.name}, {dtype}, eos {eos}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("source", "files", "documents", "tokens", "share", "mean", "longest"):
         table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
-    for name, n in found.items():
+    for name, n in sources.items():
         mean = f"{n.tokens / n.documents:,.0f}" if n.documents else "-"
         figures = (f"{n.documents:,}", f"{n.tokens:,}", f"{n.tokens / max(total, 1):.2%}", mean, f"{n.longest:,}")
         table.add_row(name, f"{len(files[name]):,}", *figures)
     console.print(table)
-    for name, lengths in found.items():
-        size = format_bytes(sum(shard.stat().st_size for shard in files[name]))
+    for name, lengths in sources.items():
+        size = decimal(sum(shard.stat().st_size for shard in files[name]))
         half = f"{lengths.quantile(0.5):,}"
         console.print(f"{name} ({size}): documents by tokens, half have up to {half}", highlight=False, markup=False)
         for line in histogram_lines(lengths):
@@ -202,9 +203,9 @@ def inspect(
     if samples:
         _show_samples(files, made_with, dtype, samples, seed, console)
     if plot is not None:
-        plot_histogram(found, plot)
+        plot_histogram(sources, plot)
         console.print(f"\nhistogram: {plot}", highlight=False, soft_wrap=True)
-    return found
+    return sources
 
 
 def _show_samples(

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,19 +54,3 @@ def hash_of(path: Path, algorithm: str = "sha256") -> str:
         while block := f.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
-
-
-def verify_hashes(key: str, files: Iterable[tuple[Path, dict[str, Any]]], threads: int = 8) -> None:
-    """Read files whole and compare them with their entries.
-
-    :raises UserError: naming the first file whose contents have changed.
-    """
-    pairs = list(files)
-    with ThreadPoolExecutor(threads) as pool:
-        for (path, entry), digest in zip(pairs, pool.map(hash_of, [p for p, _ in pairs])):
-            expected = str(entry.get("sha256"))
-            if digest != expected:
-                hint = "the file has changed or was damaged: prepare it again"
-                raise UserError(
-                    key, f"{path} as it was prepared (sha256 {expected[:16]}...)", f"{digest[:16]}...", hint
-                )

@@ -7,7 +7,6 @@ stalls, breaks off or meets a server error is continued with a range request, up
 
 import base64
 import errno
-import hashlib
 import http.client
 import logging
 import re
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 
 from olmo_core.io import is_url
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moda.config.schema import TokenizerSection
@@ -32,7 +32,6 @@ from moda.files import read_json, write_json
 
 from .manifest import hash_of
 from .mixes import choose_subset, load_sizes, mix_paths, subset_file
-from .prepare.progress import format_bytes
 from .token_files import token_dtype
 from .tokenizer import load_tokenizer
 
@@ -40,9 +39,8 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-_SUMS = "sha256.json"  # of every file of a mirror, as it was when it had been verified
 _FINAL = {400, 401, 403, 404, 410}  # HTTP errors that trying again does not mend
-_SIZE_RETRIES = 3  # attempts at a file's size, so that a server that is not there is noticed soon
+_SIZE_RETRIES = 3  # attempts at a file's size, so that an unreachable server is noticed soon
 
 T = TypeVar("T")
 
@@ -98,28 +96,8 @@ def _retrying(
             time.sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE))
 
 
-def remote_size(url: str, timeout: float = 30.0, retries: int = 8) -> int:
-    """Bytes of a file at a URL or path.
-
-    :raises OSError: if the server does not tell.
-    """
-
-    def ask() -> int:
-        with _request(url, timeout, method="HEAD") as reply:
-            length = reply.headers.get("Content-Length")
-        if length is None:
-            raise UserError("--from", f"a server that tells the size of {url}")
-        return int(length)
-
-    return _retrying(url, ask, retries) if is_url(url) else Path(url).stat().st_size
-
-
-def _announced_md5(headers: Any) -> str | None:
-    given = headers.get("Content-MD5")
-    if given:
-        return base64.b64decode(given).hex()
-    tag = (headers.get("ETag") or "").strip('"')
-    return tag if re.fullmatch(r"[0-9a-f]{32}", tag) else None
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _continue_download(url: str, part: Path, size: int, timeout: float, note: Callable[[int], None]) -> str | None:
@@ -127,12 +105,10 @@ def _continue_download(url: str, part: Path, size: int, timeout: float, note: Ca
 
     :raises OSError: if it ends early.
     """
-    have = _size(part)
-    if have > size:
+    if (have := _size(part)) > size:
         part.unlink()
         have = 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    with _request(url, timeout, headers) as reply:
+    with _request(url, timeout, {"Range": f"bytes={have}-"} if have else {}) as reply:
         if have and reply.status != 206:  # a server without ranges sends it all again
             note(-have)
             have = 0
@@ -144,20 +120,17 @@ def _continue_download(url: str, part: Path, size: int, timeout: float, note: Ca
                 f.write(block)
                 have += len(block)
                 note(len(block))
-        return _announced_md5(reply.headers)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+        announced, tag = reply.headers.get("Content-MD5"), (reply.headers.get("ETag") or "").strip('"')
+    if announced:
+        return base64.b64decode(announced).hex()
+    return tag if re.fullmatch(r"[0-9a-f]{32}", tag) else None
 
 
 class _Changed(OSError):
     """What arrived is not what the server announced."""
 
 
-def fetch(
-    url: str, path: Path, size: int, *, timeout: float, retries: int, note: Callable[[int], None] = lambda n: None
-) -> str:
+def fetch(url: str, path: Path, size: int, *, timeout: float, retries: int, note: Callable[[int], None]) -> str:
     """Download one file and return its SHA-256. An unfinished download is continued.
 
     :param size: bytes that it has.
@@ -195,8 +168,7 @@ def fetch(
         digest = _retrying(url, once, retries, progressed)
     except OSError as e:
         if e.errno == errno.ENOSPC:
-            space = f"{format_bytes(size)} of disk space for {path}"
-            raise UserError("folder", space, hint="then run it again") from None
+            raise UserError("folder", f"{decimal(size)} of disk space for {path}", hint="then run it again") from None
         reason = getattr(e, "reason", None) or e
         raise UserError("mirror", f"{url} to be downloaded", hint=f"{reason}; run it again to resume") from None
     part.replace(path)
@@ -208,13 +180,19 @@ def _plan(options: MirrorOptions) -> tuple[list[tuple[str, str]], dict[str, int]
     tokenizer = load_tokenizer(TokenizerSection(options.tokenizer))
     width = token_dtype(tokenizer.config.vocab_size).itemsize
     files = mix_paths("mix", options.mix, tokenizer)
-    key = hashlib.sha256(options.source.encode()).hexdigest()[:16]
 
     def size_of(url: str) -> int:
-        return remote_size(url, options.timeout, min(options.retries, _SIZE_RETRIES))
+        def ask() -> int:
+            with _request(url, options.timeout, method="HEAD") as reply:
+                length = reply.headers.get("Content-Length")
+            if length is None:
+                raise UserError("--from", f"a server that announces the size of {url}")
+            return int(length)
 
-    cache = Path(options.folder) / "mirror" / f"sizes-{options.mix}-{key}.json"
-    sizes = load_sizes("--from", options.source, [p for _, p in files], cache, size_of)
+        return _retrying(url, ask, min(options.retries, _SIZE_RETRIES)) if is_url(url) else Path(url).stat().st_size
+
+    paths = [path for _, path in files]
+    sizes = load_sizes("--from", options.source, options.mix, paths, Path(options.folder) / "mirror", size_of)
     files = list(dict.fromkeys(files))  # a file that the mix lists twice is downloaded once
     if options.tokens is not None:
         files = choose_subset(files, sizes, options.tokens, width, options.seed)
@@ -243,25 +221,22 @@ def mirror(options: MirrorOptions, console: Console, *, dry_run: bool = False, v
     """
     folder = Path(options.folder)
     files, sizes, width = _plan(options)
-    sums_file = folder / "mirror" / _SUMS
+    sums_file = folder / "mirror" / "sha256.json"  # of every file of a mirror, as it was when it had been verified
     sums: dict[str, str] = read_json(sums_file, "folder") if sums_file.is_file() else {}
     missing = _missing(folder, files, sizes, sums, verify)
-    total, left = (sum(sizes[name] for name in names) for names in ([n for _, n in files], missing))
     by_label: Counter[str] = Counter()
     for label, name in files:
         by_label[label] += sizes[name]
-    console.print(
-        f"{options.mix}: {len(files):,} files, {format_bytes(total)}, {total // width:,} tokens; "
-        f"{len(missing):,} files ({format_bytes(left)}) to download",
-        highlight=False,
-    )
+    total, left = by_label.total(), sum(sizes[name] for name in missing)
+    whole = f"{len(files):,} files, {decimal(total)}, {total // width:,} tokens"
+    console.print(f"{options.mix}: {whole}; {len(missing):,} files ({decimal(left)}) to download", highlight=False)
     for label, size in by_label.items():
         console.print(f"  {label}: {size // width:,} tokens ({size / total:.2%})", highlight=False)
     if dry_run:
         return 0
     free = shutil.disk_usage(folder).free
     if left > free:
-        raise UserError("folder", f"{format_bytes(left)} of free space in {folder}", format_bytes(free))
+        raise UserError("folder", f"{decimal(left)} of free space in {folder}", decimal(free))
     _download(options, console, {name: sizes[name] for name in missing}, sums, sums_file)
     listing = {
         "mix": options.mix, "tokens": options.tokens, "seed": options.seed, "tokenizer": options.tokenizer,
@@ -284,11 +259,9 @@ def _download(
 
         def one(name: str) -> None:
             url, path = f"{options.source.rstrip('/')}/{name}", Path(options.folder) / name
+            patience: dict[str, Any] = {"timeout": options.timeout, "retries": options.retries}
             try:
-                digest = fetch(
-                    url, path, sizes[name], timeout=options.timeout, retries=options.retries,
-                    note=lambda n: bar.advance(task, n),
-                )  # fmt: skip
+                digest = fetch(url, path, sizes[name], **patience, note=lambda n: bar.advance(task, n))
             except UserError as e:  # the other files still come
                 errors.append(e)
                 return

@@ -36,8 +36,8 @@ def mix_paths(key: str, name: str, tokenizer: Tokenizer) -> list[tuple[str, str]
     except ValueError:
         raise UserError(key, "a data mix of OLMo-core", name, nearest(name, [m.value for m in DataMix])) from None
     if tokenizer.hub is None:
-        hint = "set data.tokenizer.hub"
-        raise UserError("data.tokenizer", f"a tokenizer that {name} exists for", tokenizer.name, hint)
+        expected = f"a tokenizer that {name} exists for"
+        raise UserError("data.tokenizer", expected, tokenizer.name, "set data.tokenizer.hub")
     try:
         paths, labels = mix.build("", tokenizer.hub)
     except (ValueError, FileNotFoundError) as e:
@@ -64,8 +64,7 @@ def choose_subset(
     for label in dict.fromkeys(label for label, _ in files):
         paths = [path for one, path in files if one == label]
         available = sum(sizes[p] for p in paths) // width
-        quota = -(-available * tokens // total)
-        taken = 0
+        quota, taken = -(-available * tokens // total), 0
         for path in sorted(paths, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest()):
             if taken >= quota:
                 break
@@ -81,16 +80,17 @@ def subset_file(folder: Path, mix: str, tokens: int | None, seed: int = 0) -> Pa
 
 
 def load_sizes(
-    key: str, base: str, paths: list[str], cache: Path, size_of: Callable[[str], int] = get_file_size
+    key: str, base: str, mix: str, paths: list[str], folder: Path, size_of: Callable[[str], int] = get_file_size
 ) -> dict[str, int]:
-    """The size of every file of a mix, asked once and remembered.
+    """The size in bytes of every file of a mix, asked once and remembered.
 
     :param key: what an error is about.
-    :param base: folder or URL.
-    :param cache: the file to remember them in.
+    :param base: folder or URL of the mix.
+    :param folder: where the sizes are remembered.
 
     :raises UserError: naming the first file that cannot be reached.
     """
+    cache = folder / f"sizes-{mix}-{hashlib.sha256(base.encode()).hexdigest()[:16]}.json"
     known: dict[str, int] = read_json(cache, key) if cache.is_file() else {}
     missing = [p for p in paths if p not in known]
     if missing:
@@ -123,17 +123,12 @@ def mix_files(key: str, name: str, data: DataConfig, tokenizer: Tokenizer, width
         if listed is not None and listed.is_file():
             files = [(label, path) for label, path, _ in read_json(listed, "data.mix_tokens")["files"]]
         else:
-            where = hashlib.sha256(base.encode()).hexdigest()[:16]
-            cache = Path(data.work_dir) / f"sizes-{name}-{where}.json"
-            sizes = load_sizes("data.base_dir", base, [p for _, p in files], cache)
+            sizes = load_sizes("data.base_dir", base, name, [p for _, p in files], Path(data.work_dir))
             files = choose_subset(files, sizes, tokens, width)
     if not is_url(base):
         missing = [path for _, path in files if not Path(base, path).is_file()]
         if missing:
-            raise UserError(
-                "data.base_dir",
-                f"the {len(files)} files of {name}",
-                f"{len(missing)} of them missing, the first {Path(base, missing[0])}",
-                f"scripts/prepare_data.py mirror {name} {base} downloads them",
-            )
+            got = f"{len(missing)} of them missing, the first {Path(base, missing[0])}"
+            hint = f"scripts/prepare_data.py mirror {name} {base} downloads them"
+            raise UserError("data.base_dir", f"the {len(files)} files of {name}", got, hint)
     return [f"{base}/{path}" for _, path in files], [label for label, _ in files]

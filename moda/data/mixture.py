@@ -4,9 +4,7 @@ OLMo-core's source mixture decides how many sequences come from each file: share
 proportion to their size, rounding by largest remainder.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,34 +46,10 @@ class Drawn:
         }  # fmt: skip
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """OLMo-core logs a line per file."""
-    logger = logging.getLogger("olmo_core.data.source_mixture")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def shares(mixture: MixtureSection) -> dict[str, float]:
-    """The sources' shares of the whole, adding up to 1."""
-    weights = {n: float(s.ratio if s.ratio is not None else s.tokens or 0) for n, s in mixture.sources.items()}
-    total = sum(weights.values())
-    return {n: w / total for n, w in weights.items()}
-
-
 def draw(
-    mixture: MixtureSection,
-    files: dict[str, list[str]],
-    *,
-    total_tokens: int,
-    tokens_per_step: int,
-    sequence_length: int,
-    dtype: np.dtype,
-) -> tuple[SourceMixtureDataset, list[Drawn]]:
+    mixture: MixtureSection, files: dict[str, list[str]], *, total_tokens: int, tokens_per_step: int,
+    sequence_length: int, dtype: np.dtype,
+) -> tuple[SourceMixtureDataset, list[Drawn]]:  # fmt: skip
     """Decide how many tokens come from which file.
 
     :param files: the sources' token files.
@@ -92,39 +66,31 @@ def draw(
     if budget and budget < total_tokens:
         expected = f"budgets of at least the run's {total_tokens:,} tokens"
         raise UserError("data.mixture", expected, f"{budget:,}", "or shorten train.max_tokens")
-    parts = shares(mixture)
+    weights = {n: float(s.ratio if s.ratio is not None else s.tokens or 0) for n, s in mixture.sources.items()}
+    parts = {n: weight / sum(weights.values()) for n, weight in weights.items()}  # of the whole
     for name, source in mixture.sources.items():
         need, most = int(total_tokens * parts[name]), int(available[name] * source.max_repetition)
         if need > most:
             times = f"{need / available[name]:.2f}" if available[name] else "any number of"
-            raise UserError(
-                f"data.mixture.sources.{name}",
-                f"{need:,} tokens ({parts[name]:.1%} of the run)",
-                f"{available[name]:,} x max_repetition {source.max_repetition:g}",
-                f"{times} times through it: lower its share, shorten the run, or raise its max_repetition",
-            )
+            expected = f"{need:,} tokens ({parts[name]:.1%} of the run)"
+            got = f"{available[name]:,} x max_repetition {source.max_repetition:g}"
+            hint = f"{times} times through it: lower its share, shorten the run, or raise its max_repetition"
+            raise UserError(f"data.mixture.sources.{name}", expected, got, hint)
+    sources = [  # OLMo-core truncates; a source that is used up exactly must not fail for that
+        SourceMixtureConfig(name, parts[name], list(files[name]), max_repetition_ratio=source.max_repetition + 1e-6)
+        for name, source in mixture.sources.items()
+    ]
     config = SourceMixtureDatasetConfig(
-        source_list=SourceMixtureList(
-            sources=[
-                SourceMixtureConfig(
-                    source_name=name,
-                    target_ratio=parts[name],
-                    paths=list(files[name]),
-                    # OLMo-core truncates; a source that is used up exactly must not fail for that.
-                    max_repetition_ratio=source.max_repetition + 1e-6,
-                )
-                for name, source in mixture.sources.items()
-            ]
-        ),
-        requested_tokens=total_tokens,
-        global_batch_size=tokens_per_step,
-        processes=8,
-        seed=mixture.seed,
-        render_tables=False,
-        quiet=True,
-    )
-    with _quietly():
+        SourceMixtureList(sources), requested_tokens=total_tokens, global_batch_size=tokens_per_step, processes=8,
+        seed=mixture.seed, render_tables=False, quiet=True,
+    )  # fmt: skip
+    logger = logging.getLogger("olmo_core.data.source_mixture")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # it logs a line per file
+    try:
         drawn = config.build(npdtype=dtype.type, sequence_length=sequence_length)
+    finally:
+        logger.setLevel(level)
     drawn.filter_zero_token_paths = True
     summary = []
     for outcome in drawn.sources:

@@ -66,12 +66,11 @@ def _in_folder(key: str, folder: str, format: str, field: str) -> list[TextFile]
         skipped["hidden folders and caches"] += len(hidden)
         for name in sorted(names):
             path = os.path.join(here, name)
-            known = None
             if name.startswith("."):
                 skipped["hidden files"] += 1
             elif not os.path.isfile(path) or (known := detect(path, format, field)) is None:
-                skipped[f"{Path(name).suffix or 'files without suffix'}"] += 1
-            if known is not None:
+                skipped[Path(name).suffix or "files without suffix"] += 1
+            else:
                 files.append(TextFile(path, os.path.relpath(path, folder).replace(os.sep, "/"), known))
     if skipped := +skipped:
         counts = ", ".join(f"{n:,} {kind}" for kind, n in skipped.most_common(12))
@@ -93,13 +92,12 @@ def find_files(key: str, pattern: str, format: str = AUTO, field: str = "text") 
     for path in matches:
         if os.path.isdir(path):
             files += _in_folder(key, path, format, field)
-        elif format == AUTO:
-            files.append(TextFile(path, os.path.basename(path), detect(path, format, field) or FORMATS["text"]))
         else:
-            files.append(TextFile(path, os.path.basename(path), FORMATS[format]))
+            known = detect(path, field=field) or FORMATS["text"] if format == AUTO else FORMATS[format]
+            files.append(TextFile(path, os.path.basename(path), known))
     if not files:
-        known = ", ".join(f.name for f in FORMATS.values() if f.in_files) if format == AUTO else format
-        expected = f"files of a known format ({known})" if matches else "files, folders or globs that exist"
+        formats = ", ".join(f.name for f in FORMATS.values() if f.in_files) if format == AUTO else format
+        expected = f"files of a known format ({formats})" if matches else "files, folders or globs that exist"
         raise UserError(key, expected, pattern)
     return files
 

@@ -14,7 +14,7 @@ from moda.config.schema import Verify
 from moda.errors import UserError
 from moda.files import read_json, write_json
 
-from .manifest import find_manifest, read_manifest, shard_entry, verify_hashes
+from .manifest import find_manifest, hash_of, read_manifest, shard_entry
 from .text import expand
 from .tokenizer import Tokenizer
 
@@ -79,22 +79,6 @@ def find_token_files(key: str, patterns: list[str]) -> list[str]:
     return paths
 
 
-def _known_files(cache: Path) -> dict[str, Any]:
-    """Files that were in order, with the size and time they had then."""
-    try:
-        return read_json(cache, "data.work_dir") if cache.is_file() else {}
-    except UserError as e:
-        log.warning("%s; the token files are checked again", e)
-        return {}
-
-
-def _remember(cache: Path, files: dict[str, Any]) -> None:
-    try:
-        write_json(cache, files)
-    except OSError as e:  # a read-only folder costs time, nothing else
-        log.warning("%s cannot be written (%s): token files will be checked again next time", cache, e)
-
-
 def _check_made_with(name: str, manifest: Path, tokenizer: Tokenizer) -> None:
     made_with = read_manifest(manifest)["tokenizer"]
     fingerprint = str(made_with.get("fingerprint", tokenizer.fingerprint))
@@ -133,9 +117,14 @@ def check_token_files(
     dtype = token_dtype(tokenizer.config.vocab_size)
     name = f"checked-{tokenizer.fingerprint.replace(':', '-').replace('/', '-')[:40]}.json"
     cache_file = None if cache is None else Path(cache) / name
-    known = {} if cache_file is None else _known_files(cache_file)
+    known: dict[str, Any] = {}  # files that were in order, with the size and time they had then
+    if cache_file is not None and cache_file.is_file():
+        try:
+            known = read_json(cache_file, "data.work_dir")
+        except UserError as e:
+            log.warning("%s; the token files are checked again", e)
     manifests: dict[Path, Path | None] = {}  # of each folder
-    to_hash: list[tuple[Path, dict[str, Any]]] = []
+    to_hash: list[tuple[Path, str]] = []
     fresh: dict[str, list[Any]] = {}
     total = 0
     for name in paths:
@@ -165,8 +154,8 @@ def check_token_files(
             expected = f"{name} to hold whole {dtype} token ids"
             raise UserError(key, expected, f"{stat.st_size} bytes", "truncated, or another type?")
         hashed = verify == Verify.hash and entry is not None
-        if hashed:
-            to_hash.append((path, entry or {}))
+        if hashed and entry is not None:
+            to_hash.append((path, str(entry.get("sha256"))))
         fresh[name] = [*stamp, hashed]
     whole = verify == Verify.hash or sum(stamp[0] for stamp in fresh.values()) <= _READ_WHOLE
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -174,9 +163,17 @@ def check_token_files(
             pass
     if to_hash:
         log.info("reading %d token files to compare their hashes ...", len(to_hash))
-        verify_hashes(key, to_hash)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for (path, prepared), digest in zip(to_hash, pool.map(lambda pair: hash_of(pair[0]), to_hash)):
+                if digest != prepared:
+                    expected = f"{path} as it was prepared (sha256 {prepared[:16]}...)"
+                    hint = "the file has changed or was damaged: prepare it again"
+                    raise UserError(key, expected, f"{digest[:16]}...", hint)
     if verify == Verify.hash and len(to_hash) < len(fresh):
         log.warning("%s: %d files have no hash in a manifest to compare with", key, len(fresh) - len(to_hash))
     if fresh and cache_file is not None:
-        _remember(cache_file, known | fresh)
+        try:
+            write_json(cache_file, known | fresh)
+        except OSError as e:  # a read-only folder costs time, nothing else
+            log.warning("%s cannot be written (%s): token files will be checked again next time", cache_file, e)
     return total

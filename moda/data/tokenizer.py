@@ -6,7 +6,6 @@ Text that looks like a special token is text. Worker processes import this modul
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from moda.errors import UserError
 from moda.files import read_json
+
+from .manifest import hash_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -75,13 +76,8 @@ class Tokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of a tokenizer."""
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "vocab_size": self.config.vocab_size,
-            "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id,
-        }
+        ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_token_id", "pad_token_id")}
+        return {"name": self.name, "fingerprint": self.fingerprint, **ids}
 
 
 def _read(location: str, name: str) -> tokenizers.Tokenizer:
@@ -124,7 +120,7 @@ def _settings_beside(folder: Path) -> dict[str, Any]:
             value = data.get(key)
             if isinstance(value, dict):
                 value = value.get("content")
-            if isinstance(value, list):
+            elif isinstance(value, list):
                 value = value[0] if value else None
             if isinstance(value, (int, str)):
                 settings.setdefault(key, value)
@@ -145,7 +141,7 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         config = getattr(TokenizerConfig, method)().replace(identifier=str(path or hub))
         given = {k: getattr(section, k) for k in ("vocab_size", "eos_token_id", "pad_token_id")}
         config = config.replace(**{k: v for k, v in given.items() if v is not None})
-        return Tokenizer(name, config, path, f"hub:{hub}" if path is None else _fingerprint(path), hub)
+        return Tokenizer(name, config, path, f"hub:{hub}" if path is None else f"sha256:{hash_of(path)}", hub)
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -162,10 +158,6 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     pad = eos if section.pad_token_id is None else section.pad_token_id
     config = TokenizerConfig(vocab_size=section.vocab_size, eos_token_id=eos, pad_token_id=pad, identifier=name)
     return Tokenizer(name, config, None, f"hub:{name}", name)
-
-
-def _fingerprint(path: Path) -> str:
-    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
@@ -194,4 +186,4 @@ def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
     if max(eos, pad) >= size or min(eos, pad) < 0:
         raise UserError("data.tokenizer", f"special token ids from 0 to {size - 1}", [eos, pad])
     config = TokenizerConfig(vocab_size=size, eos_token_id=eos, pad_token_id=pad, identifier=str(path))
-    return Tokenizer(name, config, path, _fingerprint(path), section.hub)
+    return Tokenizer(name, config, path, f"sha256:{hash_of(path)}", section.hub)

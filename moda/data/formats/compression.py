@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,16 +88,13 @@ class _ZstdStream(io.RawIOBase):
 
 def open_contents(raw: IO[bytes], path: str) -> IO[bytes]:
     """The contents of a file that is open for reading, decompressed where it is compressed."""
-    kind = compression_of(path)
-    if kind == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if kind == ".xz":
-        return lzma.LZMAFile(raw)
-    if kind == ".bz2":
-        return bz2.BZ2File(raw)  # type: ignore[return-value]
-    if kind == ".zst":
-        return io.BufferedReader(_ZstdStream(raw, path), _BLOCK)  # type: ignore[arg-type, return-value]
-    return raw
+    openers: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: gzip.GzipFile(fileobj=raw),
+        ".xz": lambda: lzma.LZMAFile(raw),
+        ".bz2": lambda: bz2.BZ2File(raw),
+        ".zst": lambda: io.BufferedReader(_ZstdStream(raw, path), _BLOCK),  # type: ignore[arg-type]
+    }
+    return openers.get(compression_of(path), lambda: raw)()
 
 
 def read_head(path: str) -> bytes:

@@ -95,9 +95,8 @@ class MinHashOptions:
     hashes_per_bucket: int = 8
 
     def __post_init__(self) -> None:
-        _at_least_one("minhash.n_grams", self.n_grams)
-        _at_least_one("minhash.buckets", self.buckets)
-        _at_least_one("minhash.hashes_per_bucket", self.hashes_per_bucket)
+        for name in ("n_grams", "buckets", "hashes_per_bucket"):
+            _at_least_one(f"minhash.{name}", getattr(self, name))
 
 
 @dataclass
@@ -156,9 +155,9 @@ class PrepareOptions:
         return Path(self.output).expanduser()
 
     def source(self, name: str) -> SourceOptions:
-        found = self.sources[name]
-        assert isinstance(found, SourceOptions)
-        return found
+        source = self.sources[name]
+        assert isinstance(source, SourceOptions)
+        return source
 
 
 def load_options(path: str | None, overrides: Sequence[str]) -> PrepareOptions:

@@ -55,7 +55,10 @@ def state_file(state: str | Path, kind: str, rank: int) -> Path:
 
 
 def read_state(state: str | Path, kind: str, rank: int) -> dict[str, Any]:
-    """The contents of a :func:`state_file`."""
+    """The contents of a :func:`state_file`.
+
+    :raises UserError: if it is missing or damaged.
+    """
     return read_json(state_file(state, kind, rank), "output")
 
 
@@ -71,9 +74,9 @@ def read_task(state: str | Path, rank: int) -> Task:
 
 
 def _files(name: str, source: SourceOptions) -> dict[str, tuple[str, int]]:
-    """Format and size of the files of a source, in a stable order, each once."""
+    """Format and size in bytes of the files of a source, in a stable order, each once."""
     files: dict[str, tuple[str, int]] = {}
-    for pattern in source.path:
+    for pattern in source.path if source.in_files else ():
         for file in find_files(f"sources.{name}.path", pattern, source.format, source.field):
             files.setdefault(file.path, (file.format.name, os.path.getsize(file.path)))
     return files
@@ -87,8 +90,9 @@ def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str,
     :raises UserError: for a path that gives no files.
     """
     sources = {name: options.source(name) for name in options.sources}
-    found = {n: _files(n, s) if s.in_files else {} for n, s in sources.items()}
-    total = sum(size for files in found.values() for _, size in files.values())
+    files = {name: _files(name, source) for name, source in sources.items()}
+    sizes = {name: [size for _, size in of_source.values()] for name, of_source in files.items()}
+    total = sum(map(sum, sizes.values()))
     target = options.task_bytes or min(max(total // _SHARES, _SMALLEST), _LARGEST)
     tasks: list[Task] = []
     for name, source in sources.items():
@@ -97,7 +101,7 @@ def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str,
             count = source.shards or _HUGGINGFACE_SHARDS
             groups = [[Piece(source.format, str(source.path[0]), i, count)] for i in range(count)]
         filled = target
-        for path, (format, size) in found[name].items():
+        for path, (format, size) in files[name].items():
             for piece in FORMATS[format].pieces(path, size, target):
                 if filled + piece.size > target:
                     groups.append([])
@@ -110,5 +114,4 @@ def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str,
             "options": {"config": source.config, "split": source.split, "streaming": source.streaming},
         }  # fmt: skip
         tasks += [Task(name, group, settings) for group in groups]
-    inputs = {n: {"files": len(files), "bytes": sum(size for _, size in files.values())} for n, files in found.items()}
-    return tasks, inputs
+    return tasks, {name: {"files": len(of_source), "bytes": sum(of_source)} for name, of_source in sizes.items()}

@@ -9,6 +9,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,8 @@ def split(documents: list[Document], fraction: float) -> dict[str, list[Document
 
 def _write_tokens(documents: list[Document], folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
     """One file of tokens per label, every document ended by eos; what each holds."""
-    encoder, dtype, eos = (
-        load_encoder(tokenizer.location),
-        token_dtype(tokenizer.config.vocab_size),
-        tokenizer.config.eos_token_id,
-    )
+    encoder, config = load_encoder(tokenizer.location), tokenizer.config
+    dtype = token_dtype(config.vocab_size)
     summary: dict[str, dict[str, int]] = {}
     for label in sorted({d.label for d in documents}):
         chosen = [d for d in documents if d.label == label]
@@ -65,10 +63,10 @@ def _write_tokens(documents: list[Document], folder: Path, tokenizer: Tokenizer)
         with writing(folder / f"{label}.npy", "wb") as f:
             for i in range(0, len(chosen), _BATCH):
                 for ids in encode_batch(encoder, [d.text for d in chosen[i : i + _BATCH]]):
-                    tokens = np.asarray([*ids, eos])
-                    if tokens.max() >= tokenizer.config.vocab_size:
+                    tokens = np.asarray([*ids, config.eos_token_id])
+                    if tokens.max() >= config.vocab_size:
                         expected = f"more than the largest token id {tokens.max()}"
-                        raise UserError("data.tokenizer.vocab_size", expected, tokenizer.config.vocab_size)
+                        raise UserError("data.tokenizer.vocab_size", expected, config.vocab_size)
                     f.write(tokens.astype(dtype).tobytes())
                     counts["tokens"] += len(tokens)
         summary[label] = dict(counts)
@@ -80,10 +78,8 @@ def _build(documents: list[Document], folder: Path, tokenizer: Tokenizer, fracti
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        manifest: dict[str, Any] = {
-            "tokenizer": tokenizer.describe(),
-            "dtype": str(token_dtype(tokenizer.config.vocab_size)),
-        }
+        dtype = str(token_dtype(tokenizer.config.vocab_size))
+        manifest: dict[str, Any] = {"tokenizer": tokenizer.describe(), "dtype": dtype}
         for name, part in split(documents, fraction).items():
             manifest[name] = _write_tokens(part, scratch / name, tokenizer)
         write_json(scratch / MANIFEST, manifest)
@@ -117,15 +113,11 @@ class Text(DataSource):
         if not (folder / MANIFEST).is_file():
             _build(documents, folder, tokenizer, data.validation_fraction)
         manifest = read_manifest(folder / MANIFEST)
-        files = {
-            part: {label: [str(folder / part / f"{label}.npy")] for label in manifest[part]}
-            for part in ("train", "validation")
-        }
-        labels = list(files["train"])
-        paths = [path for label in labels for path in files["train"][label]]
+        labels = list(manifest["train"])
+        paths = [str(folder / "train" / f"{label}.npy") for label in labels]
         request.check("data.text", paths)
-        whole = Selection.whole(paths, labels, request.dtype.itemsize)
-        return Selection(paths, labels, whole.drawn, validation=files["validation"])
+        validation = {label: [str(folder / "validation" / f"{label}.npy")] for label in manifest["validation"]}
+        return replace(Selection.whole(paths, labels, request.dtype.itemsize), validation=validation)
 
     def preview(self, request: Request) -> list[Drawn]:
         """Nothing: the text is not tokenized yet."""
