@@ -52,9 +52,17 @@ class Lengths:
 
 
 def scan(path: Path, dtype: Any, eos: int, lengths: Lengths) -> None:
-    """Add the documents of a token file, read a block at a time."""
+    """Add the documents of a token file, read a block at a time.
+
+    :raises UserError: for a file that is empty or holds no whole token ids.
+    """
     start = position = 0  # of the current document, and of the block
-    tokens = np.memmap(path, dtype=dtype, mode="r")
+    try:
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+    except ValueError:
+        raise UserError(
+            "folder", f"whole {np.dtype(dtype)} token ids in {path}", f"{path.stat().st_size} bytes"
+        ) from None
     while position < len(tokens):
         block = np.asarray(tokens[position : position + _BLOCK])
         ends = np.flatnonzero(block == eos) + position + 1
@@ -111,11 +119,9 @@ def plot_histogram(sources: dict[str, Lengths], path: str) -> None:
         plt.close(figure)
 
 
-def _sample(path: Path, dtype: Any, eos: int, rng: random.Random, longest: int = 400) -> list[int] | None:
+def _sample(path: Path, dtype: Any, eos: int, rng: random.Random, longest: int = 400) -> list[int]:
     """The beginning of some document of a file: the first one after a random place."""
     tokens = np.memmap(path, dtype=dtype, mode="r")
-    if not len(tokens):
-        return None
     place = rng.randrange(len(tokens))
     window = np.asarray(tokens[place : place + (1 << 20)])
     ends = np.flatnonzero(window[:-1] == eos)
@@ -216,8 +222,6 @@ def _show_samples(
         for number in range(samples):
             shard = rng.choices(shards, weights=[max(s.stat().st_size, 1) for s in shards])[0]
             ids = _sample(shard, dtype, made_with.config.eos_token_id, rng)
-            if ids is None:
-                continue
             text = encoder.decode(ids, skip_special_tokens=False)
             console.print(f"\n--- {name}, sample {number + 1}, from {shard.name} ---", highlight=False, markup=False)
             console.print(text, highlight=False, markup=False, soft_wrap=True)

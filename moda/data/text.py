@@ -3,8 +3,8 @@
 * Newlines, CRLF included, stay as they are in the file. A byte order mark at its beginning is no text.
 * JSON lines end at ``\\n`` only.
 * A folder gives every file of a known format below it, compressed or not. Hidden files and folders (a name that begins with a
-  dot) and files of other formats are passed over, which is said once.
-* The format of a file is told by its name and its first bytes (:func:`moda.data.formats.detect`).
+  dot) and files of other formats are passed over, which is logged once.
+* The format of a file is recognized by its name and its first bytes (:func:`moda.data.formats.detect`).
 """
 
 import glob

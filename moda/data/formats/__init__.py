@@ -1,4 +1,4 @@
-"""Text formats, and how the format of a file is told.
+"""Text formats, and how the format of a file is recognized.
 
 A format is a class in a file of its own and a line in ``FORMATS``. Worker processes import this package: it must load neither
 torch nor OLMo-core.

@@ -85,8 +85,8 @@ class Records:
         """The value of a record's text field."""
         if isinstance(record, dict) and self.field in record:
             return record[self.field]
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise BadRecord("missing_field", f"a record with the field {self.field!r}", f"found {found[:200]}")
+        got = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise BadRecord("missing_field", f"a record with the field {self.field!r}", f"found {got[:200]}")
 
     def accept(self, extract: Callable[[Any], Any], data: Any, where: str) -> str | None:
         """The text that ``extract`` finds in ``data`` if it is that of a document, else None."""

@@ -1,4 +1,4 @@
-"""Compressed files: told by their suffix or, where the name does not say so, by their first bytes."""
+"""Compressed files: recognized by their suffix or, where the name does not say so, by their first bytes."""
 
 import bz2
 import gzip

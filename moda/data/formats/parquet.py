@@ -43,8 +43,8 @@ class Parquet(TextFormat):
             with pq.ParquetFile(piece.path) as file:
                 names = file.schema_arrow.names
                 if records.field not in names:
-                    expected, found = f"a column {records.field!r}", ", ".join(names)[:200]
-                    records.reject(BadRecord("missing_field", expected, f"found {found}"), piece.path)
+                    expected, hint = f"a column {records.field!r}", f"found {', '.join(names)[:200]}"
+                    records.reject(BadRecord("missing_field", expected, hint), piece.path)
                     return
                 groups = list(range(piece.start, file.num_row_groups if piece.end < 0 else piece.end))
                 for batch in file.iter_batches(256, row_groups=groups, columns=[records.field]):

@@ -49,7 +49,7 @@ def _note_error(state: str, stage: str, rank: int, e: BaseException) -> None:
         log = f"{state}/stages/{stage}/logs/task_{rank:05d}.log"
         error = UserError(f"task {rank} of stage {stage}", "no failure", what, f"see {log}")
     note = [error.key, error.expected, None if error.got is None else str(error.got), error.hint]
-    with contextlib.suppress(OSError):  # on a full disk the exception itself still tells
+    with contextlib.suppress(OSError):  # on a full disk the exception itself is still raised
         write_json(Path(state) / "errors" / f"{stage}-{rank:05d}.json", note)
 
 

@@ -261,7 +261,7 @@ def prepare(
     partial = out.with_name(out.name + ".partial")
     with _locked(partial):
         if out.exists() and not overwrite:  # another process finished it in between
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # renamed by that process, if we opened the lock before
             return _already_there(out, plan)
         if restart:
             for path in partial.iterdir():
