@@ -144,3 +144,12 @@ def test_damaged_manifests(folder: Path, tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"manifest\.json"):
             check(folder, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("paths", "write data.paths"), ("mix", "write data.mix"), ("pathz", "did you mean 'paths'")]
+)
+def test_data_source_by_a_wrong_name(name: str, message: str, tmp_path: Path) -> None:
+    data = DataConfig(source={name: {}}, tokenizer="gpt-neox", work_dir=str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        build_training_data(data, load_tokenizer(TokenizerSection("gpt-neox")), 16)

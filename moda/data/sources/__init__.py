@@ -49,10 +49,12 @@ class TrainingData:
 def source_of(data: DataConfig) -> DataSource:
     """The source that a ``data`` section asks for.
 
-    :raises UserError: if it asks for one that is not known.
+    :raises UserError: if it asks for one that is not known, or for one with a key of its own under ``data.source``.
     """
     if data.source is not None:
         [name] = data.source
+        if name in SOURCES and hasattr(data, name):
+            raise UserError("data.source", "a data source without a key of its own", name, f"write data.{name}")
         if name not in SOURCES:
             raise UserError("data.source", "a known data source", name, nearest(name, SOURCES))
         return SOURCES[name]
