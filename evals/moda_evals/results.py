@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from moda.files import read_json, write_json
 from .scoring import world
 from .suites import PERPLEXITY, SUITES, Suite
 
-__all__ = ["FORMAT", "RESULTS", "check_writable", "fingerprint", "merge_earlier", "read_results", "reuse"]
+__all__ = ["FORMAT", "RESULTS", "check_writable", "fingerprint", "merge_earlier", "read_results", "reuse", "stamp"]
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,12 @@ def fingerprint(path: Path) -> str:
     sums = path / "checksums.json"
     if sums.is_file():
         return hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
-    files = sorted(p for pattern in ("*.safetensors", "model_and_optim/*") for p in path.glob(pattern))
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return stamp(p for pattern in ("*.safetensors", "model_and_optim/*") for p in path.glob(pattern))
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """Tells files from what they later become, by name, size and time."""
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 

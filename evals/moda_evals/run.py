@@ -23,7 +23,7 @@ from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
 from .progress import TaskProgress
-from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, read_results, reuse
+from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, read_results, reuse, stamp
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
@@ -138,7 +138,7 @@ def _parts(job: _Job, model: ScoredModel, options: Options) -> Iterator[_Part]:
     )
     for entry in job.sets:
         cut = options.windows(model)
-        key = {"window": asdict(cut), "source": entry.source}
+        key = {"window": asdict(cut), "source": entry.source, "files": stamp(entry.files)}
         yield PERPLEXITY, entry.name, entry.title, key, partial(evaluate_set, model, entry, cut, **common)
     for task in resolve_tasks(options.tasks or DEFAULT_TASKS) if options.suite != PERPLEXITY.name else ():
         compute = partial(evaluate_task, model, task, truncate=options.truncate, **common)

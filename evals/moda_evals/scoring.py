@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moda.errors import UserError
+
 from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
 
@@ -157,6 +159,8 @@ def score(
     """Score spans, shared among all ranks; every rank gets all results.
 
     :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
+
+    :raises UserError: for a model that gives NaN.
     """
     started = time.monotonic()
     answers = _merge(spans)
@@ -191,6 +195,8 @@ def score(
         dist.all_gather_object(gathered, (results, used))
         results = {k: v for part in gathered if part is not None for k, v in part[0].items()}
         used = sum(part[1] for part in gathered if part is not None)
+    if any(np.isnan(values).any() for values in results.values()):  # every comparison with it would be false
+        raise UserError("checkpoint", "log-probabilities that are numbers", "nan", "its weights have diverged")
     if progress is not None:
         progress(total, total)
     return Scores([results[i] for i in range(len(spans))], used, used - total, time.monotonic() - started)

@@ -17,6 +17,8 @@ from olmo_core.train.checkpoint import Checkpointer
 from moda.errors import UserError
 from moda.files import read_json, write_json
 
+from .trust import check_path
+
 __all__ = ["CHECKSUMS", "damage", "differences", "write_checksums"]
 
 CHECKSUMS = "checksums.json"
@@ -61,16 +63,16 @@ def differences(folder: Path, below: str = "") -> str | None:
     try:
         table: dict[str, Any] = read_json(folder / CHECKSUMS, "checkpoint")
         entries = [(name, int(e["bytes"]), str(e["crc32"])) for name, e in table.items() if name.startswith(below)]
-    except (UserError, KeyError, TypeError, ValueError):
+        present = {name: (path := check_path(folder, name)).is_file() and path.stat().st_size for name, _, _ in entries}
+    except (UserError, KeyError, OSError, OverflowError, TypeError, ValueError):
         entries = []
     if not entries:
         return f"{CHECKSUMS} is damaged"
     for name, size, _ in entries:
-        path = folder / name
-        if not path.is_file():
+        if present[name] is False:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if present[name] != size:
+            return f"{name} has {present[name]} bytes instead of {size}"
     for (name, _, expected), actual in zip(entries, _crc32_of_all([folder / name for name, _, _ in entries])):
         if actual != expected:
             return f"the contents of {name} have changed since it was saved"

@@ -99,6 +99,25 @@ def test_resumes_by_task(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     assert seen[3:] == ["copa"]  # other settings: measured again
 
 
+def test_a_text_that_has_changed_is_measured_again(checkpoint: Path, text: str, tmp_path: Path) -> None:
+    options = evals_run.Options(suite="perplexity", text={"mine": [text]})
+    before = evals_run.evaluate(str(checkpoint), options, tmp_path / "out")["perplexity"]["mine"]
+    assert evals_run.evaluate(str(checkpoint), options, tmp_path / "out")["perplexity"]["mine"] == before
+    (Path(text) / "0.txt").write_text("Another text, and a longer one than the first.")
+    after = evals_run.evaluate(str(checkpoint), options, tmp_path / "out")["perplexity"]["mine"]
+    assert after["loss"] != before["loss"]
+
+
+@pytest.mark.parametrize("suite", ["perplexity", "downstream"])
+def test_a_model_that_gives_nan_has_no_figures(suite: str, tokenizer_file: Path, text: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "step10"
+    save_checkpoint(broken, run_config(tokenizer_file), spoil=lambda weight: weight.fill_(float("nan")))
+    text_sets = {"mine": [text]} if suite == "perplexity" else {}
+    options = evals_run.Options(suite=suite, tasks=("copa",), limit=4, text=text_sets)
+    with pytest.raises(UserError, match="numbers, got nan"):
+        evals_run.evaluate(str(broken), options, tmp_path / "out")
+
+
 def test_two_ranks_give_the_same_figures(checkpoint: Path, text: str, tmp_path: Path) -> None:
     arguments = ["--tasks", "copa", "boolq", "--limit", "12", "--text", f"mine={text}", "--batch-size", "600"]
     assert command(str(checkpoint), *arguments, "--output", str(tmp_path / "one")) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -164,7 +165,18 @@ def test_odd_json_is_one_error(text: str, own: Path) -> None:
     assert damage(own) == f"{CHECKSUMS} is damaged"
 
 
-@pytest.mark.parametrize("table", [{}, {"a": 3}, {"a": {"bytes": "x", "crc32": 1}}, {"a": {}}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"a": 3},
+        {"a": {"bytes": "x", "crc32": 1}},
+        {"a": {}},
+        {"a": {"bytes": float("inf"), "crc32": "1"}},
+        {"a" * 300: {"bytes": 1, "crc32": "1"}},
+        {"../a": {"bytes": 1, "crc32": "1"}},
+    ],
+)
 def test_damaged_checksums(table: dict[str, Any], own: Path) -> None:
     assert damage(own) is None and find_resumable(str(own.parent)) == own
     (own / CHECKSUMS).write_text(json.dumps(table))
@@ -235,6 +247,24 @@ def test_tables_that_do_not_fit_are_one_error(odd: str, own: Path) -> None:
         table.storage_data = None
     file.write_bytes(pickle.dumps(table))
     with pytest.raises(UserError, match="checkpoint"):
+        read_weights(own)
+
+
+def test_parts_that_overlap_are_not_a_whole(own: Path) -> None:
+    """As many values as the tensor has, but all of them in its second half."""
+    (own / CHECKSUMS).unlink()
+    file = own / "model_and_optim" / ".metadata"
+    table = pickle.loads(file.read_bytes())
+    name = "model.embeddings.weight"
+    (index,) = (i for i in table.storage_data if i.fqn == name)
+    rows, *others = table.state_dict_metadata[name].size
+    table.state_dict_metadata[name].size = torch.Size([2 * rows, *others])
+    entry = table.storage_data.pop(index)
+    for offset in (rows, -rows):
+        at = torch.Size([offset, *[0] * len(others)])
+        table.storage_data[dataclasses.replace(index, offset=at)] = entry
+    file.write_bytes(pickle.dumps(table))
+    with pytest.raises(UserError, match="all of model.embeddings.weight"):
         read_weights(own)
 
 

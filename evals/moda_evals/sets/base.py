@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -29,12 +30,13 @@ class TokenDocument:
 
 @dataclass(frozen=True)
 class OpenSet:
-    """A set whose data is there; ``source`` says where, ``documents`` reads it."""
+    """A set whose data is there; ``source`` says where, ``documents`` reads it, ``files`` are what it lies in."""
 
     name: str
     title: str
     source: str
     documents: Callable[[], Iterator[TokenDocument]]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

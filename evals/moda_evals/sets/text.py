@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from moda.data.text import read_documents
+from moda.data.text import PYTHON_STDLIB, find_files, read_documents
 
 from ..model import ModelInfo
 from .base import DocumentSet, OpenSet, TokenDocument
@@ -26,9 +27,12 @@ class Text(DocumentSet):
         for source in self.sources:
             next(read_documents([source]), None)  # complains about a source that does not exist
 
+        own = [source for source in self.sources if source != PYTHON_STDLIB]
+        files = tuple(Path(f.path) for source in own for f in find_files(self.name, source))
+
         def documents() -> Iterator[TokenDocument]:
             for document in read_documents(self.sources):
                 ids = [*tokenizer.encode(document.text), tokenizer.eos_token_id]
                 yield TokenDocument(np.asarray(ids, dtype=np.int64), len(document.text.encode()))
 
-        return OpenSet(self.name, self.title, ", ".join(self.sources), documents)
+        return OpenSet(self.name, self.title, ", ".join(self.sources), documents, files)

@@ -60,7 +60,7 @@ def open_token_files(entry: DocumentSet, paths: Sequence[Path], model: ModelInfo
                     raise UserError(entry.name, expected, int(ids.max()))
                 yield TokenDocument(ids, None if text is None else len(text.decode(ids.tolist()).encode()))
 
-    return OpenSet(entry.name, entry.title, ", ".join(map(str, paths)), documents)
+    return OpenSet(entry.name, entry.title, ", ".join(map(str, paths)), documents, tuple(paths))
 
 
 @dataclass(frozen=True)
