@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .model import ScoredModel
     from .scoring import Span
 
-__all__ = ["BENCHMARK", "benchmark", "load_spans", "save_spans"]
-
 #: What each way is called in print.
 WAYS = {
     "scored": "as eval.py does", "padded": "padded to the longest", "scored_run": "as eval.py does, run",

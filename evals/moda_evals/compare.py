@@ -5,8 +5,6 @@ the interval is much narrower than the two standard errors suggest. The interval
 from resampling every task by itself.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from dataclasses import dataclass
@@ -22,8 +20,6 @@ from moda.files import writing
 from .paper import paper_rows
 from .report import markdown_table
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
-
-__all__ = ["Difference", "best_paper_pair", "compare", "comparison_table", "markdown", "plot", "remarks"]
 
 _SEED = 0
 _MOST_DRAWS = 1_000_000

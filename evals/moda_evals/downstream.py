@@ -1,7 +1,5 @@
 """Accuracy on multiple-choice questions, with the metric that OLMo2's runs used for each task."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence
@@ -13,8 +11,6 @@ from moda.errors import UserError
 from .model import ScoredModel
 from .scoring import Progress, Scores, Span, continuation, score
 from .tasks import Question, Task, load_questions
-
-__all__ = ["Answer", "answers", "evaluate_task", "fit", "standard_error", "summarise"]
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ run's other figures go (metrics.jsonl, W&B) as ``eval/downstream/<task>/accuracy
 own in-loop tasks are.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -30,8 +28,6 @@ from .model import TextTokenizer
 from .scoring import Scores, Span, plan_batches
 from .shared_prefix import Tree, lay_out
 from .tasks import Question, Task, load_questions, resolve_tasks
-
-__all__ = ["TaskEvaluator", "check_downstream", "downstream_callbacks"]
 
 log = logging.getLogger(__name__)
 

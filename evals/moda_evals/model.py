@@ -1,7 +1,5 @@
 """Any model under one small interface: log-probabilities of chosen next tokens."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
@@ -20,11 +18,6 @@ from moda.errors import UserError
 from moda.files import read_json
 
 from .shared_prefix import Layout, shared_attention
-
-__all__ = [
-    "DTYPES", "MAX_LOGITS", "ModelInfo", "ScoredModel", "TextTokenizer", "build_model", "checkpoint_label",
-    "choose_device", "load", "open_model",
-]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ With s = W a token that begins a window has none and is left out, as is the firs
 ``head``: only the first W tokens of each document count, which is what OLMo-core's in-loop validation measures.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -21,8 +19,6 @@ from moda.errors import UserError
 from .model import ModelInfo, ScoredModel
 from .scoring import Progress, Span, score
 from .sets import OpenSet, TokenDocument
-
-__all__ = ["Windows", "evaluate_set", "loss_error", "windows"]
 
 _CHUNK = 1 << 20  # tokens whose windows are planned together
 _MAX_EXPONENT = 709.0  # of what math.exp can give

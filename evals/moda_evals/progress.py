@@ -1,7 +1,5 @@
 """How far an evaluation is: a bar with an ETA on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator
@@ -11,8 +9,6 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from .scoring import Progress as Report
-
-__all__ = ["TaskProgress"]
 
 log = logging.getLogger(__name__)
 

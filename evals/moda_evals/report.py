@@ -1,7 +1,5 @@
 """The same table for a terminal, in Markdown and as CSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from moda.files import write_text
 from .paper import SOURCE, paper_rows
 from .suites import DOWNSTREAM, SUITES, Suite
 from .tasks import METRICS
-
-__all__ = ["lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
 
 
 def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:

@@ -1,7 +1,5 @@
 """``results.json`` and the finished parts of an evaluation: written, read, merged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -17,8 +15,6 @@ from moda.files import read_json, write_json
 
 from .scoring import world
 from .suites import PERPLEXITY, SUITES, Suite
-
-__all__ = ["FORMAT", "RESULTS", "check_writable", "fingerprint", "merge_earlier", "read_results", "reuse"]
 
 log = logging.getLogger(__name__)
 

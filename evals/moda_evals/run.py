@@ -1,7 +1,5 @@
 """Evaluating checkpoints: what to run, in which order, where it goes. Everything is checked before anything is computed."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import logging
@@ -23,13 +21,12 @@ from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
 from .progress import TaskProgress
-from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, read_results, reuse
+from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, reuse
+from .results import read_results as read_results
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
 from .tasks import DEFAULT_TASKS, resolve_tasks
-
-__all__ = ["Options", "evaluate", "evaluate_all", "labels_of", "read_results"]
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ continuations of one context share the context's run (:mod:`.shared_prefix`) whe
 depend on the sequences and the batch size alone, never on the number of ranks, which take them in turn.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ import torch.distributed as dist
 
 from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
-
-__all__ = ["Scores", "Span", "continuation", "default_batch_tokens", "plan_batches", "score", "world"]
 
 #: Called with tokens done and tokens in all.
 Progress = Callable[[int, int], None]

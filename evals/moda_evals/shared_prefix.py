@@ -8,8 +8,6 @@ The questions of a multiple-choice task ask for several continuations of the sam
 Positions reach the rotation through its own ``pos_sin`` and ``pos_cos``; depth slots belong to a token and need nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -25,8 +23,6 @@ from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.rope import RotaryEmbedding
 from olmo_core.nn.transformer import Transformer
-
-__all__ = ["Layout", "Tree", "can_share", "grow", "lay_out", "shared_attention"]
 
 #: Longest row of a tree: its attention holds a mask of this size squared.
 MAX_ROW = 1024

@@ -1,7 +1,5 @@
 """Documents of flat token files, as OLMo-core reads them."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from moda.errors import UserError
 
 from ..model import ModelInfo
 from .base import DocumentSet, MissingData, OpenSet, TokenDocument
-
-__all__ = ["TokenFiles", "open_token_files"]
 
 
 def _split(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
