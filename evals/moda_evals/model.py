@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TextTokenizer:
-    """Text to ids and back. No special token is ever made of text or added to it, as in training data.
-
-    :param tokenizer: the tokenizer's description and file.
-    """
+    """Text to ids and back. No special token is ever made of text or added to it, as in training data."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.description = tokenizer
@@ -47,17 +45,10 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device without waiting for what it is still doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 @dataclass
 class ModelInfo:
     """What is known of a model before its weights are read.
 
-    :param label: short name for tables.
-    :param path: the checkpoint's folder.
     :param kind: ``moda``, ``olmo-core`` or ``huggingface``.
     :param tokenizer_info: the tokenizer's description (its file is read when text must be encoded), or None.
     :param context_length: tokens that the model was made for.
@@ -75,10 +66,7 @@ class ModelInfo:
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer itself.
-
-        :raises UserError: where the checkpoint does not name it or its file cannot be read.
-        """
+        """The tokenizer itself; UserError where the checkpoint does not name it or its file cannot be read."""
         if self._tokenizer is None:
             if self.tokenizer_info is None:
                 expected = "a checkpoint that names its tokenizer"
@@ -140,7 +128,10 @@ class ScoredModel(ModelInfo):
         :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
         device = self.device
-        ids, rows, columns, targets = (_send(t, device) for t in (layout.ids, rows, columns, targets))
+        ids, rows, columns, targets = (  # copied without waiting for what the device is still doing
+            t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+            for t in (layout.ids, rows, columns, targets)
+        )
         hidden: list[torch.Tensor] = []  # what the head is asked about, [1, N, d_model]
 
         def pick(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,10 +181,7 @@ def choose_device(name: str | None) -> torch.device:
 def _choose_tokenizer(option: str | None, section: TokenizerSection | None, vocab_size: int) -> Tokenizer | None:
     """The checkpoint's tokenizer (``section``), or the one of ``--tokenizer``, which must be the same one."""
     own = None if section is None else load_tokenizer(section)
-    if option is None:
-        chosen = own
-    else:
-        chosen = load_tokenizer(TokenizerSection(option, hub=None if own is None else own.hub))
+    chosen = own if option is None else load_tokenizer(TokenizerSection(option, hub=None if own is None else own.hub))
     if chosen is None:
         return None
     key = "checkpoint" if option is None else "--tokenizer"
@@ -213,30 +201,25 @@ def _choose_tokenizer(option: str | None, section: TokenizerSection | None, voca
     return chosen
 
 
-#: Reads the weights: the network and its head.
-Build = Callable[[torch.device, torch.dtype], tuple[nn.Module, "nn.Module | None"]]
+#: Reads the weights.
+Build = Callable[[torch.device, torch.dtype], Any]
 
 
 def _open_trained(path: Path, tokenizer: str | None) -> tuple[ModelInfo, Build]:
     checkpoint = open_checkpoint(path)
     vocab = checkpoint.model.vocab_size - getattr(checkpoint.model.lm_head, "padding", 0)
     chosen = _choose_tokenizer(tokenizer, checkpoint.tokenizer, vocab)
-    length = checkpoint.sequence_length or 2048
-
-    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
-        module = load_model(checkpoint, device, dtype)
-        return module, module.lm_head
-
-    label = checkpoint_label(path)
-    return ModelInfo(label, str(path), checkpoint.kind, chosen, length, vocab, checkpoint.settings), build
+    label, length = checkpoint_label(path), checkpoint.sequence_length or 2048
+    info = ModelInfo(label, str(path), checkpoint.kind, chosen, length, vocab, checkpoint.settings)
+    return info, partial(load_model, checkpoint)
 
 
 def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any]) -> tuple[ModelInfo, Build]:
     try:
         import transformers
     except ImportError:
-        expected = "transformers, to load a Hugging Face folder"
-        raise UserError("checkpoint", expected, hint="pip install -e '.[hf]'") from None
+        hint = "pip install -e '.[hf]'"
+        raise UserError("checkpoint", "transformers, to load a Hugging Face folder", hint=hint) from None
     if not list(path.glob("*.safetensors")):
         raise UserError("checkpoint", "weights in safetensors (pickles are not read)", str(path))
     transformers.logging.set_verbosity_error()
@@ -250,14 +233,13 @@ def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any
         try:
             return loader.from_pretrained(path, **safe, **options)
         except Exception as e:  # transformers raises many kinds
-            reason = " ".join(str(e).split())[:200]
             expected = f"a causal language model that transformers loads from {path}"
-            raise UserError("checkpoint", expected, hint=reason) from None
+            raise UserError("checkpoint", expected, hint=" ".join(str(e).split())[:200]) from None
 
-    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
+    def build(device: torch.device, dtype: torch.dtype) -> Any:
         module = read(transformers.AutoModelForCausalLM, dtype=dtype, use_safetensors=True).to(device).eval()
         module.config.use_cache = False
-        return module, module.get_output_embeddings()
+        return module
 
     config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
@@ -291,7 +273,8 @@ def build_model(info: ModelInfo, build: Build, device: torch.device, dtype: str 
     :raises UserError: for a damaged checkpoint.
     """
     log.info("%s: loading %s", info.label, info.path)
-    module, head = build(device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    module = build(device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    head = module.get_output_embeddings() if info.kind == "huggingface" else module.lm_head
     return ScoredModel(**vars(info), module=module, head=head)
 
 

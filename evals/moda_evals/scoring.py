@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, get_world_size
 
 from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
@@ -61,9 +62,7 @@ class Scores:
 
 def world() -> tuple[int, int]:
     """Rank and number of processes."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return get_rank(), get_world_size()
 
 
 def plan_batches(
@@ -91,14 +90,6 @@ def plan_batches(
     return batches
 
 
-def _merge(spans: Sequence[Span]) -> dict[tuple[int, ...], list[int]]:
-    """Distinct sequences in a fixed order, and the spans that each of them answers."""
-    answers: dict[tuple[int, ...], list[int]] = {}
-    for i, span in enumerate(spans):
-        answers.setdefault(span.ids, []).append(i)
-    return dict(sorted(answers.items(), key=lambda item: (-len(item[0]), item[0])))
-
-
 class _Batch:
     """A batch on its way: launched when made, waited for when read, so that the next one can be prepared meanwhile.
 
@@ -107,9 +98,8 @@ class _Batch:
 
     def __init__(self, model: ScoredModel, trees: list[Tree], spans: list[list[list[Span]]]) -> None:
         layout = lay_out(trees, 8 if model.device.type == "cuda" else 1)
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
+        where: tuple[list[int], list[int], list[int]] = ([], [], [])
+        rows, columns, targets = where
         for r, (tree, of_tree) in enumerate(zip(trees, spans)):
             for leaf, of_leaf in enumerate(of_tree):
                 for s in of_leaf:
@@ -118,15 +108,13 @@ class _Batch:
                     targets += s.targets
         self.tokens = layout.ids.numel()
         self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
-        flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
+        flat = model.token_log_probs(layout, *map(torch.tensor, where))
+        self._log_probs = flat
         self._ready: torch.cuda.Event | None = None
         if flat.is_cuda:  # a copy asked for later would wait for the next batch, which is then on the same stream
             self._log_probs = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._log_probs.copy_(flat, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(flat.device))
-        else:
-            self._log_probs = flat
+            self._ready = torch.cuda.current_stream(flat.device).record_event()
 
     def read(self) -> list[np.ndarray]:
         """Log-probabilities of each span, in the order in which they were given."""
@@ -140,9 +128,8 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
     batches: list[list[int]] = []
     for shared in (False, True):
         chosen = [i for i, t in enumerate(trees) if (len(t.leaves) > 1) == shared]
-        planned = plan_batches(
-            [trees[i].length for i in chosen], batch_tokens, [positions[i] for i in chosen], max_positions
-        )
+        lengths = [trees[i].length for i in chosen]
+        planned = plan_batches(lengths, batch_tokens, [positions[i] for i in chosen], max_positions)
         batches += [[chosen[i] for i in batch] for batch in planned]
     return batches
 
@@ -155,7 +142,9 @@ def score(
     :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
     """
     started = time.monotonic()
-    answers = _merge(spans)
+    answers: dict[tuple[int, ...], list[int]] = {}  # distinct sequences in a fixed order, and each one's spans
+    for i, span in sorted(enumerate(spans), key=lambda item: (-len(item[1].ids), item[1].ids)):
+        answers.setdefault(span.ids, []).append(i)
     stems = [min(spans[i].start for i in indices) + 1 for indices in answers.values()]
     trees = grow(list(answers), stems, can_share(model.module))
     owners = [[answers[ids] for ids in tree.sequences] for tree in trees]
