@@ -70,12 +70,10 @@ class TaskEvaluator(Evaluator):
         rank, ranks = get_rank(group), get_world_size(group)
         # A rank that has no batch left repeats the first one: under FSDP all ranks run the same number of times.
         own = [planned[i if i < len(planned) else 0] for i in range(rank, -(-len(planned) // ranks) * ranks, ranks)]
-        super().__init__(name="downstream", batches=[self._batch(indices) for indices in own], device=device)
+        ids = [lay_out([Tree(self.flat[i].ids, ((),)) for i in indices]).ids for indices in own]
+        batches = [{"input_ids": x, "index": torch.tensor(indices)} for x, indices in zip(ids, own)]
+        super().__init__(name="downstream", batches=batches, device=device)
         self._sums: dict[int, float] = {}
-
-    def _batch(self, indices: list[int]) -> dict[str, Any]:
-        trees = [Tree(self.flat[i].ids, ((),)) for i in indices]
-        return {"input_ids": lay_out(trees).ids, "index": torch.tensor(indices)}
 
     @property
     def display_name(self) -> str:
@@ -85,8 +83,9 @@ class TaskEvaluator(Evaluator):
         """Note the log-likelihoods of the batch just run."""
         del ce_loss
         if logits is None:
-            expected = "a model that gives whole logits (no tensor or context parallelism)"
-            raise UserError("eval.downstream", expected, "none")
+            raise UserError(
+                "eval.downstream", "a model that gives whole logits (no tensor or context parallelism)", "none"
+            )
         for row, i in enumerate(batch["index"].tolist()):
             span = self.flat[i]
             chosen = logits[row, span.start : span.start + len(span.targets)].float()
@@ -97,9 +96,9 @@ class TaskEvaluator(Evaluator):
         """The task's figures over all ranks."""
         sums = self._sums
         if get_world_size(self.group) > 1:
-            parts: list[dict[int, float] | None] = [None] * get_world_size(self.group)
+            parts: list[dict[int, float]] = [{}] * get_world_size(self.group)
             dist.all_gather_object(parts, sums, group=self.group)
-            sums = {k: v for part in parts if part is not None for k, v in part.items()}
+            sums = {k: v for part in parts for k, v in part.items()}
         scores = Scores([np.asarray([sums[i]]) for i in range(len(self.flat))], 0, 0, 0.0)
         result = summarise(self.task, answers(self.questions, self.spans, scores))
         figures = {name: float("nan") if result[name] is None else float(result[name]) for name in FIGURES}
@@ -119,9 +118,8 @@ def _evaluator(task: Task, tokenizer: TextTokenizer, config: RunConfig, trainer:
     spans, cut = fit(task, questions, length, truncate=True)
     if cut:
         log.warning("%s: %d prompts are longer than %d tokens and lose their beginning", task.name, cut, length)
-    tokens = config.train.microbatch_size * length
-    group = trainer.dp_process_group
-    return TaskEvaluator(task, questions, spans, batch_tokens=tokens, device=trainer.device, group=group)
+    options: dict[str, Any] = {"device": trainer.device, "group": trainer.dp_process_group}
+    return TaskEvaluator(task, questions, spans, batch_tokens=config.train.microbatch_size * length, **options)
 
 
 def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:

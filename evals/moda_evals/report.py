@@ -31,8 +31,7 @@ def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) 
         cells = ["" if e is None else _cell(e[suite.figure], e["standard_error"], suite.scale) for e in entries]
         cells += [_cell(row.figures[suite.name].get(name)) for row in rows]
         present = [e for e in entries if e is not None]
-        counts = "/".join(dict.fromkeys(str(e["n"]) for e in present))
-        out.append([present[0]["title"], counts, *cells])
+        out.append([present[0]["title"], "/".join(dict.fromkeys(str(e["n"]) for e in present)), *cells])
     averages = [suite.average(r[suite.name]) for r in results]
     if any(a is not None for a in averages):
         cells = [_cell(a, scale=suite.scale) for a in averages]
@@ -41,17 +40,15 @@ def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) 
 
 
 def _headings(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
-    names = [r["model"]["label"] for r in results]
-    return names + ([f"{name} (paper)" for name in paper_rows()] if paper else [])
+    return [r["model"]["label"] for r in results] + ([f"{name} (paper)" for name in paper_rows()] if paper else [])
 
 
 def _windows(results: Sequence[dict[str, Any]]) -> str:
     """How documents were cut; where that differs, by set."""
     by_cut: dict[str, dict[str, None]] = {}
     for entry in (e for r in results for e in r["perplexity"].values()):
-        cut = entry["window"]
-        text = f"window {cut['size']}, stride {cut['stride']}"
-        text += ", first window of each document only" if cut["head"] else ""
+        text = "window {size}, stride {stride}".format(**entry["window"])
+        text += ", first window of each document only" if entry["window"]["head"] else ""
         by_cut.setdefault(text, {})[entry["title"]] = None
     if len(by_cut) == 1:
         return next(iter(by_cut))
@@ -129,8 +126,8 @@ def as_csv(results: Sequence[dict[str, Any]]) -> str:
         for suite in SUITES:
             for name, e in r[suite.name].items():
                 for figure, error in suite.figures.items():
-                    row = [label, suite.name, name, figure, e[figure], None if error is None else e[error], e["n"]]
-                    writer.writerow(row)
+                    spread = None if error is None else e[error]
+                    writer.writerow([label, suite.name, name, figure, e[figure], spread, e["n"]])
         for name, value in r["averages"].items():
             if value is not None:
                 writer.writerow([label, "average", name, name, value, None, None])

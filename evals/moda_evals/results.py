@@ -93,8 +93,8 @@ def merge_earlier(results: dict[str, Any], file: Path) -> None:
         entries = {n: e for n, e in earlier[suite.name].items() if n not in results[suite.name]}
         results[suite.name] = {**entries, **results[suite.name]}
         kept += [e["title"] for e in entries.values()]
-    results["skipped"] = {**earlier["skipped"], **results["skipped"]}
-    results["skipped"] = {n: str(why) for n, why in results["skipped"].items() if n not in results["perplexity"]}
+    skipped = {**earlier["skipped"], **results["skipped"]}
+    results["skipped"] = {n: str(why) for n, why in skipped.items() if n not in results["perplexity"]}
     if kept:
         log.info("%s: the earlier figures of %s are kept", file, ", ".join(kept))
 

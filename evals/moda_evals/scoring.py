@@ -172,10 +172,10 @@ def score(
                 progress(min(total, done * ranks), total)
         before = launched
     if ranks > 1:
-        gathered: list[tuple[dict[int, np.ndarray], int] | None] = [None] * ranks
+        gathered = [(results, used)] * ranks
         dist.all_gather_object(gathered, (results, used))
-        results = {k: v for part in gathered if part is not None for k, v in part[0].items()}
-        used = sum(part[1] for part in gathered if part is not None)
+        results = {k: v for part, _ in gathered for k, v in part.items()}
+        used = sum(n for _, n in gathered)
     if progress is not None:
         progress(total, total)
     return Scores([results[i] for i in range(len(spans))], used, used - total, time.monotonic() - started)
