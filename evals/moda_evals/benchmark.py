@@ -85,10 +85,9 @@ def benchmark(
     truth = _padded_to_longest(model, spans, batch_tokens)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
     differences = [abs(float(a.sum()) - b) / (1 + abs(b)) for a, b in zip(scores.log_probs, truth)]
+    worst = max(differences)
     if not all(d <= tolerance for d in differences):  # so that NaN does not pass
-        raise RuntimeError(
-            f"the two ways of batching disagree by {max(differences):.2e} (relative), allowed {tolerance}"
-        )
+        raise RuntimeError(f"the two ways of batching disagree by {worst:.2e} (relative), allowed {tolerance}")
     ids = torch.randint(0, model.vocab_size, (max(1, batch_tokens // width), width), device=model.device)
     model.logits(ids)
     ways: dict[str, Callable[[], Any]] = {
@@ -112,23 +111,12 @@ def benchmark(
         "padding": scores.padded / scores.tokens,
         "longest": width,
         "batch_tokens": batch_tokens,
-        "worst_difference": max(differences),
+        "worst_difference": worst,
         "seconds": taken,
         "tokens_per_second": speeds,
         "scored_over_padded": median["padded"] / median["scored"],
         "run_over_forward": speeds["scored_run"] / speeds["forward"],
     }
-
-
-def _rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """One CSV row for each of :data:`WAYS`."""
-    common = {k: v for k, v in measured.items() if k not in ("seconds", "tokens_per_second")}
-    rows = []
-    for way, speed in measured["tokens_per_second"].items():
-        q = measured["seconds"][way.removesuffix("_run")]
-        spread = {f"seconds_{name}": getattr(q, name) for name in ("median", "p20", "p80")}
-        rows.append({"way": way, **spread, "repeats": q.repeats, "tokens_per_second": speed, **common})
-    return rows
 
 
 def _load_requests(args: argparse.Namespace) -> list[Span]:
@@ -183,7 +171,13 @@ def _run(args: argparse.Namespace) -> None:
     )
     if args.output:
         measured.update(config=model.label, task=args.task, dtype=str(model.dtype))
-        print(results.write(Path(args.output), _rows(measured)))
+        taken, speeds = measured.pop("seconds"), measured.pop("tokens_per_second")
+        rows = []  # one for each of WAYS
+        for way, speed in speeds.items():
+            q = taken[way.removesuffix("_run")]
+            spread = {f"seconds_{name}": getattr(q, name) for name in ("median", "p20", "p80")}
+            rows.append({"way": way, **spread, "repeats": q.repeats, "tokens_per_second": speed, **measured})
+        print(results.write(Path(args.output), rows))
 
 
 def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:

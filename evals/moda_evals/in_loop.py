@@ -83,9 +83,8 @@ class TaskEvaluator(Evaluator):
         """Note the log-likelihoods of the batch just run."""
         del ce_loss
         if logits is None:
-            raise UserError(
-                "eval.downstream", "a model that gives whole logits (no tensor or context parallelism)", "none"
-            )
+            expected = "a model that gives whole logits (no tensor or context parallelism)"
+            raise UserError("eval.downstream", expected, "none")
         for row, i in enumerate(batch["index"].tolist()):
             span = self.flat[i]
             chosen = logits[row, span.start : span.start + len(span.targets)].float()

@@ -67,11 +67,10 @@ class ModelInfo:
     @property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer itself; UserError where the checkpoint does not name it or its file cannot be read."""
-        if self._tokenizer is None:
-            if self.tokenizer_info is None:
-                expected = "a checkpoint that names its tokenizer"
-                raise UserError("checkpoint", expected, self.path, "give one with --tokenizer")
-            self._tokenizer = TextTokenizer(self.tokenizer_info)
+        if self.tokenizer_info is None:
+            expected = "a checkpoint that names its tokenizer"
+            raise UserError("checkpoint", expected, self.path, "give one with --tokenizer")
+        self._tokenizer = self._tokenizer or TextTokenizer(self.tokenizer_info)
         return self._tokenizer
 
 

@@ -16,11 +16,7 @@ _INTERVAL = 10.0  # seconds between two lines
 
 
 class TaskProgress(Progress):
-    """One bar per task.
-
-    :param title: the checkpoint's label.
-    :param enabled: False on all ranks but the first.
-    """
+    """One bar per task; ``title`` is the checkpoint's label, ``enabled`` False on all ranks but the first."""
 
     def __init__(self, title: str, *, enabled: bool = True, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

@@ -55,22 +55,19 @@ def _windows(results: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{text} for {', '.join(titles)}" for text, titles in by_cut.items())
 
 
-def _metrics(results: Sequence[dict[str, Any]]) -> str:
-    by_metric: dict[str, list[str]] = {}
-    for name in DOWNSTREAM.order(results):
-        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
-        by_metric.setdefault(METRICS.get(entry["metric"], entry["metric"]), []).append(entry["title"])
-    return "; ".join(f"{metric} for {', '.join(titles)}" for metric, titles in by_metric.items())
-
-
 def notes(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
     """What the figures mean, and what was left out."""
     out: list[str] = []
     if any(r["perplexity"] for r in results):
         meaning = "Perplexity: exp of the mean loss over all scored tokens"
         out.append(f"{meaning}; {_windows(results)}; ± standard error over documents (n).")
-    if any(r["downstream"] for r in results):
-        out.append(f"Accuracy in percent ± standard error; n questions; metric: {_metrics(results)}.")
+    by_metric: dict[str, list[str]] = {}
+    for name in DOWNSTREAM.order(results):
+        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
+        by_metric.setdefault(METRICS.get(entry["metric"], entry["metric"]), []).append(entry["title"])
+    if by_metric:
+        metrics = "; ".join(f"{metric} for {', '.join(titles)}" for metric, titles in by_metric.items())
+        out.append(f"Accuracy in percent ± standard error; n questions; metric: {metrics}.")
     truncated = {name for r in results for name, e in r["downstream"].items() if e["truncated"]}
     if truncated:
         out.append(f"Prompts longer than the context were cut from the left in: {', '.join(sorted(truncated))}.")
