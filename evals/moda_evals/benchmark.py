@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .model import ScoredModel
     from .scoring import Span
 
-__all__ = ["BENCHMARK", "benchmark", "load_spans", "save_spans"]
-
 #: What each way is called in print.
 WAYS = {
     "scored": "as eval.py does", "padded": "padded to the longest", "scored_run": "as eval.py does, run",
@@ -59,10 +57,8 @@ def _padded_to_longest(model: ScoredModel, spans: Sequence[Span], batch_tokens: 
     sums: list[float] = []
     for at in range(0, len(spans), size):
         chosen = spans[at : at + size]
-        where = [(row, s.start + i, t) for row, s in enumerate(chosen) for i, t in enumerate(s.targets)]
-        index = torch.tensor(where)
-        layout = lay_out([Tree(s.ids, ((),)) for s in chosen], width)
-        flat = model.token_log_probs(layout, index[:, 0], index[:, 1], index[:, 2]).cpu()
+        index = torch.tensor([(row, s.start + i, t) for row, s in enumerate(chosen) for i, t in enumerate(s.targets)])
+        flat = model.token_log_probs(lay_out([Tree(s.ids, ((),)) for s in chosen], width), *index.unbind(1)).cpu()
         sums += [part.sum().item() for part in flat.split([len(s.targets) for s in chosen])]
     return sums
 
@@ -72,10 +68,10 @@ def benchmark(
 ) -> dict[str, Any]:
     """Medians of both ways over the same requests, checked against each other, and of a plain forward pass.
 
-    :returns: :class:`Quantiles` of each way's ``seconds``, and tokens per second, padding not counted:
-        ``scored`` and ``padded`` in tokens of the requests, ``scored_run`` in
-        tokens that ran through the model (a shared context once), ``forward`` for all logits of full batches as long as
-        the task's longest request; and the ratios ``scored`` to ``padded`` and ``scored_run`` to ``forward``.
+    :returns: :class:`Quantiles` of each way's ``seconds``, and tokens per second, padding not counted: ``scored`` and
+        ``padded`` in tokens of the requests, ``scored_run`` in tokens that ran through the model (a shared context once),
+        ``forward`` for all logits of full batches as long as the task's longest request; and the ratios ``scored`` to
+        ``padded`` and ``scored_run`` to ``forward``.
 
     :raises RuntimeError: where the two ways disagree.
     """
@@ -86,10 +82,9 @@ def benchmark(
     width = max(len(s.ids) for s in spans)
     score(model, spans[:: max(1, len(spans) // 256)], batch_tokens=batch_tokens)
     scores = score(model, spans, batch_tokens=batch_tokens)
-    found = [float(a.sum()) for a in scores.log_probs]
     truth = _padded_to_longest(model, spans, batch_tokens)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
-    differences = [abs(a - b) / (1 + abs(b)) for a, b in zip(found, truth)]
+    differences = [abs(float(a.sum()) - b) / (1 + abs(b)) for a, b in zip(scores.log_probs, truth)]
     worst = max(differences)
     if not all(d <= tolerance for d in differences):  # so that NaN does not pass
         raise RuntimeError(f"the two ways of batching disagree by {worst:.2e} (relative), allowed {tolerance}")
@@ -103,6 +98,12 @@ def benchmark(
     taken = {name: quantiles([seconds(run) for _ in range(max(3, repeats))]) for name, run in ways.items()}
     median = {name: q.median for name, q in taken.items()}
     run = scores.tokens - scores.padded
+    speeds = {
+        "scored": tokens / median["scored"],
+        "scored_run": run / median["scored"],
+        "padded": tokens / median["padded"],
+        "forward": ids.numel() / median["forward"],
+    }
     return {
         "requests": len(spans),
         "tokens": tokens,
@@ -112,26 +113,10 @@ def benchmark(
         "batch_tokens": batch_tokens,
         "worst_difference": worst,
         "seconds": taken,
-        "tokens_per_second": {
-            "scored": tokens / median["scored"],
-            "scored_run": run / median["scored"],
-            "padded": tokens / median["padded"],
-            "forward": ids.numel() / median["forward"],
-        },
+        "tokens_per_second": speeds,
         "scored_over_padded": median["padded"] / median["scored"],
-        "run_over_forward": run / median["scored"] / (ids.numel() / median["forward"]),
+        "run_over_forward": speeds["scored_run"] / speeds["forward"],
     }
-
-
-def _rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """One CSV row for each of :data:`WAYS`."""
-    common = {k: v for k, v in measured.items() if k not in ("seconds", "tokens_per_second")}
-    rows = []
-    for way, speed in measured["tokens_per_second"].items():
-        q = measured["seconds"][way.removesuffix("_run")]
-        spread = {f"seconds_{name}": getattr(q, name) for name in ("median", "p20", "p80")}
-        rows.append({"way": way, **spread, "repeats": q.repeats, "tokens_per_second": speed, **common})
-    return rows
 
 
 def _load_requests(args: argparse.Namespace) -> list[Span]:
@@ -145,8 +130,7 @@ def _load_requests(args: argparse.Namespace) -> list[Span]:
     if args.requests:
         return load_spans(Path(args.requests))
     task = resolve_tasks([args.task])[0]
-    tokenizer = TextTokenizer(load_tokenizer(TokenizerSection("gpt-neox")))
-    questions = load_questions(task, tokenizer, args.limit)
+    questions = load_questions(task, TextTokenizer(load_tokenizer(TokenizerSection("gpt-neox"))), args.limit)
     return [s for question in fit(task, questions, 1 << 20, False)[0] for s in question]
 
 
@@ -154,10 +138,10 @@ def _build(args: argparse.Namespace) -> ScoredModel:
     from moda.config import load_config
     from moda.model import transformer_config
 
-    from .model import ScoredModel
+    from .model import ScoredModel, choose_device
 
     config = load_config(args.config, args.overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(None)
     built = transformer_config(config.model, config.model.vocab_size or 50280)
     module = built.build(init_device="cpu")
     module.init_weights(max_seq_len=config.train.sequence_length, device=torch.device("cpu"))
@@ -178,17 +162,22 @@ def _run(args: argparse.Namespace) -> None:
         return
     model = _build(args)
     measured = benchmark(model, spans, batch_tokens=args.batch_size, repeats=args.repeats)
-    print(
-        f"{measured['requests']} requests of {args.task}, {measured['tokens']:,} tokens, {measured['tokens_run']:,} of them "
-        f"run, longest {measured['longest']}"
-    )
+    summary = "{requests} requests of {task}, {tokens:,} tokens, {tokens_run:,} of them run, longest {longest}"
+    print(summary.format(task=args.task, **measured))
     for way, meaning in WAYS.items():
         print(f"  {meaning:24} {measured['tokens_per_second'][way]:12,.0f} tokens/s")
-    ratios = f"{measured['scored_over_padded']:.2f}; run over plain: {measured['run_over_forward']:.2f}"
-    print(f"  eval.py over padded: {ratios}")
+    print(
+        "  eval.py over padded: {scored_over_padded:.2f}; run over plain: {run_over_forward:.2f}".format_map(measured)
+    )
     if args.output:
         measured.update(config=model.label, task=args.task, dtype=str(model.dtype))
-        print(results.write(Path(args.output), _rows(measured)))
+        taken, speeds = measured.pop("seconds"), measured.pop("tokens_per_second")
+        rows = []  # one for each of WAYS
+        for way, speed in speeds.items():
+            q = taken[way.removesuffix("_run")]
+            spread = {f"seconds_{name}": getattr(q, name) for name in ("median", "p20", "p80")}
+            rows.append({"way": way, **spread, "repeats": q.repeats, "tokens_per_second": speed, **measured})
+        print(results.write(Path(args.output), rows))
 
 
 def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:

@@ -5,8 +5,6 @@ the interval is much narrower than the two standard errors suggest. The interval
 from resampling every task by itself.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from dataclasses import dataclass
@@ -23,12 +21,8 @@ from .paper import paper_rows
 from .report import markdown_table
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
 
-__all__ = ["Difference", "best_paper_pair", "compare", "comparison_table", "markdown", "plot", "remarks"]
-
 _SEED = 0
 _MOST_DRAWS = 1_000_000
-#: Bootstrap draws of A's figure and of B's, or None where the two cannot be paired.
-_Draws = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,16 +57,16 @@ def _paired(suite: Suite, a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["n"] == b["n"] and (suite is DOWNSTREAM or a["source"] == b["source"])
 
 
-def _accuracy_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> _Draws:
-    """Four kinds of question: those that neither, only A, only B or both get right. They are drawn as counts."""
+def _accuracy_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> np.ndarray:
+    """``[2, draws]``, drawn as counts of four kinds: questions that neither, only A, only B or both get right."""
     n = len(a["correct"])
     kinds = np.bincount([2 * (y == "1") + (x == "1") for x, y in zip(a["correct"], b["correct"])], minlength=4)
     counts = rng.multinomial(n, kinds / n, size=draws)
-    return 100 * (counts[:, 1] + counts[:, 3]) / n, 100 * (counts[:, 2] + counts[:, 3]) / n
+    return 100 * (counts[:, 1:3] + counts[:, 3:]).T / n
 
 
-def _perplexity_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> _Draws:
-    """Both perplexities over the same documents."""
+def _perplexity_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Both perplexities over the same documents, ``[2, draws]``."""
     documents = [(np.asarray(e["documents"]["loss"]), np.asarray(e["documents"]["tokens"], float)) for e in (a, b)]
     out = np.empty((2, draws))
     n = len(documents[0][0])
@@ -81,7 +75,7 @@ def _perplexity_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.
         index = rng.integers(0, n, size=(min(step, draws - at), n))
         for row, (loss, tokens) in zip(out, documents):
             row[at : at + len(index)] = np.exp(loss[index].sum(1) / tokens[index].sum(1))
-    return out[0], out[1]
+    return out
 
 
 def _change(suite: Suite, a: Any, b: Any) -> Any:
@@ -96,17 +90,15 @@ def _differences(
     resample = _perplexity_draws if suite is PERPLEXITY else _accuracy_draws
     paper_pair = [] if paper is None else [paper_rows()[name] for name in paper]
     out: list[Difference] = []
-    samples: dict[str, _Draws | None] = {}
+    samples: dict[str, np.ndarray | None] = {}  # None where the two cannot be paired
 
-    def add(name: str, title: str, n: int, x: float, y: float, drawn: _Draws | None, rows: list[float]) -> None:
+    def add(name: str, title: str, n: int, x: float, y: float, drawn: np.ndarray | None, rows: list[float]) -> None:
         low, high = (None, None) if drawn is None else np.percentile(_change(suite, *drawn), [2.5, 97.5]).tolist()
-        paper_change = _change(suite, *rows) if rows else None
-        out.append(Difference(suite.name, name, title, n, x, y, _change(suite, x, y), low, high, paper_change))
+        changes = _change(suite, x, y), low, high, _change(suite, *rows) if rows else None
+        out.append(Difference(suite.name, name, title, n, x, y, *changes))
 
     left, right = a[suite.name], b[suite.name]
-    for name in suite.order([a]):
-        if name not in right:
-            continue
+    for name in (n for n in suite.order([a]) if n in right):
         x, y = left[name], right[name]
         samples[name] = resample(x, y, draws, rng) if _paired(suite, x, y) else None
         rows = [row.figures[suite.name][name] for row in paper_pair if name in suite.paper]
@@ -114,9 +106,7 @@ def _differences(
     x_mean, y_mean = suite.average(left), suite.average(right)
     if x_mean is not None and y_mean is not None:
         parts = [drawn for name in suite.paper if (drawn := samples[name]) is not None]
-        drawn = None
-        if len(parts) == len(suite.paper):
-            drawn = np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0)
+        drawn = np.mean(parts, 0) if len(parts) == len(suite.paper) else None
         rows = [row.averages[suite.name] for row in paper_pair]
         add("average", "mean of ten", 0, suite.scale * x_mean, suite.scale * y_mean, drawn, rows)
     return out
@@ -161,18 +151,17 @@ def remarks(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return out
 
 
-def _columns(d: Difference) -> list[str]:
-    unit = "%" if d.suite == "perplexity" else "points"
-    interval = "" if d.low is None else f"[{d.low:+.2f}, {d.high:+.2f}]"
-    paper = "" if d.paper is None else f"{d.paper:+.2f}"
-    return [d.title, str(d.n or ""), f"{d.a:.2f}", f"{d.b:.2f}", f"{d.difference:+.2f} {unit}", interval, paper]
-
-
 def _cells(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows; the paper's column only where it says something."""
     headings = ["", "n", a["model"]["label"], b["model"]["label"], "difference", "95 % interval", "paper"]
     width = 7 if any(d.paper is not None for d in differences) else 6
-    return headings[:width], [_columns(d)[:width] for d in differences]
+    rows = []
+    for d in differences:
+        change = f"{d.difference:+.2f} {'%' if d.suite == PERPLEXITY.name else 'points'}"
+        interval = "" if d.low is None else f"[{d.low:+.2f}, {d.high:+.2f}]"
+        paper = "" if d.paper is None else f"{d.paper:+.2f}"
+        rows.append([d.title, str(d.n or ""), f"{d.a:.2f}", f"{d.b:.2f}", change, interval, paper][:width])
+    return headings[:width], rows
 
 
 def comparison_table(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]) -> Table:
@@ -195,8 +184,7 @@ def markdown(a: dict[str, Any], b: dict[str, Any], differences: list[Difference]
 
 def _draw_panel(axis: Any, suite: Suite, chosen: list[Difference]) -> None:
     for y, d in enumerate(reversed(chosen)):
-        better = (d.difference > 0) == (suite is DOWNSTREAM)
-        colour = "black" if not d.clear else "tab:blue" if better else "tab:red"
+        colour = "black" if not d.clear else "tab:blue" if (d.difference > 0) == (suite is DOWNSTREAM) else "tab:red"
         if d.low is not None:
             axis.plot([d.low, d.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
         axis.plot(d.difference, y, "o", color=colour, markersize=5)
@@ -204,9 +192,8 @@ def _draw_panel(axis: Any, suite: Suite, chosen: list[Difference]) -> None:
             axis.plot(d.paper, y, "x", color="gray", markersize=6)
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(chosen)), [d.title for d in reversed(chosen)])
-    axis.set_ylim(-0.6, len(chosen) - 0.4)
     label = "perplexity, change in % (lower" if suite is PERPLEXITY else "accuracy, points (higher"
-    axis.set_xlabel(f"{label} is better)")
+    axis.set(xlabel=f"{label} is better)", ylim=(-0.6, len(chosen) - 0.4))
     axis.spines[["top", "right"]].set_visible(False)
 
 

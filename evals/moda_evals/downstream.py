@@ -1,7 +1,5 @@
 """Accuracy on multiple-choice questions, with the metric that OLMo2's runs used for each task."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence
@@ -13,8 +11,6 @@ from moda.errors import UserError
 from .model import ScoredModel
 from .scoring import Progress, Scores, Span, continuation, score
 from .tasks import Question, Task, load_questions
-
-__all__ = ["Answer", "answers", "evaluate_task", "fit", "standard_error", "summarise"]
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +64,8 @@ def fit(task: Task, questions: Sequence[Question], context_length: int, truncate
     for question in questions:
         spans.append([])
         for choice in question.choices:
-            need = len(choice.context) + len(choice.tokens) - 1
+            context, need = choice.context, len(choice.context) + len(choice.tokens) - 1
             longest = max(longest, need)
-            context = choice.context
             if need > context_length:
                 cut += 1
                 keep = context_length - len(choice.tokens) + 1
@@ -80,12 +75,9 @@ def fit(task: Task, questions: Sequence[Question], context_length: int, truncate
                 context = context[-keep:]
             spans[-1].append(continuation(context, choice.tokens))
     if cut and not truncate:
-        raise UserError(
-            task.name,
-            f"prompts that fit the model's context of {context_length} tokens",
-            f"{cut} longer ones, the longest with {longest} tokens",
-            "--truncate cuts them from the left, --context-length N allows more",
-        )
+        expected = f"prompts that fit the model's context of {context_length} tokens"
+        hint = "--truncate cuts them from the left, --context-length N allows more"
+        raise UserError(task.name, expected, f"{cut} longer ones, the longest with {longest} tokens", hint)
     return spans, cut
 
 
@@ -137,9 +129,8 @@ def evaluate_task(
     spans, cut = fit(task, questions, model.context_length, truncate)
     scores = score(model, [s for q in spans for s in q], batch_tokens=batch_tokens, progress=progress)
     answered = answers(questions, spans, scores)
-    padding = scores.padded / max(1, scores.tokens)
-    result = summarise(task, answered)
-    result.update(truncated=cut, tokens=scores.tokens, padding=padding, seconds=scores.seconds)
+    costs = {"tokens": scores.tokens, "padding": scores.padded / max(1, scores.tokens), "seconds": scores.seconds}
+    result = {**summarise(task, answered), "truncated": cut, **costs}
     if per_example:
         result["examples"] = [
             {

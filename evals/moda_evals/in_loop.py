@@ -6,8 +6,6 @@ run's other figures go (metrics.jsonl, W&B) as ``eval/downstream/<task>/accuracy
 own in-loop tasks are.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -30,8 +28,6 @@ from .model import TextTokenizer
 from .scoring import Scores, Span, plan_batches
 from .shared_prefix import Tree, lay_out
 from .tasks import Question, Task, load_questions, resolve_tasks
-
-__all__ = ["TaskEvaluator", "check_downstream", "downstream_callbacks"]
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +70,10 @@ class TaskEvaluator(Evaluator):
         rank, ranks = get_rank(group), get_world_size(group)
         # A rank that has no batch left repeats the first one: under FSDP all ranks run the same number of times.
         own = [planned[i if i < len(planned) else 0] for i in range(rank, -(-len(planned) // ranks) * ranks, ranks)]
-        super().__init__(name="downstream", batches=[self._batch(indices) for indices in own], device=device)
+        ids = [lay_out([Tree(self.flat[i].ids, ((),)) for i in indices]).ids for indices in own]
+        batches = [{"input_ids": x, "index": torch.tensor(indices)} for x, indices in zip(ids, own)]
+        super().__init__(name="downstream", batches=batches, device=device)
         self._sums: dict[int, float] = {}
-
-    def _batch(self, indices: list[int]) -> dict[str, Any]:
-        trees = [Tree(self.flat[i].ids, ((),)) for i in indices]
-        return {"input_ids": lay_out(trees).ids, "index": torch.tensor(indices)}
 
     @property
     def display_name(self) -> str:
@@ -101,9 +95,9 @@ class TaskEvaluator(Evaluator):
         """The task's figures over all ranks."""
         sums = self._sums
         if get_world_size(self.group) > 1:
-            parts: list[dict[int, float] | None] = [None] * get_world_size(self.group)
+            parts: list[dict[int, float]] = [{}] * get_world_size(self.group)
             dist.all_gather_object(parts, sums, group=self.group)
-            sums = {k: v for part in parts if part is not None for k, v in part.items()}
+            sums = {k: v for part in parts for k, v in part.items()}
         scores = Scores([np.asarray([sums[i]]) for i in range(len(self.flat))], 0, 0, 0.0)
         result = summarise(self.task, answers(self.questions, self.spans, scores))
         figures = {name: float("nan") if result[name] is None else float(result[name]) for name in FIGURES}
@@ -123,9 +117,8 @@ def _evaluator(task: Task, tokenizer: TextTokenizer, config: RunConfig, trainer:
     spans, cut = fit(task, questions, length, truncate=True)
     if cut:
         log.warning("%s: %d prompts are longer than %d tokens and lose their beginning", task.name, cut, length)
-    tokens = config.train.microbatch_size * length
-    group = trainer.dp_process_group
-    return TaskEvaluator(task, questions, spans, batch_tokens=tokens, device=trainer.device, group=group)
+    options: dict[str, Any] = {"device": trainer.device, "group": trainer.dp_process_group}
+    return TaskEvaluator(task, questions, spans, batch_tokens=config.train.microbatch_size * length, **options)
 
 
 def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:

@@ -1,11 +1,10 @@
 """Any model under one small interface: log-probabilities of chosen next tokens."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,6 @@ from moda.files import read_json
 
 from .shared_prefix import Layout, shared_attention
 
-__all__ = [
-    "DTYPES", "MAX_LOGITS", "ModelInfo", "ScoredModel", "TextTokenizer", "build_model", "checkpoint_label",
-    "choose_device", "load", "open_model",
-]  # fmt: skip
-
 log = logging.getLogger(__name__)
 
 #: At most so many logits at once (2 GiB in fp32).
@@ -34,10 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TextTokenizer:
-    """Text to ids and back. No special token is ever made of text or added to it, as in training data.
-
-    :param tokenizer: the tokenizer's description and file.
-    """
+    """Text to ids and back. No special token is ever made of text or added to it, as in training data."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.description = tokenizer
@@ -54,17 +45,10 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device without waiting for what it is still doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 @dataclass
 class ModelInfo:
     """What is known of a model before its weights are read.
 
-    :param label: short name for tables.
-    :param path: the checkpoint's folder.
     :param kind: ``moda``, ``olmo-core`` or ``huggingface``.
     :param tokenizer_info: the tokenizer's description (its file is read when text must be encoded), or None.
     :param context_length: tokens that the model was made for.
@@ -82,15 +66,11 @@ class ModelInfo:
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer itself.
-
-        :raises UserError: where the checkpoint does not name it or its file cannot be read.
-        """
-        if self._tokenizer is None:
-            if self.tokenizer_info is None:
-                expected = "a checkpoint that names its tokenizer"
-                raise UserError("checkpoint", expected, self.path, "give one with --tokenizer")
-            self._tokenizer = TextTokenizer(self.tokenizer_info)
+        """The tokenizer itself; UserError where the checkpoint does not name it or its file cannot be read."""
+        if self.tokenizer_info is None:
+            expected = "a checkpoint that names its tokenizer"
+            raise UserError("checkpoint", expected, self.path, "give one with --tokenizer")
+        self._tokenizer = self._tokenizer or TextTokenizer(self.tokenizer_info)
         return self._tokenizer
 
 
@@ -147,7 +127,10 @@ class ScoredModel(ModelInfo):
         :param layout: sequences, or trees of them, padded on the right: attention is causal.
         """
         device = self.device
-        ids, rows, columns, targets = (_send(t, device) for t in (layout.ids, rows, columns, targets))
+        ids, rows, columns, targets = (  # copied without waiting for what the device is still doing
+            t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+            for t in (layout.ids, rows, columns, targets)
+        )
         hidden: list[torch.Tensor] = []  # what the head is asked about, [1, N, d_model]
 
         def pick(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,10 +180,7 @@ def choose_device(name: str | None) -> torch.device:
 def _choose_tokenizer(option: str | None, section: TokenizerSection | None, vocab_size: int) -> Tokenizer | None:
     """The checkpoint's tokenizer (``section``), or the one of ``--tokenizer``, which must be the same one."""
     own = None if section is None else load_tokenizer(section)
-    if option is None:
-        chosen = own
-    else:
-        chosen = load_tokenizer(TokenizerSection(option, hub=None if own is None else own.hub))
+    chosen = own if option is None else load_tokenizer(TokenizerSection(option, hub=None if own is None else own.hub))
     if chosen is None:
         return None
     key = "checkpoint" if option is None else "--tokenizer"
@@ -220,30 +200,25 @@ def _choose_tokenizer(option: str | None, section: TokenizerSection | None, voca
     return chosen
 
 
-#: Reads the weights: the network and its head.
-Build = Callable[[torch.device, torch.dtype], tuple[nn.Module, "nn.Module | None"]]
+#: Reads the weights.
+Build = Callable[[torch.device, torch.dtype], Any]
 
 
 def _open_trained(path: Path, tokenizer: str | None) -> tuple[ModelInfo, Build]:
     checkpoint = open_checkpoint(path)
     vocab = checkpoint.model.vocab_size - getattr(checkpoint.model.lm_head, "padding", 0)
     chosen = _choose_tokenizer(tokenizer, checkpoint.tokenizer, vocab)
-    length = checkpoint.sequence_length or 2048
-
-    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
-        module = load_model(checkpoint, device, dtype)
-        return module, module.lm_head
-
-    label = checkpoint_label(path)
-    return ModelInfo(label, str(path), checkpoint.kind, chosen, length, vocab, checkpoint.settings), build
+    label, length = checkpoint_label(path), checkpoint.sequence_length or 2048
+    info = ModelInfo(label, str(path), checkpoint.kind, chosen, length, vocab, checkpoint.settings)
+    return info, partial(load_model, checkpoint)
 
 
 def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any]) -> tuple[ModelInfo, Build]:
     try:
         import transformers
     except ImportError:
-        expected = "transformers, to load a Hugging Face folder"
-        raise UserError("checkpoint", expected, hint="pip install -e '.[hf]'") from None
+        hint = "pip install -e '.[hf]'"
+        raise UserError("checkpoint", "transformers, to load a Hugging Face folder", hint=hint) from None
     if not list(path.glob("*.safetensors")):
         raise UserError("checkpoint", "weights in safetensors (pickles are not read)", str(path))
     transformers.logging.set_verbosity_error()
@@ -257,14 +232,13 @@ def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any
         try:
             return loader.from_pretrained(path, **safe, **options)
         except Exception as e:  # transformers raises many kinds
-            reason = " ".join(str(e).split())[:200]
             expected = f"a causal language model that transformers loads from {path}"
-            raise UserError("checkpoint", expected, hint=reason) from None
+            raise UserError("checkpoint", expected, hint=" ".join(str(e).split())[:200]) from None
 
-    def build(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | None]:
+    def build(device: torch.device, dtype: torch.dtype) -> Any:
         module = read(transformers.AutoModelForCausalLM, dtype=dtype, use_safetensors=True).to(device).eval()
         module.config.use_cache = False
-        return module, module.get_output_embeddings()
+        return module
 
     config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
@@ -298,7 +272,8 @@ def build_model(info: ModelInfo, build: Build, device: torch.device, dtype: str 
     :raises UserError: for a damaged checkpoint.
     """
     log.info("%s: loading %s", info.label, info.path)
-    module, head = build(device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    module = build(device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    head = module.get_output_embeddings() if info.kind == "huggingface" else module.lm_head
     return ScoredModel(**vars(info), module=module, head=head)
 
 

@@ -4,13 +4,9 @@ All four models were trained on 400 B tokens. Accuracies are percentages, perple
 the paper's own average.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .suites import SUITES
-
-__all__ = ["SOURCE", "PaperRow", "paper_rows"]
 
 SOURCE = "arXiv 2603.15619, Tables 4 and 5 (400 B tokens)"
 

@@ -6,8 +6,6 @@ With s = W a token that begins a window has none and is left out, as is the firs
 ``head``: only the first W tokens of each document count, which is what OLMo-core's in-loop validation measures.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -22,10 +20,7 @@ from .model import ModelInfo, ScoredModel
 from .scoring import Progress, Span, score
 from .sets import OpenSet, TokenDocument
 
-__all__ = ["Windows", "evaluate_set", "loss_error", "windows"]
-
 _CHUNK = 1 << 20  # tokens whose windows are planned together
-_MAX_EXPONENT = 709.0  # of what math.exp can give
 
 
 @dataclass(frozen=True)
@@ -56,16 +51,13 @@ class Windows:
 
 def windows(n: int, cut: Windows) -> Iterator[tuple[int, int, int]]:
     """Windows ``(begin, end, first)`` of a document of ``n`` tokens: tokens first .. end - 1 are predicted in it."""
-    begin, predicted = 0, 1
-    while predicted < n:
+    predicted = 1
+    for begin in range(0, 1 if cut.head else n, cut.stride):
         end = min(n, begin + cut.size)
         first = max(predicted, begin + 1)
         if first < end:
             yield begin, end, first
-        if cut.head or end == n:
-            return
         predicted = end
-        begin += cut.stride
 
 
 def _spans(ids: np.ndarray, cut: Windows) -> list[Span]:
@@ -117,14 +109,12 @@ def evaluate_set(
     :raises UserError: for a window longer than the model's context, or a set with nothing to predict.
     """
     cut.check(model)
-    losses: list[float] = []
-    tokens: list[int] = []
-    lengths: list[int] = []
+    rows: list[dict[str, Any]] = []
     n_bytes: int | None = 0
     used, padded, seconds, done = 0, 0, 0.0, 0
     for group in _groups(documents.documents(), limit, cut):
         spans = [_spans(d.ids, cut) for d in group]
-        flat = [s for of_document in spans for s in of_document]
+        flat = list(itertools.chain(*spans))
 
         def report(now: int, total: int, before: int = done) -> None:
             if progress is not None:
@@ -136,17 +126,17 @@ def evaluate_set(
         log_probs = iter(scores.log_probs)
         for document, of_document in zip(group, spans):
             arrays = list(itertools.islice(log_probs, len(of_document)))
-            losses.append(-float(sum(a.sum(dtype=np.float64) for a in arrays)))
-            tokens.append(sum(map(len, arrays)))
-            lengths.append(len(document.ids))
+            nats, n_tokens = -float(sum(a.sum(dtype=np.float64) for a in arrays)), sum(map(len, arrays))
+            rows.append({"id": len(rows), "loss": nats, "tokens": n_tokens, "length": len(document.ids)})
             whole = not cut.head or len(document.ids) <= cut.size
             if n_bytes is not None:
                 n_bytes = None if document.n_bytes is None or not whole else n_bytes + document.n_bytes
-    if not tokens:
+    if not rows:
         raise UserError(documents.name, f"documents of two tokens or more in {documents.source}", "none")
+    losses, tokens = [row["loss"] for row in rows], [row["tokens"] for row in rows]
     total, count = float(np.sum(losses)), sum(tokens)
     loss = total / count
-    perplexity = math.exp(loss) if loss < _MAX_EXPONENT else math.inf
+    perplexity = math.exp(loss) if loss < 709.0 else math.inf  # math.exp overflows above
     error = loss_error(np.asarray(losses), np.asarray(tokens))
     result: dict[str, Any] = {
         "title": documents.title,
@@ -156,16 +146,13 @@ def evaluate_set(
         "perplexity": perplexity,
         "standard_error": None if error is None else error * perplexity,
         "bits_per_byte": total / math.log(2) / n_bytes if n_bytes else None,
-        "n": len(tokens),
+        "n": len(rows),
         "tokens_scored": count,
-        "tokens_in_documents": sum(lengths),
+        "tokens_in_documents": sum(row["length"] for row in rows),
         "window": asdict(cut),
         "documents": {"loss": [round(x, 4) for x in losses], "tokens": tokens},
         "tokens": used,
         "padding": padded / max(1, used),
         "seconds": seconds,
     }
-    if per_example:
-        rows = enumerate(zip(losses, tokens, lengths))
-        result["examples"] = [{"id": i, "loss": x, "tokens": t, "length": n} for i, (x, t, n) in rows]
-    return result
+    return {**result, "examples": rows} if per_example else result

@@ -1,7 +1,5 @@
 """How far an evaluation is: a bar with an ETA on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator
@@ -12,19 +10,13 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from .scoring import Progress as Report
 
-__all__ = ["TaskProgress"]
-
 log = logging.getLogger(__name__)
 
 _INTERVAL = 10.0  # seconds between two lines
 
 
 class TaskProgress(Progress):
-    """One bar per task.
-
-    :param title: the checkpoint's label.
-    :param enabled: False on all ranks but the first.
-    """
+    """One bar per task; ``title`` is the checkpoint's label, ``enabled`` False on all ranks but the first."""
 
     def __init__(self, title: str, *, enabled: bool = True, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

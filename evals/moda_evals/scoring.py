@@ -6,8 +6,6 @@ continuations of one context share the context's run (:mod:`.shared_prefix`) whe
 depend on the sequences and the batch size alone, never on the number of ranks, which take them in turn.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, get_world_size
 
 from moda.errors import UserError
 
 from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
-
-__all__ = ["Scores", "Span", "continuation", "default_batch_tokens", "plan_batches", "score", "world"]
 
 #: Called with tokens done and tokens in all.
 Progress = Callable[[int, int], None]
@@ -67,9 +64,7 @@ class Scores:
 
 def world() -> tuple[int, int]:
     """Rank and number of processes."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return get_rank(), get_world_size()
 
 
 def plan_batches(
@@ -97,14 +92,6 @@ def plan_batches(
     return batches
 
 
-def _merge(spans: Sequence[Span]) -> dict[tuple[int, ...], list[int]]:
-    """Distinct sequences in a fixed order, and the spans that each of them answers."""
-    answers: dict[tuple[int, ...], list[int]] = {}
-    for i, span in enumerate(spans):
-        answers.setdefault(span.ids, []).append(i)
-    return dict(sorted(answers.items(), key=lambda item: (-len(item[0]), item[0])))
-
-
 class _Batch:
     """A batch on its way: launched when made, waited for when read, so that the next one can be prepared meanwhile.
 
@@ -113,9 +100,8 @@ class _Batch:
 
     def __init__(self, model: ScoredModel, trees: list[Tree], spans: list[list[list[Span]]]) -> None:
         layout = lay_out(trees, 8 if model.device.type == "cuda" else 1)
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
+        where: tuple[list[int], list[int], list[int]] = ([], [], [])
+        rows, columns, targets = where
         for r, (tree, of_tree) in enumerate(zip(trees, spans)):
             for leaf, of_leaf in enumerate(of_tree):
                 for s in of_leaf:
@@ -124,15 +110,13 @@ class _Batch:
                     targets += s.targets
         self.tokens = layout.ids.numel()
         self._lengths = [len(s.targets) for of_tree in spans for of_leaf in of_tree for s in of_leaf]
-        flat = model.token_log_probs(layout, *(torch.tensor(x) for x in (rows, columns, targets)))
+        flat = model.token_log_probs(layout, *map(torch.tensor, where))
+        self._log_probs = flat
         self._ready: torch.cuda.Event | None = None
         if flat.is_cuda:  # a copy asked for later would wait for the next batch, which is then on the same stream
             self._log_probs = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._log_probs.copy_(flat, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(flat.device))
-        else:
-            self._log_probs = flat
+            self._ready = torch.cuda.current_stream(flat.device).record_event()
 
     def read(self) -> list[np.ndarray]:
         """Log-probabilities of each span, in the order in which they were given."""
@@ -146,9 +130,8 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
     batches: list[list[int]] = []
     for shared in (False, True):
         chosen = [i for i, t in enumerate(trees) if (len(t.leaves) > 1) == shared]
-        planned = plan_batches(
-            [trees[i].length for i in chosen], batch_tokens, [positions[i] for i in chosen], max_positions
-        )
+        lengths = [trees[i].length for i in chosen]
+        planned = plan_batches(lengths, batch_tokens, [positions[i] for i in chosen], max_positions)
         batches += [[chosen[i] for i in batch] for batch in planned]
     return batches
 
@@ -163,7 +146,9 @@ def score(
     :raises UserError: for a model that gives NaN.
     """
     started = time.monotonic()
-    answers = _merge(spans)
+    answers: dict[tuple[int, ...], list[int]] = {}  # distinct sequences in a fixed order, and each one's spans
+    for i, span in sorted(enumerate(spans), key=lambda item: (-len(item[1].ids), item[1].ids)):
+        answers.setdefault(span.ids, []).append(i)
     stems = [min(spans[i].start for i in indices) + 1 for indices in answers.values()]
     trees = grow(list(answers), stems, can_share(model.module))
     owners = [[answers[ids] for ids in tree.sequences] for tree in trees]
@@ -191,10 +176,10 @@ def score(
                 progress(min(total, done * ranks), total)
         before = launched
     if ranks > 1:
-        gathered: list[tuple[dict[int, np.ndarray], int] | None] = [None] * ranks
+        gathered = [(results, used)] * ranks
         dist.all_gather_object(gathered, (results, used))
-        results = {k: v for part in gathered if part is not None for k, v in part[0].items()}
-        used = sum(part[1] for part in gathered if part is not None)
+        results = {k: v for part, _ in gathered for k, v in part.items()}
+        used = sum(n for _, n in gathered)
     if any(np.isnan(values).any() for values in results.values()):  # every comparison with it would be false
         raise UserError("checkpoint", "log-probabilities that are numbers", "nan", "its weights have diverged")
     if progress is not None:

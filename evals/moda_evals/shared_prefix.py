@@ -8,8 +8,6 @@ The questions of a multiple-choice task ask for several continuations of the sam
 Positions reach the rotation through its own ``pos_sin`` and ``pos_cos``; depth slots belong to a token and need nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -25,8 +23,6 @@ from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.rope import RotaryEmbedding
 from olmo_core.nn.transformer import Transformer
-
-__all__ = ["Layout", "Tree", "can_share", "grow", "lay_out", "shared_attention"]
 
 #: Longest row of a tree: its attention holds a mask of this size squared.
 MAX_ROW = 1024
@@ -72,10 +68,8 @@ def grow(sequences: Sequence[Ids], stems: Sequence[int], share: bool) -> list[Tr
     for stem_ids, leaves in groups.items():
         tree = Tree(stem_ids, tuple(leaves))
         saved = (len(leaves) - 1) * len(stem_ids)
-        if saved * 4 >= tree.length and tree.length <= MAX_ROW:
-            trees.append(tree)
-        else:
-            trees += [Tree(stem_ids + leaf, ((),)) for leaf in leaves]
+        worthwhile = saved * 4 >= tree.length and tree.length <= MAX_ROW
+        trees += [tree] if worthwhile else [Tree(ids, ((),)) for ids in tree.sequences]
     return trees
 
 
@@ -102,18 +96,14 @@ class Layout:
 def lay_out(trees: Sequence[Tree], multiple: int = 1) -> Layout:
     """Trees as rows, padded on the right to a width divisible by ``multiple``."""
     width = -(-max(t.length for t in trees) // multiple) * multiple
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    parts: list[list[int]] = []
+    rows = []
     for tree in trees:
-        stem, padding = len(tree.stem), [0] * (width - tree.length)
-        ids.append([*tree.stem, *itertools.chain(*tree.leaves), *padding])
-        positions.append([*range(stem), *(p for leaf in tree.leaves for p in range(stem, stem + len(leaf))), *padding])
-        parts.append([0] * stem)
-        for part, leaf in enumerate(tree.leaves, 1):
-            parts[-1] += [part] * len(leaf)
-        parts[-1] += [-1] * len(padding)
-    return Layout(torch.tensor(ids), torch.tensor(positions), torch.tensor(parts))
+        stem, padding = len(tree.stem), width - tree.length
+        ids = [*tree.stem, *itertools.chain(*tree.leaves)] + [0] * padding
+        positions = [*range(stem), *(p for leaf in tree.leaves for p in range(stem, stem + len(leaf)))] + [0] * padding
+        parts = [0] * stem + [i for i, leaf in enumerate(tree.leaves, 1) for _ in leaf] + [-1] * padding
+        rows.append((ids, positions, parts))
+    return Layout(*torch.tensor(rows).unbind(1))
 
 
 def can_share(module: nn.Module) -> bool:
@@ -134,9 +124,7 @@ def _is_ordinary(mixer: SequenceMixer) -> bool:
     return plain and mixer.sinks is None and not mixer.scalable_softmax
 
 
-def _rotation_input(
-    positions: torch.Tensor, module: RotaryEmbedding, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _rotation_input(positions: torch.Tensor, module: RotaryEmbedding, args: Any, _kwargs: Any) -> tuple[Any, Any]:
     """The whole batch as one row whose sines and cosines are those of each token's own position."""
     q, k = args
     buffers = module.get_buffers(int(positions.shape[1]), q.device)
@@ -146,9 +134,7 @@ def _rotation_input(
     return (q.flatten(0, 1)[None], k.flatten(0, 1)[None]), kwargs
 
 
-def _rotation_output(
-    positions: torch.Tensor, _module: nn.Module, _args: Any, output: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
+def _rotation_output(positions: torch.Tensor, _module: nn.Module, _args: Any, output: Any) -> tuple[torch.Tensor, ...]:
     return tuple(x[0].unflatten(0, positions.shape) for x in output)
 
 

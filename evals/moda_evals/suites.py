@@ -1,15 +1,11 @@
 """The two suites, perplexity and downstream: what their results, tables and comparisons have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .sets import PAPER_SETS, SETS
 from .tasks import PAPER_TASKS, TASKS
-
-__all__ = ["DOWNSTREAM", "PERPLEXITY", "SUITES", "Suite"]
 
 
 @dataclass(frozen=True, eq=False)

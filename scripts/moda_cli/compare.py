@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moda.files import write_text
     from moda_evals.compare import best_paper_pair, compare, comparison_table, markdown, plot
-    from moda_evals.run import read_results
+    from moda_evals.results import read_results
 
     a, b = read_results(Path(args.a)), read_results(Path(args.b))
     differences = compare(a, b, draws=args.draws, paper=best_paper_pair(a, b) if args.paper else None)

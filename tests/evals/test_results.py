@@ -14,7 +14,8 @@ from moda.errors import UserError
 from moda_evals import run as evals_run
 from moda_evals.compare import compare, comparison_table, markdown, plot, remarks
 from moda_evals.report import notes
-from moda_evals.run import Options, evaluate, evaluate_all, read_results
+from moda_evals.results import read_results
+from moda_evals.run import Options, evaluate, evaluate_all
 from tests.small_checkpoint import run_config, save_checkpoint
 
 

@@ -1,8 +1,6 @@
 """Sets of documents for perplexity: a set is an instance of a :class:`DocumentSet`, in a file beside this one and with a line
 in ``SETS``. ``--text`` and ``--token-files`` make sets that have no line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from moda.errors import UserError, nearest

@@ -1,7 +1,5 @@
 """What a set of documents is: a name, and documents as token ids of a model's tokenizer."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ import numpy as np
 from moda.errors import UserError
 
 from ..model import ModelInfo
-
-__all__ = ["DocumentSet", "MissingData", "OpenSet", "TokenDocument"]
 
 
 class MissingData(UserError):

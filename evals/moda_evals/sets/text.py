@@ -1,7 +1,5 @@
 """Documents of local text, tokenized as training data is: no special tokens inside, the end token at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,6 @@ from moda.data.text import PYTHON_STDLIB, find_files, read_documents
 
 from ..model import ModelInfo
 from .base import DocumentSet, OpenSet, TokenDocument
-
-__all__ = ["Text"]
 
 
 @dataclass(frozen=True)

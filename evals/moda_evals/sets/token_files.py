@@ -1,8 +1,7 @@
 """Documents of flat token files, as OLMo-core reads them."""
 
-from __future__ import annotations
-
 import glob
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,6 @@ from moda.errors import UserError
 
 from ..model import ModelInfo
 from .base import DocumentSet, MissingData, OpenSet, TokenDocument
-
-__all__ = ["TokenFiles", "open_token_files"]
-
-
-def _split(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
-    """Documents of a flat array, each with the end token that closes it; a last one without it counts too."""
-    ends = np.flatnonzero(tokens == eos) + 1
-    begin = 0
-    for end in [*ends.tolist(), len(tokens)]:
-        if end > begin:
-            yield tokens[begin:end]
-        begin = end
 
 
 def open_token_files(entry: DocumentSet, paths: Sequence[Path], model: ModelInfo) -> OpenSet:
@@ -53,8 +40,12 @@ def open_token_files(entry: DocumentSet, paths: Sequence[Path], model: ModelInfo
     def documents() -> Iterator[TokenDocument]:
         for path in paths:
             tokens = np.memmap(path, dtype=dtype, mode="r")
-            for ids in _split(tokens, tokenizer.config.eos_token_id):
-                ids = np.asarray(ids, dtype=np.int64)
+            ends = np.flatnonzero(tokens == tokenizer.config.eos_token_id) + 1
+            # Each document has the end token that closes it; a last one without it counts too.
+            for begin, end in itertools.pairwise([0, *ends.tolist(), len(tokens)]):
+                if begin == end:
+                    continue
+                ids = np.asarray(tokens[begin:end], dtype=np.int64)
                 if ids.max() >= tokenizer.config.vocab_size:
                     expected = f"ids below the {tokenizer.config.vocab_size} of {tokenizer.name} in {path}"
                     raise UserError(entry.name, expected, int(ids.max()))

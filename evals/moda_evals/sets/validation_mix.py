@@ -1,7 +1,5 @@
 """The ten sets of the paper's Table 5, which are those of OLMo-core's mix ``v3-small-ppl-validation``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,6 @@ from moda.errors import UserError
 from ..model import ModelInfo
 from .base import DocumentSet, MissingData, OpenSet
 from .token_files import open_token_files
-
-__all__ = ["TABLE_5", "ValidationSet"]
 
 MIX = DataMix.v3_small_ppl_validation
 

@@ -1,7 +1,5 @@
 """Downstream tasks: a task is an instance of a :class:`Task`, in a file beside this one and with a line in ``TASKS``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from moda.errors import UserError, nearest

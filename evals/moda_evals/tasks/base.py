@@ -1,14 +1,10 @@
 """What a multiple-choice task is: questions with choices, and the metric that picks one of them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..model import TextTokenizer
-
-__all__ = ["METRICS", "Choice", "Question", "Task"]
 
 #: What a choice is scored by.
 METRICS = {"acc": "log-likelihood", "len_norm": "log-likelihood per character"}

@@ -5,8 +5,6 @@
 ``label`` counts from 0. A choice is scored as it stands, its leading space included.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from moda.errors import UserError
 
 from ..model import TextTokenizer
 from .base import Choice, Question, Task
-
-__all__ = ["JsonlTask"]
 
 
 @dataclass(frozen=True)

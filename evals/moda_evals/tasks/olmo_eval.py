@@ -7,8 +7,6 @@ cloze form or the lettered one it does not say; a figure at chance level for 700
 which stands in the average.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from typing import Any
 
 from ..model import TextTokenizer
 from .base import Choice, Question, Task
-
-__all__ = ["MMLU", "TABLE_4", "OlmoEvalTask"]
 
 log = logging.getLogger(__name__)
 
