@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -46,15 +47,18 @@ from .validation import ValidationConfig
 __all__ = ["build_data_loader", "build_train_module", "build_trainer"]
 
 
-def _optimizer(plan: Plan) -> OptimConfig:
-    o = plan.config.optim
+def _optimizer(plan: Plan, model: torch.nn.Module) -> OptimConfig:
+    o, depth = plan.config.optim, plan.config.model.depth
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    globs = () if depth is None else depth.no_weight_decay  # OLMo-core refuses one that matches no parameter
+    undecayed = ["embeddings.weight", *(glob for glob in globs if fnmatch.filter(names, glob))]
     cls = AdamWConfig if o.name == Optimizer.adamw else SkipStepAdamWConfig
     return cls(
         lr=o.lr,
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        group_overrides=[OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})],
+        group_overrides=[OptimGroupOverride(params=undecayed, opts={"weight_decay": 0.0})],
     )
 
 
@@ -91,10 +95,12 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     compiled = half if c.train.compile is None else c.train.compile
     if p.activation_checkpointing == Checkpointing.budget and not compiled:
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
-    module = TransformerTrainModuleConfig(
+    model = plan.transformer.build(init_device="meta")
+    model.init_seed = c.train.seed
+    built = TransformerTrainModuleConfig(
         rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
-        optim=_optimizer(plan),
+        optim=_optimizer(plan, model),
         max_grad_norm=c.optim.max_grad_norm,
         scheduler=CosWithWarmup(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
         compile_model=compiled,
@@ -103,10 +109,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         ac_config=checkpointing,
         autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
         z_loss_multiplier=c.optim.z_loss,
-    )
-    model = plan.transformer.build(init_device="meta")
-    model.init_seed = c.train.seed
-    built = module.build(model, device=device)
+    ).build(model, device=device)
     assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(
         max_seq_len=c.train.sequence_length,
