@@ -4,8 +4,6 @@ OLMo-core writes a checkpoint beside its place and moves it there. After that th
 checkpoint without it was cut short, and one whose files disagree with it was damaged.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,6 @@ from olmo_core.train.checkpoint import Checkpointer
 
 from moda.errors import UserError
 from moda.files import read_json, write_json
-
-__all__ = ["CHECKSUMS", "damage", "differences", "write_checksums"]
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 24

@@ -1,7 +1,5 @@
 """OLMo-core's train module, data loader and trainer, built from a plan."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import os
@@ -16,12 +14,7 @@ from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import is_distributed
 from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.callbacks import (
-    Callback,
-    CheckpointerCallback,
-    ConfigSaverCallback,
-    GPUMemoryMonitorCallback,
-)
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback, GPUMemoryMonitorCallback
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
@@ -43,8 +36,6 @@ from .composition import CompositionCallback
 from .plan import Plan
 from .progress import ProgressCallback
 from .validation import ValidationConfig
-
-__all__ = ["build_data_loader", "build_train_module", "build_trainer"]
 
 
 def _optimizer(plan: Plan, model: torch.nn.Module) -> OptimConfig:
