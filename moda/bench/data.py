@@ -20,7 +20,6 @@ from moda_kernels.benchmarks.timing import quantiles, seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BENCHMARK", "benchmark"]
 
 _ALONE, _OURS = "tokenizers", "prepare_data"
 

@@ -6,8 +6,6 @@ one run alone, or one seed, would be luck. ``fused`` and ``split`` may be at mos
 (:data:`moda_kernels.yardstick.FACTOR`), and so may their gradients, before anything is magnified.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import multiprocessing
@@ -20,8 +18,6 @@ import torch
 
 from moda_kernels.benchmarks import results
 from moda_kernels.benchmarks.registry import Benchmark, number, require_gpu, results_option
-
-__all__ = ["BACKENDS", "BENCHMARK", "NOISE", "compare", "distance", "draw", "gradient_errors", "write_curves"]
 
 STEPS, BATCH, LENGTH, LR = 200, 8, 256, 5e-4
 BACKENDS = ("fused", "split")

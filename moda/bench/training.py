@@ -4,8 +4,6 @@ MoDA against the paper's parameter-matched OLMo2 baseline, bf16 parameters, per-
 baseline is timed as OLMo-core builds it and with cuDNN attention. The models are those of ``configs/``.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc
@@ -19,8 +17,6 @@ from moda.errors import UserError
 from moda_kernels.benchmarks import results
 from moda_kernels.benchmarks.registry import Benchmark, require_gpu, results_option
 from moda_kernels.benchmarks.timing import quantiles, seconds
-
-__all__ = ["BENCHMARK", "MODELS", "time_steps", "training_table"]
 
 #: name -> (configuration, SDPA kernel of a plain model or None for PyTorch's own choice). The first is the baseline.
 MODELS: dict[str, tuple[str, SDPBackend | None]] = {

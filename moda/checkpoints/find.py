@@ -1,7 +1,5 @@
 """Which folders are checkpoints, of what kind, and which one a run resumes from."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path
@@ -13,8 +11,6 @@ from moda.errors import UserError
 from moda.files import read_json
 
 from .seal import damage
-
-__all__ = ["CONFIG", "STATE", "Kind", "find_resumable", "kind_of", "steps_of"]
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ OLMo-core's loader unpickles the table of contents, every shard and the trainer'
 random state, arrays. A save folder that is a URL is left to OLMo-core: what can write there is trusted.
 """
 
-from __future__ import annotations
-
 import io
 import os
 from dataclasses import dataclass
@@ -28,8 +26,6 @@ from moda.errors import UserError
 
 from .find import STATE
 from .trust import check_path, read_table
-
-__all__ = ["OwnCheckpointer", "check_own"]
 
 
 def check_own(folder: Path) -> None:

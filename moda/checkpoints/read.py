@@ -5,8 +5,6 @@ harmless classes such a table consists of, and the tensors by ``torch.load(weigh
 cannot execute code. The optimizer's state and the trainer's (``train/``) are not touched.
 """
 
-from __future__ import annotations
-
 import io
 from collections import defaultdict
 from dataclasses import dataclass
@@ -28,8 +26,6 @@ from .find import CONFIG, STATE, Kind, kind_of
 from .seal import CHECKSUMS, differences
 from .settings import saved_model
 from .trust import check_classes, check_path, objects, read_table
-
-__all__ = ["Checkpoint", "load_model", "match_weights", "open_checkpoint", "read_weights"]
 
 _PREFIX = "model."
 _TIED = "lm_head.w_out.weight"

@@ -4,8 +4,6 @@ OLMo-core writes a checkpoint beside its place and moves it there. After that th
 checkpoint without it was cut short, and one whose files disagree with it was damaged.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +16,6 @@ from moda.errors import UserError
 from moda.files import read_json, write_json
 
 from .trust import check_path
-
-__all__ = ["CHECKSUMS", "damage", "differences", "write_checksums"]
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 24

@@ -1,7 +1,5 @@
 """A run's configuration as it was saved with a checkpoint, compared with another."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ from moda.files import read_json
 from moda.typed import from_dict, to_dict
 
 from .find import CONFIG
-
-__all__ = ["changed_settings", "check_same_model", "read_settings", "saved_model"]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 which names classes. Both are read here by something that knows only the few harmless names they need.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Iterator
@@ -14,8 +12,6 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from moda.errors import UserError
-
-__all__ = ["check_classes", "check_path", "objects", "read_table"]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _TABLE = {

@@ -1,7 +1,5 @@
 """OLMo-core's train module, data loader and trainer, built from a plan."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import os
@@ -17,12 +15,7 @@ from olmo_core.distributed.utils import is_distributed
 from olmo_core.nn.transformer import Transformer
 from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.callbacks import (
-    Callback,
-    CheckpointerCallback,
-    ConfigSaverCallback,
-    GPUMemoryMonitorCallback,
-)
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback, GPUMemoryMonitorCallback
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
@@ -45,24 +38,19 @@ from .plan import Plan
 from .progress import ProgressCallback
 from .validation import ValidationConfig
 
-__all__ = ["build_data_loader", "build_train_module", "build_trainer"]
-
 
 def _optimizer(plan: Plan, model: Transformer) -> OptimConfig:
     o, depth = plan.config.optim, plan.config.model.depth
-    spared = ["embeddings.weight", *(() if depth is None else depth.no_weight_decay)]
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    globs = () if depth is None else depth.no_weight_decay  # OLMo-core refuses one that matches no parameter
+    undecayed = ["embeddings.weight", *(glob for glob in globs if fnmatch.filter(names, glob))]
     cls = AdamWConfig if o.name == Optimizer.adamw else SkipStepAdamWConfig
     return cls(
         lr=o.lr,
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        group_overrides=[
-            OptimGroupOverride(params=[glob], opts={"weight_decay": 0.0})
-            for glob in spared
-            if fnmatch.filter(names, glob)
-        ],
+        group_overrides=[OptimGroupOverride(params=undecayed, opts={"weight_decay": 0.0})],
     )
 
 
@@ -101,7 +89,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
-    module = TransformerTrainModuleConfig(
+    built = TransformerTrainModuleConfig(
         rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
         optim=_optimizer(plan, model),
@@ -113,8 +101,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         ac_config=checkpointing,
         autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
         z_loss_multiplier=c.optim.z_loss,
-    )
-    built = module.build(model, device=device)
+    ).build(model, device=device)
     assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(
         max_seq_len=c.train.sequence_length,

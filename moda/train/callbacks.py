@@ -1,7 +1,5 @@
 """Small callbacks of OLMo-core's trainer: checksums, signals, speed."""
 
-from __future__ import annotations
-
 import functools
 import signal
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from olmo_core.train.callbacks import Callback, SpeedMonitorCallback, WandBCallb
 from moda.checkpoints import write_checksums
 
 from .metrics import stable_name
-
-__all__ = ["ChecksumCallback", "SignalCallback", "SpeedCallback", "WandB"]
 
 
 class ChecksumCallback(Callback):

@@ -1,7 +1,5 @@
 """What a run was trained on: ``data.json`` in the run folder, planned at the start and counted at the end."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,6 @@ from olmo_core.train.callbacks import Callback
 
 from moda.data.mixture import Drawn
 from moda.files import write_json
-
-__all__ = ["COMPOSITION_FILE", "CompositionCallback", "count_drawn"]
 
 COMPOSITION_FILE = "data.json"
 _BLOCK = 1 << 22

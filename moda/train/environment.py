@@ -1,7 +1,5 @@
 """Processes, devices and logging of a training run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -12,8 +10,6 @@ from olmo_core.distributed.utils import get_rank
 from olmo_core.train import prepare_training_environment
 from rich.console import Console
 from rich.logging import RichHandler
-
-__all__ = ["console", "launched_world_size", "prepare_environment", "set_up_logging"]
 
 #: The one console of the process: the progress bar and log lines share it.
 console = Console()

@@ -1,7 +1,5 @@
 """The figures of a run, under stable names: in ``metrics.jsonl``, on the terminal and in the log."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -9,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moda.files import writing
-
-__all__ = ["METRICS_FILE", "MetricsFile", "read_metrics", "select", "stable_name"]
 
 METRICS_FILE = "metrics.jsonl"
 

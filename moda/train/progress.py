@@ -1,7 +1,5 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere and in the log file."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import sys
@@ -15,8 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .environment import console
 from .metrics import MetricsFile, select
-
-__all__ = ["ProgressCallback", "format_duration", "step_line"]
 
 log = logging.getLogger(__name__)
 

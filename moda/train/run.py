@@ -1,7 +1,5 @@
 """``train``: one run from its configuration to its last checkpoint, resumed where it stopped."""
 
-from __future__ import annotations
-
 import logging
 import math
 import signal
@@ -37,8 +35,6 @@ from .environment import console, launched_world_size, prepare_environment, set_
 from .metrics import METRICS_FILE, read_metrics
 from .plan import Plan, make_plan
 from .progress import format_duration
-
-__all__ = ["Outcome", "plan", "print_plan", "train"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,7 +1,5 @@
 """Validation in the training loop: every set by itself, to its last document, whatever the number of ranks."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback, CallbackConfig, EvaluatorCallback
 
 from .callbacks import SpeedCallback
-
-__all__ = ["NextTokenEvaluator", "TimedEvaluator", "ValidationBatches", "ValidationConfig"]
 
 
 class TimedEvaluator(EvaluatorCallback):

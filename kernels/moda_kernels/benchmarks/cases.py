@@ -10,21 +10,12 @@ Table 7, and the table ``siblings``: depth-only, non-causal and chunk-visible at
 head dim 128.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PAPER_TABLE_7", "TABLES", "Case", "draw"]
-
 #: Milliseconds the paper prints for its four implementations (A100).
-PAPER_TABLE_7 = {
-    "naive PyTorch": 2128.900,
-    "flash-compatible": 13.102,
-    "+ chunk-aware": 6.286,
-    "+ group-aware": 1.460,
-}
+PAPER_TABLE_7 = {"naive PyTorch": 2128.900, "flash-compatible": 13.102, "+ chunk-aware": 6.286, "+ group-aware": 1.460}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@
 Both rates are measured in the same run: a large device-to-device copy (bytes read plus written) and an 8192^3 bf16 product.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
@@ -19,8 +17,6 @@ import torch
 
 from .cases import Case
 from .timing import median_ms
-
-__all__ = ["Ceilings", "floor_ms", "measure_ceilings", "pairs"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ Two checks against :mod:`moda_kernels.yardstick`, same case, same inputs' distri
   every element of every gradient finite. This is where a tile chosen for long rows or a 32-bit address would show.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -20,8 +18,6 @@ from moda_kernels.yardstick import Verdict, verdicts
 
 from .cases import Case, draw
 from .variants import INPUTS, Tensors, Variant, bind
-
-__all__ = ["GATE_LENGTH", "SAMPLES", "check", "short_truth"]
 
 GATE_LENGTH = (
     528  # eight tiles of 64 and a rest, and divisible by 16 as the real lengths are: the kernels compiled are the same
@@ -78,11 +74,7 @@ def _full_length(variant: Variant, case: Case, x: Tensors) -> list[Verdict]:
     exact, low = (_sampled(case, x, variant.depth, tokens, T, t, saved) for t in (torch.float64, torch.bfloat16))
     dq = grads["dq"]
     assert dq is not None
-    ours: Values = {
-        "out at T": saved[0][0, tokens],
-        "lse at T": saved[1][0][:, tokens],
-        "dq at T": dq[0, tokens],
-    }  # type: ignore[index]
+    ours: Values = {"out at T": saved[0][0, tokens], "lse at T": saved[1][0][:, tokens], "dq at T": dq[0, tokens]}  # type: ignore[index]
     for name in ("dk", "dv"):
         if grads.get(name) is not None:
             ours[f"{name} at T"] = grads[name][0, tokens]  # type: ignore[index]
@@ -93,13 +85,7 @@ def _full_length(variant: Variant, case: Case, x: Tensors) -> list[Verdict]:
 
 
 def _sampled(
-    case: Case,
-    x: Tensors,
-    depth: bool,
-    tokens: torch.Tensor,
-    T: int,
-    dtype: torch.dtype,
-    saved: Result,
+    case: Case, x: Tensors, depth: bool, tokens: torch.Tensor, T: int, dtype: torch.dtype, saved: Result
 ) -> Values:
     """Values of ``tokens`` of row 0 in ``dtype``, keys 0..T. dk and dv use the variant's own output and LSE of all rows."""
     q = x["q"][0, tokens].to(dtype).unflatten(1, (case.Hk, case.G)).requires_grad_()  # type: ignore[index]

@@ -3,8 +3,6 @@
 The CSV is written after every case, so that a run that is stopped leaves what it has measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools
@@ -24,8 +22,6 @@ from .plots import draw_sweeps
 from .registry import Benchmark, NotMeasured, number, require_gpu, results_option
 from .timing import Quantiles, measure_launched
 from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
-
-__all__ = ["BENCHMARK", "COLUMNS", "run_table"]
 
 COLUMNS = (
     "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "every",
@@ -99,11 +95,7 @@ def run_table(
 
 
 def _run_case(
-    case: Case,
-    variants: Sequence[Variant],
-    ceilings: Ceilings,
-    budget_ms: float,
-    progress: Progress,
+    case: Case, variants: Sequence[Variant], ceilings: Ceilings, budget_ms: float, progress: Progress
 ) -> list[dict[str, object]]:
     x = draw(case)
     truths: dict[bool, Truth] = {}

@@ -1,11 +1,7 @@
 """Plots of a table's sweeps, drawn from its CSV alone."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
-
-__all__ = ["draw_sweeps"]
 
 AXES = {"T": "sequence length T", "G": "query heads to a key/value head, G", "S": "depth slots S"}
 COLOURS = {

@@ -1,7 +1,5 @@
 """Benchmarks by name: one file each, whose ``BENCHMARK`` says what it is called, its options, and how it runs."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-__all__ = ["Benchmark", "NotMeasured", "build_parser", "number", "require_gpu", "results_option", "run"]
 
 
 class NotMeasured(Exception):

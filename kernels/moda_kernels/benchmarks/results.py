@@ -1,7 +1,5 @@
 """The CSV files of all benchmarks: rows, and in each row where and when it was measured."""
 
-from __future__ import annotations
-
 import csv
 import os
 import platform
@@ -11,8 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-
-__all__ = ["commit", "provenance", "write"]
 
 
 def commit() -> str:

@@ -6,15 +6,11 @@ per cent within seconds, and of two medians taken one after the other the second
 What is shorter than :data:`GRAPH_BELOW_MS` is timed as the replay of a CUDA graph: the host may need as long to launch it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-
-__all__ = ["GRAPH_BELOW_MS", "Quantiles", "measure", "measure_launched", "median_ms", "quantiles", "seconds"]
 
 
 class Quantiles(NamedTuple):

@@ -4,8 +4,6 @@ Timed below autograd: what one call of the operator launches and allocates, the 
 without the host's bookkeeping of a graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +14,6 @@ from moda_kernels.moda_attention.problem import Problem, make_problem
 from moda_kernels.moda_attention.tensors import DepthGradients, Inputs, Result
 
 from .cases import Case
-
-__all__ = ["VARIANTS", "Bound", "Variant", "bind"]
 
 Tensors = dict[str, torch.Tensor | None]
 INPUTS = ("q", "k", "v", "depth_k", "depth_v")
