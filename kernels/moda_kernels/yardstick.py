@@ -27,13 +27,8 @@ __all__ = ["FACTOR", "FLOOR", "Verdict", "compare", "relative_error", "report", 
 
 FACTOR = 2.0
 
-#: The unit roundoff of a result's dtype: half the distance between neighbouring numbers, relative.
-FLOOR: dict[torch.dtype, float] = {
-    torch.bfloat16: 2.0**-9,
-    torch.float16: 2.0**-12,
-    torch.float32: 2.0**-25,
-    torch.float64: 2.0**-54,
-}
+#: One rounding to a result's dtype, relative: half the distance between neighbouring numbers, where that is smallest.
+FLOOR = {t: torch.finfo(t).eps / 4 for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,8 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
     """Judge one tensor. All three have one shape; ``plain`` is the low-precision computation, ``truth`` is fp64."""
     if result.shape != truth.shape or plain.shape != truth.shape:
-        raise ValueError(
-            f"yardstick: {name} must have one shape, got result {list(result.shape)}, plain {list(plain.shape)}, "
-            f"truth {list(truth.shape)}"
-        )
+        got = f"result {list(result.shape)}, plain {list(plain.shape)}, truth {list(truth.shape)}"
+        raise ValueError(f"yardstick: {name} must have one shape, got {got}")
     error, plain_error = relative_error(result, truth), relative_error(plain, truth)
     bound = FACTOR * max(plain_error, FLOOR[result.dtype]) if plain_error != float("inf") else float("nan")
     return Verdict(name, error, plain_error, bound, error <= bound)

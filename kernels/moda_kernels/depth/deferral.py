@@ -12,8 +12,6 @@ from typing import NamedTuple
 from ..moda_attention.problem import as_run
 from ..moda_attention.tensors import Deferred, Pending
 
-__all__ = ["Deferral", "Flush"]
-
 
 class Flush(NamedTuple):
     """One launch: the layers at the indices ``layers[0] <= i < layers[1]`` of the store add to ``slots``."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["ATTENTION", "FFN", "DepthLayout"]
-
 ATTENTION = 0
 FFN = 1
 
@@ -37,11 +35,9 @@ class DepthLayout:
         for layer, read in enumerate(self.reads):
             if any(a >= b for a, b in zip(read, read[1:])):
                 raise ValueError(f"DepthLayout: reads of layer {layer} must be strictly increasing, got {read}")
-            end = layer * self.kinds
-            if read and not 0 <= read[0] <= read[-1] < end:
-                raise ValueError(
-                    f"DepthLayout: reads of layer {layer} must be candidates of the layers before it, 0 <= c < {end}, got {read}"
-                )
+            if read and not 0 <= read[0] <= read[-1] < layer * self.kinds:
+                expected = f"candidates of the layers before it, 0 <= c < {layer * self.kinds}"
+                raise ValueError(f"DepthLayout: reads of layer {layer} must be {expected}, got {read}")
 
     @property
     def n_layers(self) -> int:

@@ -1,5 +1,4 @@
-"""Attention under any mask, alone and with the depth stream: for scoring many continuations of one text in one row, not for
-training."""
+"""Attention under any mask, alone and with the depth stream: scores many continuations of one text in a row; no training."""
 
 from __future__ import annotations
 
@@ -9,8 +8,6 @@ from torch import Tensor
 from ..moda_attention.backend import get_backend
 from ..moda_attention.tensors import Result
 from .stream import stream_of
-
-__all__ = ["masked_attention", "masked_read"]
 
 #: At most so many logits at once in the computation that keeps them (512 MiB in fp32).
 MAX_LOGITS = 1 << 27
@@ -49,24 +46,16 @@ def masked_attention(
 
 
 def masked_read(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row: Tensor,
-    q_depth: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, v: Tensor, row: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, scale: float | None,
     mask: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """:func:`.ops.depth_attention` under ``mask``: sequence and depth apart, then merged by log-sum-exp."""
     if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("depth_attention: mask is for inference without packed documents, got cu_seqlens or gradients")
     expected = (q.shape[0], q.shape[1], q.shape[1])
     if mask.dtype != torch.bool or mask.shape != expected or mask.device != q.device:
-        raise ValueError(
-            f"depth_attention: mask must be bool of shape {list(expected)} on {q.device}, got {mask.dtype} "
-            f"{list(mask.shape)} on {mask.device}"
-        )
+        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
+        raise ValueError(f"depth_attention: mask must be bool of shape {list(expected)} on {q.device}, got {got}")
     sequence = Result(*masked_attention(q, k, v, mask, scale))
     stream, layer = stream_of(row)
     x, slots = stream.inputs(layer, q, None, None, q_depth)

@@ -12,15 +12,10 @@ from ..moda_attention.tensors import Result
 from .masked import masked_read
 from .stream import DepthStream, stream_of
 
-__all__ = ["depth_attention", "depth_write"]
-
-# --- write ------------------------------------------------------------------------------------------------------------
-
 
 def _written_slot(row: Tensor, kind: int) -> tuple[DepthStream, int]:
     stream, layer = stream_of(row)
-    slot = stream.layout.written_slot(layer, kind)
-    if slot is None:
+    if (slot := stream.layout.written_slot(layer, kind)) is None:
         raise ValueError(f"depth_write: kind {kind} of layer {layer} must have a slot, got one that no layer reads")
     return stream, slot
 
@@ -81,9 +76,6 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
     return _write(order, k, v, row, kind)
 
 
-# --- read -------------------------------------------------------------------------------------------------------------
-
-
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
     order: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, row: Tensor,
@@ -99,7 +91,7 @@ def _read(
 @_read.register_fake
 def _(order, q, *rest):  # type: ignore[no-untyped-def]
     B, T, Hq, _ = q.shape
-    lse = q.new_empty(B, Hq, T, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(B, Hq, T, dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse, torch.empty_like(order)
 
 
@@ -140,18 +132,10 @@ _read.register_autograd(_read_grad, setup_context=_read_context)
 
 
 def depth_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    row: Tensor,
-    *,
-    q_depth: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, row: Tensor, *,
+    q_depth: Tensor | None = None, cu_seqlens: Tensor | None = None, causal: bool = True, scale: float | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention over its sequence K/V and the slots it reads from the stream.
 
     Arguments are those of :func:`moda_kernels.moda_attention`; ``order`` and ``row`` those of :func:`depth_write`. A packed

@@ -13,8 +13,6 @@ from torch import Tensor
 from .problem import Kind, Problem
 from .tensors import DepthTarget, Gradients, Inputs, Pending, Result
 
-__all__ = ["Backend", "available_backends", "choose_backend", "get_backend"]
-
 log = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "fused", "split")
@@ -59,8 +57,8 @@ class Backend:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -70,7 +68,7 @@ def _load(name: str) -> Backend:
 
 def available_backends() -> list[str]:
     """Names of the backends whose requirements this machine has (a CUDA device is not looked for)."""
-    return [n for n in BACKENDS if n == "reference" or _triton_missing() is None]
+    return list(BACKENDS if _has_triton() else BACKENDS[:1])
 
 
 def get_backend(name: str, kind: Kind) -> Backend:
@@ -82,12 +80,12 @@ def get_backend(name: str, kind: Kind) -> Backend:
         return choose_backend(kind)
     if name not in BACKENDS:
         raise ValueError(f"moda_attention: backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
-    missing = None if name == "reference" else _triton_missing()
-    if missing is not None:
-        raise ValueError(f"moda_attention: backend {name!r} cannot run here: {missing}")
+    if name != "reference" and not _has_triton():
+        raise ValueError(
+            f"moda_attention: backend {name!r} cannot run here: Triton is not installed (pip install triton)"
+        )
     backend = _load(name)
-    reason = backend.unsupported(kind)
-    if reason is not None:
+    if (reason := backend.unsupported(kind)) is not None:
         raise ValueError(f"moda_attention: backend {name!r} cannot run this: {reason}")
     return backend
 
@@ -96,7 +94,7 @@ def get_backend(name: str, kind: Kind) -> Backend:
 def choose_backend(kind: Kind) -> Backend:
     """The fastest backend that can solve problems of this kind; the choice is logged once."""
     name = "reference"
-    if kind.device.type == "cuda" and _triton_missing() is None:
+    if kind.device.type == "cuda" and _has_triton():
         # split first: the faster of the two in nearly every row of the committed benchmark results.
         name = next((n for n in ("split", "fused") if _load(n).unsupported(kind) is None), name)
     log.info(

@@ -13,23 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["naive_attention"]
-
 
 def naive_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    depth_k: Tensor | None = None,
-    depth_v: Tensor | None = None,
-    *,
-    q_depth: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    depth_chunk: int = 1,
-    cu_seqlens: Tensor | None = None,
-    slots: Tensor | Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, v: Tensor | None, depth_k: Tensor | None = None, depth_v: Tensor | None = None, *,
+    q_depth: Tensor | None = None, causal: bool = True, scale: float | None = None, depth_chunk: int = 1,
+    cu_seqlens: Tensor | None = None, slots: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]``; arguments as in :func:`moda_kernels.moda_attention`.
 
     In fp64 this is the truth that every backend is judged against, in a low-precision dtype the yardstick's ``plain``. For

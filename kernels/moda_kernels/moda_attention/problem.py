@@ -17,15 +17,12 @@ from torch import Tensor
 
 from .tensors import Inputs
 
-__all__ = ["Kind", "Problem", "as_run", "make_problem", "slot_tensor"]
-
-HEAD_DIM_RANGE = (8, 256)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 SLOTS = "a 1-D int32 or int64 tensor or a sequence of ints"
 
 
 class Kind(NamedTuple):
-    """All that a backend's abilities depend on. Backends see no more than this when they are asked what they support, so
-    it is also the key of a remembered choice among them."""
+    """All that decides which backends can solve a problem, and so the key of a remembered choice among them."""
 
     device: torch.device
     dtype: torch.dtype
@@ -97,27 +94,10 @@ def _fail(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"moda_attention: {name} must be {expected}, got {got}")
 
 
-def _check_like(name: str, x: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
-    if x is None:
-        return
-    if tuple(x.shape) != shape:
-        _fail(name, f"of shape {list(shape)}", f"{list(x.shape)}")
-    if x.dtype != q.dtype:
-        _fail(name, f"of q's dtype {q.dtype}", x.dtype)
-    if x.device != q.device:
-        _fail(name, f"on q's device {q.device}", x.device)
-
-
 def make_problem(
-    x: Inputs,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    depth_chunk: int = 1,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    slots: Tensor | tuple[int, ...] | None = None,
-) -> Problem:
+    x: Inputs, *, causal: bool = True, scale: float | None = None, depth_chunk: int = 1, cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None, slots: Tensor | tuple[int, ...] | None = None,
+) -> Problem:  # fmt: skip
     """Check the arguments of :func:`moda_kernels.moda_attention` and describe the call.
 
     :param max_seqlen: the longest document, if ``cu_seqlens`` has been checked before: it is not read back again then.
@@ -129,60 +109,76 @@ def make_problem(
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "q"):
             _fail(name, "a torch.Tensor", type(tensor).__name__)
     q, k, v, depth_k, depth_v, q_depth = x
-    if q.ndim != 4:
-        _fail("q", "of shape [B, T, Hq, D]", f"{list(q.shape)}")
+    for name, shape in (("q", "[B, T, Hq, D]"), ("k", "[B, T, Hk, D]"), ("depth_k", "[S, B, T, Hk, D]")):
+        tensor = getattr(x, name)
+        if tensor is not None and tensor.ndim != shape.count(",") + 1:
+            _fail(name, f"of shape {shape}", list(tensor.shape))
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         _fail("q", "of dtype bfloat16, float16, float32 or float64", q.dtype)
     B, T, Hq, D = q.shape
     if min(B, T, Hq, D) < 1:
-        _fail("q", "of shape [B, T, Hq, D] with no empty dimension", f"{list(q.shape)}")
-    lo, hi = HEAD_DIM_RANGE
-    if not lo <= D <= hi:
-        _fail("q", f"of a head dim from {lo} to {hi}", D)
-    for pair in (("k", "v"), ("depth_k", "depth_v")):
-        for missing, other in (pair, pair[::-1]):
-            if getattr(x, missing) is None and getattr(x, other) is not None:
-                _fail(missing, f"given together with {other}", "None")
-    if k is not None and k.ndim != 4:
-        _fail("k", "of shape [B, T, Hk, D]", f"{list(k.shape)}")
-    if depth_k is not None and depth_k.ndim != 5:
-        _fail("depth_k", "of shape [S, B, T, Hk, D]", f"{list(depth_k.shape)}")
+        _fail("q", "of shape [B, T, Hq, D] with no empty dimension", list(q.shape))
+    if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
+        _fail("q", f"of a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}", D)
+    for missing, other in (("k", "v"), ("v", "k"), ("depth_k", "depth_v"), ("depth_v", "depth_k")):
+        if getattr(x, missing) is None and getattr(x, other) is not None:
+            _fail(missing, f"given together with {other}", "None")
     if slots is not None and depth_k is None:
         _fail("slots", "None where there are no depth slots", slots)
-    numbers = slots if slots is None or isinstance(slots, tuple) else _check_slots(slots, len(depth_k))  # type: ignore[arg-type]
-    n_slots = len(numbers) if numbers is not None else 0 if depth_k is None else depth_k.shape[0]
+    S = 0 if depth_k is None else depth_k.shape[0]
+    numbers = slots if slots is None or isinstance(slots, tuple) else _check_slots(slots, S)
+    n_slots = S if numbers is None else len(numbers)
     kv = k if k is not None else depth_k
     if kv is None or k is None and n_slots == 0:
         _fail("depth_k", "given with at least one slot when k and v are None (depth-only attention)", "none")
     Hk = kv.shape[-2]
     if Hk < 1 or Hq % Hk:
         _fail("q", f"of a head count that is a multiple of the key/value heads ({Hk})", Hq)
-    for name in ("k", "v"):
-        _check_like(name, getattr(x, name), (B, T, Hk, D), q)
-    for name in ("depth_k", "depth_v"):
-        _check_like(name, getattr(x, name), (0 if depth_k is None else depth_k.shape[0], B, T, Hk, D), q)
     if q_depth is not None and n_slots == 0:
-        _fail("q_depth", "None where there are no depth slots", f"{list(q_depth.shape)}")
-    _check_like("q_depth", q_depth, (B, T, Hq, D), q)
-    if isinstance(depth_chunk, bool) or not isinstance(depth_chunk, int) or depth_chunk < 1:
+        _fail("q_depth", "None where there are no depth slots", list(q_depth.shape))
+    shapes = [(B, T, Hk, D)] * 2 + [(S, B, T, Hk, D)] * 2 + [(B, T, Hq, D)]
+    for (name, tensor), expected in zip(list(x._asdict().items())[1:], shapes):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected:
+            _fail(name, f"of shape {list(expected)}", list(tensor.shape))
+        if tensor.dtype != q.dtype:
+            _fail(name, f"of q's dtype {q.dtype}", tensor.dtype)
+        if tensor.device != q.device:
+            _fail(name, f"on q's device {q.device}", tensor.device)
+    if type(depth_chunk) is not int or depth_chunk < 1:
         _fail("depth_chunk", "an integer >= 1", repr(depth_chunk))
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         _fail("scale", "a finite number > 0", scale)
-    if cu_seqlens is None:
-        max_seqlen = T
-    elif max_seqlen is None:
-        max_seqlen = _check_cu_seqlens(cu_seqlens, B, T, q.device)
+    if cu_seqlens is None or max_seqlen is None:
+        max_seqlen = T if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T, q.device)
     return Problem(
         B, T, Hq, Hk, D, n_slots, q.dtype, q.device, bool(causal), float(D**-0.5 if scale is None else scale), depth_chunk,
         k is not None, cu_seqlens, max_seqlen, numbers,
     )  # fmt: skip
 
 
-def slot_tensor(slots: Tensor | Sequence[int] | None) -> Tensor | None:
-    """The ``slots`` argument of the operator as a tensor; what the numbers are is checked by :func:`make_problem`.
+def row_bounds(p: Problem, depth: bool) -> tuple[Tensor | None, Tensor | None]:
+    """int32 ``[T]`` each: the first token that a token may see, and the one after the last.
 
-    :raises ValueError: for anything but a tensor and a sequence of ints.
+    For the sequence these are its document's, None without ``cu_seqlens``. With ``depth`` they are its chunk's (chunks restart at
+    documents), None unless ``depth_chunk > 1``. A chunk's slots are seen exactly as a document's keys are, under a causal mask.
     """
+    if depth and p.depth_chunk == 1 or not depth and p.cu_seqlens is None:
+        return None, None
+    token = torch.arange(p.length, device=p.device, dtype=torch.int32)
+    start, end = torch.zeros_like(token), torch.full_like(token, p.length)
+    if p.cu_seqlens is not None:
+        index = torch.searchsorted(p.cu_seqlens, token, right=True, out_int32=True)
+        start, end = p.cu_seqlens[index - 1], p.cu_seqlens[index]
+    if depth:
+        first = start + (token - start) // p.depth_chunk * p.depth_chunk
+        start, end = first, torch.minimum(first + p.depth_chunk, end)
+    return start, end
+
+
+def slot_tensor(slots: Tensor | Sequence[int] | None) -> Tensor | None:
+    """The ``slots`` argument as a tensor, or ValueError; what the numbers are is checked by :func:`make_problem`."""
     if slots is None or isinstance(slots, Tensor):
         return slots
     if not isinstance(slots, Sequence) or any(type(s) is not int for s in slots):

@@ -12,45 +12,32 @@ import torch
 from torch import Tensor
 
 from .backend import Backend
-from .problem import Kind, Problem
+from .problem import Kind, Problem, row_bounds
 from .tensors import DepthGradients, DepthTarget, Gradients, Inputs, Result
-
-__all__ = ["Reference", "backend", "store_or_add"]
 
 MAX_LOGITS = 1 << 28  # 1 GiB of fp32 logits in one block of query rows
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _row_blocks(p: Problem) -> Iterator[tuple[int, int]]:
+def _row_blocks(p: Problem) -> Iterator[tuple[int, int, int]]:
+    """First and past-the-last row of each block, and how many sequence keys its rows can see."""
     width = (p.length if p.has_sequence else 0) + p.n_slots * p.depth_chunk
     step = max(1, min(p.length, MAX_LOGITS // max(1, p.batch * p.n_heads * width)))
     for lo in range(0, p.length, step):
-        yield lo, min(p.length, lo + step)
-
-
-def _document_start(p: Problem) -> Tensor:
-    """``[T]`` index of the first token of every token's document."""
-    if p.cu_seqlens is None:
-        return torch.zeros(p.length, dtype=torch.long, device=p.device)
-    cu = p.cu_seqlens.long()
-    tokens = torch.arange(p.length, device=p.device)
-    return cu[torch.searchsorted(cu, tokens, right=True) - 1]
+        hi = min(p.length, lo + step)
+        yield lo, hi, (hi if p.causal else p.length) if p.has_sequence else 0
 
 
 def _hidden_sequence(p: Problem, lo: int, hi: int, end: int) -> Tensor | None:
     """``[hi - lo, end]`` mask of the sequence keys that rows lo..hi must not see, or None if they see all."""
-    if not p.causal and p.cu_seqlens is None:
+    start, _ = row_bounds(p, depth=False)
+    if not p.causal and start is None:
         return None
     rows = torch.arange(lo, hi, device=p.device)[:, None]
     cols = torch.arange(end, device=p.device)[None, :]
     hidden = torch.zeros(hi - lo, end, dtype=torch.bool, device=p.device)
     if p.causal:
         hidden |= cols > rows
-    if p.cu_seqlens is not None:
-        start = _document_start(p)
+    if start is not None:
         hidden |= start[cols] != start[rows]
     return hidden
 
@@ -58,21 +45,24 @@ def _hidden_sequence(p: Problem, lo: int, hi: int, end: int) -> Tensor | None:
 def _depth_tokens(p: Problem, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     """The tokens whose slots rows lo..hi see: ``[R, C]`` indices and the ``[R, C]`` mask of those not seen."""
     rows = torch.arange(lo, hi, device=p.device)
-    start = _document_start(p)[lo:hi]
-    first = start + (rows - start) // p.depth_chunk * p.depth_chunk
+    chunk_start, _ = row_bounds(p, depth=True)
+    first = rows if chunk_start is None else chunk_start[lo:hi]
     tokens = first[:, None] + torch.arange(p.depth_chunk, device=p.device)
-    hidden = tokens > rows[:, None]
-    return tokens.clamp(max=p.length - 1), hidden
+    return tokens.clamp(max=p.length - 1), tokens > rows[:, None]
 
 
 def _grouped(x: Tensor, p: Problem, lo: int, hi: int) -> Tensor:
     """Rows lo..hi of ``[B, T, Hq, D]`` as ``[B, R, Hk, G, D]`` in the compute dtype."""
-    return x[:, lo:hi].to(compute_dtype(p.dtype)).reshape(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim)
+    return (
+        x[:, lo:hi]
+        .to(torch.promote_types(p.dtype, torch.float32))
+        .reshape(p.batch, hi - lo, p.n_kv_heads, p.group, p.head_dim)
+    )
 
 
 def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
     """``[B, Hk, G, R, end + C * S]`` scaled and masked logits of rows lo..hi, sequence keys first."""
-    dtype = compute_dtype(p.dtype)
+    dtype = torch.promote_types(p.dtype, torch.float32)
     parts: list[Tensor] = []
     if x.k is not None:
         s = torch.einsum("brhgd,bnhd->bhgrn", _grouped(x.q, p, lo, hi) * p.scale, x.k[:, :end].to(dtype))
@@ -82,8 +72,7 @@ def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
         tokens, hidden = _depth_tokens(p, lo, hi)
         qd = _grouped(x.depth_query, p, lo, hi) * p.scale
         s = torch.einsum("brhgd,sbrchd->bhgrcs", qd, x.depth_k[:, :, tokens].to(dtype))
-        s = s.masked_fill_(hidden[:, :, None], float("-inf"))
-        parts.append(s.flatten(-2))
+        parts.append(s.masked_fill_(hidden[:, :, None], float("-inf")).flatten(-2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -98,17 +87,15 @@ class Reference(Backend):
     name = "reference"
 
     def unsupported(self, kind: Kind) -> str | None:
-        """The reference does everything that :class:`Problem` can describe."""
-        return None
+        return None  # everything that a Problem can describe
 
     def forward(self, p: Problem, x: Inputs) -> Result:
         """Output in q's dtype, LSE in the compute dtype."""
-        dtype = compute_dtype(p.dtype)
+        dtype = torch.promote_types(p.dtype, torch.float32)
         x = _selected(p, x)
-        out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
+        out = torch.empty(x.q.shape, dtype=p.dtype, device=p.device)
         lse = torch.empty(p.batch, p.n_heads, p.length, dtype=dtype, device=p.device)
-        for lo, hi in _row_blocks(p):
-            end = 0 if x.k is None else (hi if p.causal else p.length)
+        for lo, hi, end in _row_blocks(p):
             logits = _logits(p, lo, hi, end, x)
             row_lse = logits.logsumexp(dim=-1, keepdim=True)
             probs = logits.sub_(row_lse).exp_()
@@ -126,17 +113,13 @@ class Reference(Backend):
     def backward(
         self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
-        dtype = compute_dtype(p.dtype)
+        dtype = torch.promote_types(p.dtype, torch.float32)
         x = _selected(p, x)
-
-        def zeros(like: Tensor | None) -> Tensor:
-            return torch.zeros(() if like is None else like.shape, dtype=dtype, device=p.device)
-
-        dk, dv, dkd, dvd = (zeros(tensor) for tensor in (x.k, x.v, x.depth_k, x.depth_v))
+        like = [() if tensor is None else tensor.shape for tensor in (x.k, x.v, x.depth_k, x.depth_v)]
+        dk, dv, dkd, dvd = (torch.zeros(shape, dtype=dtype, device=p.device) for shape in like)
         dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
         dqd = dq if x.q_depth is None else torch.zeros_like(dq)
-        for lo, hi in _row_blocks(p):
-            end = 0 if x.k is None else (hi if p.causal else p.length)
+        for lo, hi, end in _row_blocks(p):
             logits = _logits(p, lo, hi, end, x)
             probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
             do = _grouped(grad_out, p, lo, hi)
@@ -151,14 +134,13 @@ class Reference(Backend):
                 dq[:, lo:hi] += torch.einsum("bhgrn,bnhd->brhgd", ds, x.k[:, :end].to(dtype))
             if x.depth_k is not None and x.depth_v is not None:
                 tokens, _ = _depth_tokens(p, lo, hi)
-                flat = tokens.flatten()
                 pr = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
                 dp = torch.einsum("brhgd,sbrchd->bhgrcs", do, x.depth_v[:, :, tokens].to(dtype))
                 ds = pr * (dp - delta.unsqueeze(-1)) * p.scale
                 qd = _grouped(x.depth_query, p, lo, hi)
                 dqd[:, lo:hi] += torch.einsum("bhgrcs,sbrchd->brhgd", ds, x.depth_k[:, :, tokens].to(dtype))
-                dkd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", ds, qd).flatten(2, 3))
-                dvd.index_add_(2, flat, torch.einsum("bhgrcs,brhgd->sbrchd", pr, do).flatten(2, 3))
+                dkd.index_add_(2, tokens.flatten(), torch.einsum("bhgrcs,brhgd->sbrchd", ds, qd).flatten(2, 3))
+                dvd.index_add_(2, tokens.flatten(), torch.einsum("bhgrcs,brhgd->sbrchd", pr, do).flatten(2, 3))
         if x.depth_k is not None:
             assert isinstance(depth, DepthGradients)
             store_or_add(depth.k, dkd, depth.fresh, p.table)
@@ -167,9 +149,7 @@ class Reference(Backend):
         def final(grad: Tensor, like: Tensor | None) -> Tensor | None:
             return None if like is None else grad.reshape(like.shape).to(p.dtype)
 
-        return Gradients(
-            dq.reshape(x.q.shape).to(p.dtype), final(dk, x.k), final(dv, x.v), final(dqd, x.q_depth)
-        )  # fmt: skip
+        return Gradients(dq.reshape(x.q.shape).to(p.dtype), final(dk, x.k), final(dv, x.v), final(dqd, x.q_depth))
 
 
 def store_or_add(buffer: Tensor, grad: Tensor, fresh: tuple[int, int], table: Tensor | None) -> None:

@@ -15,32 +15,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-__all__ = [
-    "LOG2_E", "depth_columns", "device_of", "key_range", "load_row_values", "load_tile", "natural_lse",
-    "next_power_of_two", "probabilities", "rows", "rows_of_tile", "score_gradients", "sees", "slot_numbers",
-    "slot_pointers", "softmax_step", "store_or_add", "strides", "tma_descriptor", "tma_ready", "tma_rows",
-]  # fmt: skip
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 
 
-# --- steps inside a kernel -------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def rows_of_tile(
-    length,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
+    length, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
     """What a program of the grid (tiles, Hk, B) owns: whole tokens with the query heads of one key/value head; later tiles first.
 
-    Returns batch, key/value head, first and last token; token and query head of each row; the dims; which rows and which elements
-    exist; batch and token as int64.
+    Returns batch, head, first and last token; each row's token and query head; dims; the rows and elements that exist; int64s.
     """
     TOKENS: tl.constexpr = BLOCK_M // PADDED_GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -88,13 +74,9 @@ def load_row_values(x, index, row, row_stride, length, ROWS: tl.constexpr, TMA: 
 
 @triton.jit
 def key_range(
-    seq_start, seq_end, first, last, length,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    seq_start, seq_end, first, last, length, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Sequence keys that the tokens ``first..last`` see: blocks from ``lo`` to ``hi``.
-
-    Every token sees every key of the blocks from ``inner`` to ``plain``; those before (with documents) and after need a mask.
-    """
+    """Blocks ``lo .. hi`` of sequence keys that tokens ``first..last`` see; all but those of ``inner .. plain`` need a mask."""
     lo = 0
     hi = length
     if DOCUMENTS:
@@ -215,9 +197,6 @@ def score_gradients(p, dp, delta):
     return p * (dp - delta)
 
 
-# --- outside a kernel ------------------------------------------------------------------------------------------------
-
-
 def strides(n: int, *tensors: Tensor | None) -> list[int]:
     """The first ``n`` strides of each tensor, zeros for None."""
     return [stride for x in tensors for stride in (n * (0,) if x is None else x.stride()[:n])]
@@ -232,39 +211,36 @@ def device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def next_power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+def padded(n: int) -> int:
+    """A size as the matrix units take it: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(n))
 
 
-def tma_ready(*tensors: Tensor) -> bool:
+def tma_ready(*tensors: Tensor | None) -> bool:
     """Whether Hopper's tensor copy engine can read these tensors: capability 9, 16-byte aligned rows, none expanded."""
-    if any(t.device.type != "cuda" for t in tensors):
-        return False
-    if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return False
     for t in tensors:
-        size = t.element_size()
-        if t.data_ptr() % 16 or t.stride(-1) != 1:
+        if t is None or t.device.type != "cuda" or torch.cuda.get_device_capability(t.device)[0] < 9:
             return False
-        if any(n > 1 and (s == 0 or (s * size) % 16) for n, s in zip(t.shape[:-1], t.stride()[:-1])):
+        misaligned = (n > 1 and (s == 0 or s * t.element_size() % 16) for n, s in zip(t.shape[:-1], t.stride()[:-1]))
+        if t.data_ptr() % 16 or t.stride(-1) != 1 or any(misaligned):
             return False
     return True
 
 
-def tma_descriptor(x: Tensor, rows: int, dim: int) -> Any:
-    """Descriptor of ``x`` ``[B, T, H, D]`` as (B, H, T, D) with tiles of ``rows`` tokens of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def tile_source(x: Tensor | None, rows: int, tma: bool) -> Any:
+    """What :func:`load_tile` reads ``x [B, T, H, D]`` from: ``x``, or a descriptor of tiles of ``rows`` tokens of one head."""
+    if x is None or not tma:
+        return x
     b, t, h, d = x.shape
     # The stride of a dimension of size one is arbitrary and may be misaligned: any legal value will do.
     strides = [s if n > 1 else x.stride(1) * t for n, s in ((b, x.stride(0)), (h, x.stride(2)))]
     token = x.stride(1) if t > 1 else h * d
     strides = [s if (s * x.element_size()) % 16 == 0 else token * t for s in strides]
-    return TensorDescriptor(x, [b, h, t, d], [*strides, token, 1], [1, 1, rows, dim])
+    return TensorDescriptor(x, [b, h, t, d], [*strides, token, 1], [1, 1, rows, padded(d)])
 
 
-def tma_rows(x: Tensor, length: int, rows: int) -> Any:
-    """Descriptor of the first ``length`` columns of a contiguous ``[N, L]`` tensor, in pieces of ``rows``."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def row_source(x: Tensor, length: int, rows: int, tma: bool) -> Any:
+    """What :func:`load_row_values` reads ``x [N, L]`` from: ``x``, or a descriptor of its first ``length`` columns."""
+    if not tma:
+        return x
     return TensorDescriptor(x, [x.shape[0], length], [x.stride(0), 1], [1, rows])

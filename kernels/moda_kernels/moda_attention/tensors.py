@@ -9,8 +9,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Deferred", "DepthGradients", "DepthTarget", "Gradients", "Inputs", "Pending", "Result"]
-
 
 class Inputs(NamedTuple):
     """What one call reads."""

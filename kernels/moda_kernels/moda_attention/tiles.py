@@ -12,8 +12,6 @@ import torch
 
 from .problem import Problem
 
-__all__ = ["Tile", "TileChooser"]
-
 log = logging.getLogger(__name__)
 
 
@@ -36,11 +34,6 @@ class Tile:
     heads: int | None = None
 
     @property
-    def name(self) -> str:
-        capped = "" if self.registers is None else f"_registers{self.registers}"
-        return f"rows{self.rows}_keys{self.keys}_warps{self.warps}_stages{self.stages}{capped}"
-
-    @property
     def options(self) -> dict[str, int | None]:
         """The compiler's part, as keyword arguments of a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
@@ -50,8 +43,7 @@ INTERPRETER_TILES = (Tile(rows=32, keys=32, warps=1, stages=1),)
 
 
 class TileChooser:
-    """Times the tiles of a short list (one for head dims up to 64, one above) once for each kind of problem and remembers the
-    fastest.
+    """Times the tiles of a short list (for head dims up to 64, or above) once per kind of problem and remembers the fastest.
 
     A tile that does not compile or does not fit the device's shared memory or registers is out. ``MODA_AUTOTUNE=0`` takes the
     first tile that launches, without timing (tests; runs that must not depend on a measurement).
@@ -62,7 +54,6 @@ class TileChooser:
         self.kernel = kernel
         self.half, self.wide = half, wide
         self.chosen: dict[Hashable, Tile] = {}
-        self.timings: dict[Hashable, list[tuple[str, float | None]]] = {}
 
     def tiles(self, p: Problem) -> Sequence[Tile]:
         """The short list for a problem."""
@@ -76,33 +67,25 @@ class TileChooser:
             return self.chosen[key]
         tiles = self.tiles(p)
         if len(tiles) == 1 or p.device.type != "cuda":
-            self.chosen[key] = tiles[0]
-            return tiles[0]
+            return self.chosen.setdefault(key, tiles[0])
         timed = os.environ.get("MODA_AUTOTUNE", "1") != "0"
-        times: list[tuple[str, float | None]] = []
-        best: tuple[float, Tile] | None = None
+        times: dict[Tile, float] = {}
         failure: Exception | None = None
         for tile in tiles:
             try:
                 launch(tile)
-                ms = _time(functools.partial(launch, tile)) if timed else 0.0
+                times[tile] = _time(functools.partial(launch, tile)) if timed else 0.0
             except Exception as error:  # the compiler has many error types
                 if not _is_resource_error(error):
                     raise
                 failure = error
-                times.append((tile.name, None))
-                continue
-            times.append((tile.name, ms))
-            if best is None or ms < best[0]:
-                best = (ms, tile)
-            if not timed:
+            if times and not timed:
                 break
-        if best is None:
-            raise RuntimeError(f"{self.kernel}: no tile of {[t.name for t in tiles]} fits this device") from failure
-        self.chosen[key] = best[1]
-        self.timings[key] = times
-        log.info("%s: tile %s for %s (ms: %s)", self.kernel, best[1].name, key, times)
-        return best[1]
+        if not times:
+            raise RuntimeError(f"{self.kernel}: no tile of {tiles} fits this device") from failure
+        self.chosen[key] = best = min(times, key=lambda tile: times[tile])
+        log.info("%s: %s for %s (ms: %s)", self.kernel, best, key, times)
+        return best
 
 
 def _is_resource_error(error: Exception) -> bool:
@@ -120,5 +103,4 @@ def _time(run: Callable[[], None], repeats: int = 5) -> float:
         run()
         mark.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
-    return times[repeats // 2]
+    return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[repeats // 2]

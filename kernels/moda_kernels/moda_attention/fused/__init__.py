@@ -14,8 +14,6 @@ from ..steps import rows
 from ..tensors import DepthGradients, DepthTarget, Gradients, Inputs, Result
 from . import backward, forward
 
-__all__ = ["Fused", "backend"]
-
 MAX_HEAD_DIM = 128
 MAX_GROUP = 32
 
@@ -58,8 +56,7 @@ class Fused(Backend):
                     raise ValueError(
                         f"fused backward: {name} must have a contiguous last dimension, got strides {grad.stride()}"
                     )
-        if grad_lse is not None:
-            grad_lse = grad_lse.float().contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         saved = Result(rows(saved.out), saved.lse.contiguous())
         return backward.backward(p, rows(grad_out), grad_lse, _all_rows(x), saved, depth)
 

@@ -32,14 +32,11 @@ from ..tensors import DepthGradients, Gradients, Inputs, Result
 from .keys import key_gradients
 from .queries import query_gradients
 
-__all__ = ["backward", "rows_kernel"]
-
 
 @triton.jit
 def rows_kernel(
     q, depth_k, depth_v, table, out, grad_out, lse, grad_lse, lse_rows, delta, grad_q_start, grad_q, grad_depth_k,
-    grad_depth_v,
-    stride_qb, stride_qt, stride_qh,
+    grad_depth_v, stride_qb, stride_qt, stride_qh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
@@ -130,31 +127,29 @@ def backward(
     """See ``Backend.backward``. Every tensor has a contiguous last dimension, the LSE and its gradient are contiguous fp32."""
     own = depth if p.depth_chunk == 1 else None  # a token's slots are its own: rows_kernel does them
     shared = depth if p.depth_chunk > 1 else None  # keys_kernel and queries_kernel do them
-    like_q = (p.batch, p.length, p.n_heads, p.head_dim)
     direct = own is not None and (x.q_depth is not None or not p.has_sequence)
-    dqd = None if x.q_depth is None else torch.empty(like_q, dtype=p.dtype, device=p.device)
+    dqd = None if x.q_depth is None else torch.empty(x.q.shape, dtype=p.dtype, device=p.device)
     only_depth_query = x.q_depth is not None and not p.has_sequence
-    dq = (torch.zeros if only_depth_query else torch.empty)(like_q, dtype=p.dtype, device=p.device)
-    start = None if own is None or direct else torch.empty(like_q, dtype=torch.float32, device=p.device)
+    dq = (torch.zeros if only_depth_query else torch.empty)(x.q.shape, dtype=p.dtype, device=p.device)
+    start = None if own is None or direct else torch.empty(x.q.shape, dtype=torch.float32, device=p.device)
     stats = None
     if p.has_sequence or shared is not None:  # rows padded to the 16 bytes that the tensor copy engine asks for
         columns = triton.cdiv(p.length, 4) * 4
         stats = torch.empty(2, p.batch * p.n_heads, columns, dtype=torch.float32, device=p.device)
-    block_dim = max(16, steps.next_power_of_two(p.head_dim))
+    block_dim = steps.padded(p.head_dim)
     grad_depth_k, grad_depth_v, fresh = (None, None, (0, p.n_slots)) if own is None else own
     adds = fresh[0] > 0 or fresh[1] < p.n_slots
     wide = block_dim > 64
-    saved_lse, delta = (None, None) if stats is None else (stats[0], stats[1])
     q = x.depth_query
     with steps.device_of(q):
         rows_kernel[(p.length * p.n_kv_heads, p.batch)](
-            q, x.depth_k, x.depth_v, p.table, saved.out, grad_out, saved.lse, grad_lse, saved_lse, delta,
-            start, dq if dqd is None else dqd, grad_depth_k, grad_depth_v,
+            q, x.depth_k, x.depth_v, p.table, saved.out, grad_out, saved.lse, grad_lse,
+            *((None, None) if stats is None else stats), start, dq if dqd is None else dqd, grad_depth_k, grad_depth_v,
             *steps.strides(3, q), *steps.strides(4, x.depth_k, x.depth_v, grad_depth_k, grad_depth_v),
             *steps.strides(3, saved.out, grad_out),
             p.length, 0 if stats is None else stats.shape[-1], p.n_slots, p.n_heads, p.n_kv_heads,
             p.scale, p.scale * steps.LOG2_E, *fresh,
-            GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=max(16, steps.next_power_of_two(p.group)),
+            GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_G=steps.padded(p.group),
             BLOCK_S=32 if wide and adds else 16, DEPTH=own is not None, LISTED=p.table is not None,
             LSE_GRADIENT=grad_lse is not None, STATS=stats is not None, DIRECT=direct, ADDS=adds,
             num_warps=2 if wide else 1, num_stages=2 if wide else 3,
@@ -164,8 +159,7 @@ def backward(
 
     dk = dv = None
     if x.k is not None and x.v is not None:
-        dk = torch.empty(x.k.shape, dtype=p.dtype, device=p.device)
-        dv = torch.empty(x.k.shape, dtype=p.dtype, device=p.device)
+        dk, dv = (torch.empty(x.k.shape, dtype=p.dtype, device=p.device) for _ in range(2))
         to = DepthGradients(dk[None], dv[None], fresh=(0, 1))
         key_gradients(p, x.q, x.k[None], x.v[None], grad_out, stats, to, slots=False)
     if shared is not None:

@@ -21,15 +21,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import steps
-from ..problem import Problem
+from ..problem import Problem, row_bounds
 from ..steps import depth_columns, key_range, load_tile, natural_lse, rows_of_tile, sees, softmax_step
 from ..tensors import Inputs, Result
 from ..tiles import Tile, TileChooser
-
-__all__ = ["forward", "forward_kernel", "problem_kind", "row_bounds"]
 
 
 @triton.jit
@@ -58,11 +55,9 @@ def forward_kernel(
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_aks, stride_akb, stride_akt, stride_akh, stride_avs, stride_avb, stride_avt, stride_avh,
-    stride_ob, stride_ot, stride_oh,
-    length, n_slots, n_heads, scale_log2,
+    stride_ob, stride_ot, stride_oh, length, n_slots, n_heads, scale_log2,
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQUENCE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
     DEPTH: tl.constexpr, CHUNKED: tl.constexpr, LISTED: tl.constexpr, DEPTH_QUERY: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of rows of one key/value head. Grid (tiles, Hk, B); later (longer) tiles start first."""
@@ -142,54 +137,32 @@ WIDE_HEAD_TILES = (
 _chooser = TileChooser("fused forward", HALF_TILES, WIDE_HEAD_TILES)
 
 
-def row_bounds(p: Problem, depth: bool) -> tuple[Tensor | None, Tensor | None]:
-    """int32 ``[T]`` first and past-the-last token that each token's row may see.
-
-    For the sequence these are its document's, None without ``cu_seqlens``. With ``depth`` they are its chunk's (chunks restart at
-    documents), None unless ``depth_chunk > 1``. A chunk's slots are seen exactly as a document's keys are, under a causal mask.
-    """
-    if depth and p.depth_chunk == 1 or not depth and p.cu_seqlens is None:
-        return None, None
-    token = torch.arange(p.length, device=p.device, dtype=torch.int32)
-    start, end = torch.zeros_like(token), torch.full_like(token, p.length)
-    if p.cu_seqlens is not None:
-        index = torch.searchsorted(p.cu_seqlens, token, right=True, out_int32=True)
-        start, end = p.cu_seqlens[index - 1], p.cu_seqlens[index]
-    if depth:
-        first = start + (token - start) // p.depth_chunk * p.depth_chunk
-        start, end = first, torch.minimum(first + p.depth_chunk, end)
-    return start, end
+def launch_options(p: Problem, tile: Tile, tma: bool) -> dict[str, Any]:
+    """The keyword arguments that every tiled kernel of this backend takes."""
+    blocks = dict(BLOCK_DIM=steps.padded(p.head_dim), BLOCK_M=tile.rows, BLOCK_N=tile.keys)
+    return dict(GROUP=p.group, DIM=p.head_dim, TMA=tma, **blocks, **tile.options)
 
 
 def forward(p: Problem, x: Inputs) -> Result:
     """Output and fp32 LSE. Every tensor has a contiguous last dimension."""
     q, k, v, depth_k, depth_v, q_depth = x
-    out = torch.empty(p.batch, p.length, p.n_heads, p.head_dim, dtype=p.dtype, device=p.device)
+    out = torch.empty(q.shape, dtype=p.dtype, device=p.device)
     lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
-    block_dim = max(16, steps.next_power_of_two(p.head_dim))
-    padded = steps.next_power_of_two(p.group)
+    padded = triton.next_power_of_2(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)
     chunk_start, _ = row_bounds(p, depth=True)
-    tma = k is not None and v is not None and steps.tma_ready(k, v)
+    tma = steps.tma_ready(k, v)
 
     def launch(tile: Tile) -> None:
-        keys: Any = k
-        values: Any = v
-        if tma:
-            assert k is not None and v is not None
-            keys, values = (steps.tma_descriptor(x, tile.keys, block_dim) for x in (k, v))
-        grid = (triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)
+        keys, values = (steps.tile_source(t, tile.keys, tma) for t in (k, v))
         with steps.device_of(q):
-            forward_kernel[grid](
+            forward_kernel[(triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)](
                 q, q_depth, keys, values, depth_k, depth_v, p.table, out, lse, seq_start, seq_end, chunk_start,
                 *steps.strides(3, q, q_depth, k, v), *steps.strides(4, depth_k, depth_v), *steps.strides(3, out),
                 p.length, p.n_slots, p.n_heads, p.scale * steps.LOG2_E,
-                GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
-                BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
+                PADDED_GROUP=padded, SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
                 DEPTH=p.n_slots > 0, CHUNKED=chunk_start is not None, LISTED=p.table is not None,
-                DEPTH_QUERY=q_depth is not None, TMA=tma,
-                **tile.options,
+                DEPTH_QUERY=q_depth is not None, **launch_options(p, tile, tma),
             )  # fmt: skip
 
     launch(_chooser.choose(problem_kind(p, q_depth is not None), p, launch))
@@ -198,6 +171,6 @@ def forward(p: Problem, x: Inputs) -> Result:
 
 def problem_kind(p: Problem, depth_query: bool) -> tuple[Any, ...]:
     """What a tile choice depends on: everything compiled into the kernel, and the sizes up to a factor of two."""
-    sizes = map(steps.next_power_of_two, (p.length, p.n_slots + 1, p.batch * p.n_kv_heads))
+    sizes = map(triton.next_power_of_2, (p.length, p.n_slots + 1, p.batch * p.n_kv_heads))
     switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, p.slots is not None, depth_query)
     return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)

@@ -3,27 +3,22 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import steps
-from ..problem import Problem
+from ..problem import Problem, row_bounds
 from ..steps import load_row_values, load_tile, probabilities, score_gradients
 from ..tensors import DepthGradients
 from ..tiles import Tile, TileChooser
-from .forward import problem_kind, row_bounds
-
-__all__ = ["key_gradients", "keys_kernel"]
+from .forward import launch_options, problem_kind
 
 
 @triton.jit
 def _walk_queries(
     dk, dv, kt, vt, q, grad_out, lse_rows, delta, batch, q_head, key, start, end, lo, hi,
-    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
-    length, row_stride, n_heads, dim, scale_log2,
+    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, length, row_stride, n_heads, dim, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -64,14 +59,12 @@ def keys_kernel(
     stride_gks, stride_gkb, stride_gkt, stride_gkh, stride_gvs, stride_gvb, stride_gvt, stride_gvh,
     length, row_stride, n_heads, scale, scale_log2, fresh_lo, fresh_hi,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SLOTS: tl.constexpr, LISTED: tl.constexpr,
-    TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, SLOTS: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of keys of one key/value head. Grid (tiles * slots, Hk, B); early keys have the most queries.
 
     ``BOUNDED``: ``row_start`` and ``row_end`` limit what each token sees (documents; chunks of depth slots).
-    ``SLOTS``: the keys are those of a depth slot, whose gradient is stored if the slot is fresh and else added. ``LISTED``: the
-    slot's number stands in the index table.
+    ``SLOTS``: the keys are a depth slot's, whose gradient is stored if it is fresh, else added. ``LISTED``: by the index table.
     """
     if SLOTS:
         n_tiles = tl.cdiv(length, BLOCK_N)
@@ -168,26 +161,19 @@ def key_gradients(
     """
     grad_k, grad_v, fresh = to
     table = p.table if slots else None
-    block_dim = max(16, steps.next_power_of_two(p.head_dim))
     start, end = row_bounds(p, depth=slots)
     tma = steps.tma_ready(q, grad_out)
 
     def launch(tile: Tile) -> None:
-        queries_: Any = q
-        grads: Any = grad_out
-        lse: Any = stats[0]
-        delta: Any = stats[1]
-        if tma:
-            queries_, grads = (steps.tma_descriptor(x, tile.rows, block_dim) for x in (q, grad_out))
-            lse, delta = (steps.tma_rows(x, p.length, tile.rows) for x in (lse, delta))
+        queries, grads = (steps.tile_source(x, tile.rows, tma) for x in (q, grad_out))
+        lse, delta = (steps.row_source(x, p.length, tile.rows, tma) for x in stats)
         with steps.device_of(q):
             keys_kernel[(triton.cdiv(p.length, tile.keys) * (p.n_slots if slots else 1), p.n_kv_heads, p.batch)](
-                queries_, k, v, table, grads, grad_k, grad_v, lse, delta, start, end,
+                queries, k, v, table, grads, grad_k, grad_v, lse, delta, start, end,
                 *steps.strides(3, q, grad_out), *steps.strides(4, k, v, grad_k, grad_v),
-                p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * steps.LOG2_E, fresh[0], fresh[1],
-                GROUP=p.group, DIM=p.head_dim, BLOCK_DIM=block_dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots,
-                LISTED=table is not None, TMA=tma, **tile.options,
+                p.length, stats.shape[-1], p.n_heads, p.scale, p.scale * steps.LOG2_E, *fresh,
+                CAUSAL=p.causal or slots, BOUNDED=start is not None, SLOTS=slots, LISTED=table is not None,
+                **launch_options(p, tile, tma),
             )  # fmt: skip
 
     if slots:  # not timed, for a second launch would add to the gradients again; chunks are short, so a small tile

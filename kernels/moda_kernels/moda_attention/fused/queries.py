@@ -3,20 +3,16 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import steps
-from ..problem import Problem
+from ..problem import Problem, row_bounds
 from ..steps import depth_columns, key_range, load_tile, probabilities, rows_of_tile, score_gradients, sees
 from ..tensors import Inputs
 from ..tiles import Tile, TileChooser
-from .forward import problem_kind, row_bounds
-
-__all__ = ["queries_kernel", "query_gradients"]
+from .forward import launch_options, problem_kind
 
 
 @triton.jit
@@ -139,43 +135,31 @@ _chooser = TileChooser("fused backward, queries", HALF_TILES, WIDE_HEAD_TILES)
 
 
 def query_gradients(
-    p: Problem,
-    x: Inputs,
-    grad_out: Tensor,
-    stats: Tensor,
-    grad_q_start: Tensor | None,
-    grad_q: Tensor,
+    p: Problem, x: Inputs, grad_out: Tensor, stats: Tensor, grad_q_start: Tensor | None, grad_q: Tensor,
     grad_q_depth: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Launch :func:`queries_kernel`. ``x`` has depth tensors only where depth is chunk-visible.
 
     :param stats: as in :func:`.keys.key_gradients`.
     """
     q, k, v, depth_k, depth_v, q_depth = x
     table = None if depth_k is None else p.table
-    block_dim = max(16, steps.next_power_of_two(p.head_dim))
-    padded = steps.next_power_of_two(p.group)
+    padded = triton.next_power_of_2(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)
     chunk_start = None if depth_k is None else row_bounds(p, depth=True)[0]
-    tma = k is not None and v is not None and steps.tma_ready(k, v)
+    tma = steps.tma_ready(k, v)
 
     def launch(tile: Tile) -> None:
-        keys_: Any = k
-        values: Any = v
-        if tma:
-            assert k is not None and v is not None
-            keys_, values = (steps.tma_descriptor(t, tile.keys, block_dim) for t in (k, v))
+        keys, values = (steps.tile_source(t, tile.keys, tma) for t in (k, v))
         with steps.device_of(q):
             queries_kernel[(triton.cdiv(p.length, tile.rows // padded), p.n_kv_heads, p.batch)](
-                q, q_depth, keys_, values, depth_k, depth_v, table, grad_out, stats[0], stats[1], grad_q_start,
+                q, q_depth, keys, values, depth_k, depth_v, table, grad_out, stats[0], stats[1], grad_q_start,
                 grad_q, grad_q_depth, seq_start, seq_end, chunk_start,
                 *steps.strides(3, q, q_depth, grad_out, k, v), *steps.strides(4, depth_k, depth_v),
                 p.length, stats.shape[-1], p.n_slots, p.n_heads, p.scale, p.scale * steps.LOG2_E,
-                GROUP=p.group, PADDED_GROUP=padded, DIM=p.head_dim, BLOCK_DIM=block_dim,
-                BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
+                PADDED_GROUP=padded, SEQUENCE=k is not None, CAUSAL=p.causal, DOCUMENTS=seq_start is not None,
                 START=grad_q_start is not None, CHUNKED=depth_k is not None, LISTED=table is not None,
-                DEPTH_QUERY=q_depth is not None, TMA=tma, **tile.options,
+                DEPTH_QUERY=q_depth is not None, **launch_options(p, tile, tma),
             )  # fmt: skip
 
     kind = (*problem_kind(p, q_depth is not None), tma, grad_q_start is not None)

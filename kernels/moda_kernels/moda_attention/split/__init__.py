@@ -18,8 +18,6 @@ from .depth_backward import depth_backward
 from .depth_forward import depth_forward
 from .flush import MAX_PRODUCTS, LayerProducts
 
-__all__ = ["Split", "backend"]
-
 HEAD_DIMS = range(8, 129, 8)
 
 
@@ -36,35 +34,26 @@ class Split(Backend):
             return f"dtype {kind.dtype}: split takes float16 and bfloat16, and float32 without a sequence branch"
         if kind.head_dim not in HEAD_DIMS:
             return f"head dim {kind.head_dim}: split takes multiples of 8 up to 128"
-        return sequence.why_none(kind) if kind.has_sequence else None
+        return sequence.select(kind)[1] if kind.has_sequence else None
 
     def forward(self, p: Problem, x: Inputs) -> Result:
         """Bitwise reproducible."""
         branch = None
         if x.k is not None and x.v is not None:
             out, lse = sequence.choose(p.kind).forward(p, rows(x.q), rows(x.k), rows(x.v))
-            branch = Result(out, lse.contiguous())
             if p.n_slots == 0:
-                return branch._replace(out=branch.out.contiguous())
-        return self._add_depth(p, x, branch)
-
-    def _add_depth(self, p: Problem, x: Inputs, branch: Result | None) -> Result:
-        assert x.depth_k is not None and x.depth_v is not None
-        return depth_forward(
-            rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch,
-            out=branch.out if branch is not None and branch.out.is_contiguous() else None,
-        )  # fmt: skip
+                return Result(out.contiguous(), lse.contiguous())
+            branch = Result(out, lse.contiguous())
+        return _read_depth(p, x, branch)
 
     def add_depth(self, p: Problem, x: Inputs, sequence: Result) -> Tensor:
         """Merged as the slots are read; ``sequence.out`` may be overwritten."""
-        return self._add_depth(p, x, Result(sequence.out, sequence.lse.contiguous())).out
+        return _read_depth(p, x, Result(sequence.out, sequence.lse.contiguous())).out
 
     def backward(
         self, p: Problem, grad_out: Tensor, grad_lse: Tensor | None, x: Inputs, saved: Result, depth: DepthTarget
     ) -> Gradients:
-        """The depth part is bitwise reproducible; the sequence part is as its kernel is (cuDNN and flash attention add up dq in
-        no fixed order).
-        """
+        """The depth part is bitwise reproducible; cuDNN and flash attention add up the sequence's dq in no fixed order."""
         q, grad_out = rows(x.q), rows(grad_out)
         dq = dk = dv = None
         if x.k is not None and x.v is not None:
@@ -87,8 +76,12 @@ class Split(Backend):
         return Gradients(torch.zeros_like(q) if dq is None else dq, dk, dv, dq_depth)
 
     def pending(self, layers: int, slots: int, q: Tensor, n_kv_heads: int) -> LayerProducts:
-        group = q.shape[2] // n_kv_heads
-        return LayerProducts(max(1, min(layers, MAX_PRODUCTS // group)), slots, q)
+        return LayerProducts(max(1, min(layers, MAX_PRODUCTS * n_kv_heads // q.shape[2])), slots, q)
+
+
+def _read_depth(p: Problem, x: Inputs, branch: Result | None) -> Result:
+    assert x.depth_k is not None and x.depth_v is not None
+    return depth_forward(rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch)
 
 
 def _backward_of_lse(

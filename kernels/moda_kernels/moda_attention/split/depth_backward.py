@@ -22,26 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..steps import rows, slot_numbers, slot_pointers, store_or_add
+from ..steps import padded, rows, slot_numbers, slot_pointers, store_or_add, strides
 from ..tensors import Deferred, DepthGradients, Result
 from ..tiles import Tile
-from .depth_forward import LOG2_E, depth_logits, load_slots, packed_heads, rows_of_program, slot_layout
+from .depth_forward import LOG2_E, depth_launch, depth_logits, load_slots, rows_of_program, slot_layout
 from .flush import LayerProducts
-
-__all__ = ["backward_tile", "depth_backward"]
 
 
 @triton.jit
 def _depth_backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr,
-    T, n_slots, fresh_lo, fresh_hi, scale,
+    table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr, T, n_slots, fresh_lo, fresh_hi, scale,
     k_slot_stride, v_slot_stride, dk_slot_stride, dv_slot_stride, pending_slots, pending_first,
-    q_stride_b, q_stride_t, q_stride_h,
-    out_stride_b, out_stride_t, out_stride_h,
-    do_stride_b, do_stride_t, do_stride_h,
-    dq_stride_b, dq_stride_t, dq_stride_h,
-    dlse_stride_b, dlse_stride_h, dlse_stride_t,
+    q_stride_b, q_stride_t, q_stride_h, out_stride_b, out_stride_t, out_stride_h, do_stride_b, do_stride_t, do_stride_h,
+    dq_stride_b, dq_stride_t, dq_stride_h, dlse_stride_b, dlse_stride_h, dlse_stride_t,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr, ALL_FRESH: tl.constexpr, LISTED: tl.constexpr,
@@ -140,30 +134,15 @@ def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
     return Tile(keys=16, stages=3, warps=1, registers=96) if deferred else Tile(keys=16, stages=2, warps=1)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def depth_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    depth_k: Tensor,
-    depth_v: Tensor,
-    merged: Result,
-    scale: float,
-    depth: DepthGradients | Deferred,
-    *,
-    table: Tensor | None = None,
-    grad_lse: Tensor | None = None,
-    add_to: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
+    grad_out: Tensor, q: Tensor, depth_k: Tensor, depth_v: Tensor, merged: Result, scale: float,
+    depth: DepthGradients | Deferred, *, table: Tensor | None = None, grad_lse: Tensor | None = None,
+    add_to: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
     """Gradients of the depth branch.
 
-    :param grad_out: ``[B, T, Hq, D]`` gradient of the merged output.
-    :param q: ``[B, T, Hq, D]`` depth queries.
-    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
-    :param merged: merged output and contiguous fp32 LSE.
+    :param grad_out: ``[B, T, Hq, D]`` gradient of the merged output. :param q: ``[B, T, Hq, D]`` depth queries.
+    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``. :param merged: merged output and contiguous fp32 LSE.
     :param depth: buffers like ``depth_k`` that take its gradients, or where they are left for a later flush.
     :param table: int32 ``[n]`` numbers of the slots that were read; None for all.
     :param grad_lse: ``[B, Hq, T]`` gradient of the LSE, or None.
@@ -171,13 +150,11 @@ def depth_backward(
 
     :returns: the query gradient ``[B, T, Hq, D]`` (``add_to`` itself if given).
     """
-    B, T, Hq, D = q.shape
-    n_slots, Hk = len(depth_k if table is None else table), depth_k.shape[3]
+    n_slots = len(depth_k if table is None else table)
     depth_k, k_slot_stride = slot_layout(depth_k)
     depth_v, v_slot_stride = slot_layout(depth_v)
     q, grad_out, out = map(rows, (q, grad_out, merged.out))
-    dq = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device) if add_to is None else add_to
-    deferred = isinstance(depth, Deferred)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if add_to is None else add_to
     if isinstance(depth, Deferred):
         pending, at, first_slot = depth
         assert isinstance(pending, LayerProducts)
@@ -187,19 +164,13 @@ def depth_backward(
         dk, dv, fresh = depth
         keep, pending_slots, first_slot = (q, q, q, q), 0, 0
     dl = merged.lse if grad_lse is None else grad_lse
-    block_d = max(16, triton.next_power_of_2(D))
-    tile = tile or backward_tile(q.dtype, block_d, deferred)
-    G = Hq // Hk
-    heads = tile.heads or packed_heads(Hk, G)
-    _depth_backward_kernel[(B * T * Hk // heads,)](
-        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, table, *keep,
-        T, n_slots, *fresh, scale,
+    deferred = isinstance(depth, Deferred)
+    grid, options = depth_launch(q, depth_k.shape[3], tile or backward_tile(q.dtype, padded(q.shape[3]), deferred))
+    _depth_backward_kernel[grid](
+        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, table, *keep, q.shape[1], n_slots, *fresh, scale,
         k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_slots, first_slot,
-        *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3], *dl.stride(),
-        N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
-        BLOCK_D=block_d, HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=deferred,
+        *strides(3, q, out, grad_out, dq, dl), HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=deferred,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= n_slots, LISTED=table is not None,
-        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), PRECISION="ieee",
-        STAGES=tile.stages, **tile.options,
+        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), **options,
     )  # fmt: skip
     return dq

@@ -17,27 +17,18 @@ or (``LISTED``) those of an index table, at the cost of as many slots in a row.
 """
 
 # mypy: allow-untyped-defs
-
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..steps import slot_numbers, slot_pointers
+from ..steps import padded, slot_numbers, slot_pointers, strides
 from ..tensors import Result
 from ..tiles import Tile
-
-__all__ = [
-    "depth_forward",
-    "depth_logits",
-    "forward_tile",
-    "load_slots",
-    "packed_heads",
-    "rows_of_program",
-    "slot_layout",
-]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -87,10 +78,8 @@ def depth_logits(
 @triton.jit
 def _depth_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
-    T, n_slots, scale_log2, k_slot_stride, v_slot_stride,
-    q_stride_b, q_stride_t, q_stride_h,
-    seq_stride_b, seq_stride_t, seq_stride_h,
-    out_stride_b, out_stride_t, out_stride_h,
+    T, n_slots, scale_log2, k_slot_stride, v_slot_stride, q_stride_b, q_stride_t, q_stride_h,
+    seq_stride_b, seq_stride_t, seq_stride_h, out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -169,48 +158,41 @@ def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
     return Tile(keys=16, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=3, warps=1, registers=128)
 
 
+def depth_launch(q: Tensor, n_kv_heads: int, tile: Tile) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a depth kernel and the keyword arguments that both kernels take."""
+    B, T, Hq, D = q.shape
+    G = Hq // n_kv_heads
+    heads = tile.heads or packed_heads(n_kv_heads, G)
+    sizes = dict(N_KV_HEADS=n_kv_heads, G=G, D=D, HEADS=heads, BLOCK_M=padded(heads * G), BLOCK_D=padded(D))
+    options = dict(BLOCK_N=tile.keys, PRECISION="ieee", STAGES=tile.stages, **tile.options)
+    return (B * T * n_kv_heads // heads,), {**sizes, **options}
+
+
 def depth_forward(
-    q: Tensor,
-    depth_k: Tensor,
-    depth_v: Tensor,
-    scale: float,
-    *,
-    table: Tensor | None = None,
-    sequence: Result | None = None,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Result:
+    q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *,
+    table: Tensor | None = None, sequence: Result | None = None, tile: Tile | None = None,
+) -> Result:  # fmt: skip
     """Attention over depth slots, merged with a sequence part if one is given.
 
     :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
-    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1.
-    :param depth_v: ``[S, B, T, Hk, D]``.
+    :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
     :param table: int32 ``[n]`` numbers of the slots that are read; None for all.
-    :param sequence: the sequence branch's normalised output and contiguous fp32 LSE, or None for depth-only attention.
-    :param out: where the output goes; may be the sequence branch's. A new tensor if None.
+    :param sequence: the sequence branch's normalised output, overwritten by the merged one if contiguous, and contiguous fp32
+        LSE; None for depth-only attention.
 
     :returns: the merged output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]`` fp32 (natural log).
     """
     B, T, Hq, D = q.shape
-    n_slots, Hk = len(depth_k if table is None else table), depth_k.shape[3]
+    n_slots = len(depth_k if table is None else table)
     depth_k, k_slot_stride = slot_layout(depth_k)
     depth_v, v_slot_stride = slot_layout(depth_v)
-    if out is None:
-        out = torch.empty((B, T, Hq, D), dtype=q.dtype, device=q.device)
+    out = sequence.out if sequence is not None and sequence.out.is_contiguous() else q.new_empty(q.shape)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
     so, sl = (out, lse) if sequence is None else sequence
-    block_d = max(16, triton.next_power_of_2(D))
-    tile = tile or forward_tile(q.dtype, block_d)
-    G = Hq // Hk
-    heads = tile.heads or packed_heads(Hk, G)
-    _depth_forward_kernel[(B * T * Hk // heads,)](
-        q, depth_k, depth_v, table, so, sl, out, lse,
-        T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
-        q.stride(0), q.stride(1), q.stride(2),
-        so.stride(0), so.stride(1), so.stride(2),
-        out.stride(0), out.stride(1), out.stride(2),
-        N_KV_HEADS=Hk, G=G, D=D, HEADS=heads, BLOCK_M=max(16, triton.next_power_of_2(heads * G)), BLOCK_N=tile.keys,
-        BLOCK_D=block_d, HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
-        ONE_STRIDE=k_slot_stride == v_slot_stride, PRECISION="ieee", STAGES=tile.stages, **tile.options,
+    grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D)))
+    _depth_forward_kernel[grid](
+        q, depth_k, depth_v, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
+        *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
+        ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
     )  # fmt: skip
     return Result(out, lse)

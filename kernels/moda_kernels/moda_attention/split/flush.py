@@ -13,11 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import as_run, slot_table
-from ..steps import slot_numbers, slot_pointers, store_or_add
+from ..steps import padded, slot_numbers, slot_pointers, store_or_add
 from ..tensors import DepthGradients
 from ..tiles import Tile
-
-__all__ = ["LayerProducts", "flush_tile"]
 
 #: A flush of at most this many slots in a row takes the kernel without matrix products.
 FEW_SLOTS = 4
@@ -82,13 +80,10 @@ def _flush_few_kernel(
     p_ptr, ds_ptr, q_ptr, do_ptr, dk_ptr, dv_ptr,
     n_rows, first, fresh_lo, fresh_hi, dk_slot_stride, dv_slot_stride, pending_slots, pending_layer, keep_layer,
     N_PENDING: tl.constexpr, N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    N_SLOTS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
+    N_SLOTS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL_FRESH: tl.constexpr,
 ):  # fmt: skip
-    """The flush for one to four slots in a row, where a tile of the matrix unit would be mostly empty: sums on the vector units.
-
-    The first half of the grid does dK, the second dV, so that a thread's sums leave room for many loads in flight.
-    """
+    """The flush for one to four slots in a row, on the vector units: a tile of the matrix unit would be mostly empty. Half the
+    grid does dK, half dV, so that a thread's sums leave room for many loads in flight."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -126,30 +121,21 @@ def _flush_few_kernel(
 
 
 class LayerProducts:
-    """The p, ds, q and do of up to ``layers`` layers, whose depth gradients are still to be added.
+    """The p, ds, q and do of up to ``layers`` layers, whose depth gradients are still to be added, over ``slots`` slots.
 
-    Memory: ``layers * B * T * Hq * 2 * (slots + D)`` elements of q's dtype.
-
-    :param layers: for how many layers there is room.
-    :param slots: for how many slots p and ds have room: one more than the highest number.
-    :param q: ``[B, T, Hq, D]`` like the layers' queries.
+    Memory: ``layers * B * T * Hq * 2 * (slots + D)`` elements, in dtype and sizes those of the queries ``q [B, T, Hq, D]``.
     """
 
     def __init__(self, layers: int, slots: int, q: Tensor) -> None:
         B, T, Hq, D = q.shape
-        self.layers = layers
-        self.slots = slots
+        self.layers, self.slots = layers, slots
         self.p, self.ds = torch.empty((2, layers, B, T, slots, Hq), dtype=q.dtype, device=q.device).unbind(0)
         self.q, self.do = torch.empty((2, layers, B, T, Hq, D), dtype=q.dtype, device=q.device).unbind(0)
 
     def flush(
         self, layers: tuple[int, int], slots: tuple[int, ...], to: DepthGradients, *, tile: Tile | None = None
     ) -> None:
-        """Add what the layers ``lo <= i < hi`` have left here for ``slots``; each of them must have left it for all of them.
-
-        :param layers: at most ``MAX_PRODUCTS / G`` of them.
-        :param slots: increasing numbers, of ``to``'s buffers too, whose slots are contiguous.
-        """
+        """See ``Pending.flush``. At most ``MAX_PRODUCTS / G`` layers; the slots of ``to``'s buffers are contiguous."""
         B, T, Hq, D = self.q.shape[1:]
         Hk = to.k.shape[3]
         run = as_run(slots)
@@ -157,12 +143,11 @@ class LayerProducts:
         fresh = (first + to.fresh[0], first + to.fresh[1])
         count = layers[1] - layers[0]
         products = count * (Hq // Hk)
-        block_d = max(16, triton.next_power_of_2(D))
+        block_d = padded(D)
         kept = [x[layers[0]] for x in (self.p, self.ds, self.q, self.do)]
         sizes = (to.k.stride(0), to.v.stride(0), self.slots, self.p.stride(0), self.q.stride(0))
-        options = dict(
-            N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_D=block_d, ALL_FRESH=to.fresh[0] <= 0 and to.fresh[1] >= len(slots)
-        )  # fmt: skip
+        all_fresh = to.fresh[0] <= 0 and to.fresh[1] >= len(slots)
+        options = dict(N_KV_HEADS=Hk, G=Hq // Hk, D=D, BLOCK_D=block_d, ALL_FRESH=all_fresh)
         if tile is None and run is not None and len(slots) <= FEW_SLOTS:
             block_r = max(1, 1024 // block_d)
             _flush_few_kernel[(triton.cdiv(B * T * Hk, block_r), 2)](
@@ -172,7 +157,7 @@ class LayerProducts:
                 **options,
             )  # fmt: skip
             return
-        block_m = max(16, triton.next_power_of_2(products))
+        block_m = padded(products)
         tile = tile or flush_tile(self.q.dtype, block_d, block_m)
         _flush_kernel[(B * T * Hk,)](
             *kept, to.k, to.v, None if run is not None else slot_table(slots, to.k.device), first, end, *fresh, *sizes, count,

@@ -23,8 +23,6 @@ from ..fused import backend as fused
 from ..problem import Kind, Problem
 from ..tensors import Inputs, Result
 
-__all__ = ["SequenceKernel", "choose", "why_none"]
-
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -34,10 +32,14 @@ class SequenceKernel:
     """One flash attention. Tensors are ``[B, T, H, D]`` with the last dimension contiguous; LSE is ``[B, Hq, T]`` fp32."""
 
     name: str
+    #: Its rank on devices of compute capability below 9, and from 9.
+    ranks: tuple[int, int]
 
     def missing(self, device: torch.device) -> str | None:
-        """Why this machine does not have the kernel, or None."""
-        raise NotImplementedError
+        """Why this machine does not have the kernel, or None. Unless overridden it needs compute capability 8.0."""
+        if device.type != "cuda":
+            return f"device {device.type}: {self.name} needs CUDA"
+        return f"{self.name} needs compute capability 8.0" if torch.cuda.get_device_capability(device)[0] < 8 else None
 
     def unsupported(self, kind: Kind) -> str | None:
         """Why the kernel cannot solve problems of this kind, naming the argument, or None."""
@@ -49,7 +51,7 @@ class SequenceKernel:
 
     def rank(self, capability: tuple[int, int]) -> int:
         """Order of preference on a device of this capability: the lowest that can run is taken."""
-        raise NotImplementedError
+        return self.ranks[capability[0] >= 9]
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -64,23 +66,18 @@ def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
-def _capability_missing(name: str, device: torch.device) -> str | None:
-    """Why a kernel that needs CUDA and compute capability 8.0 does not run on a device, or None."""
-    if device.type != "cuda":
-        return f"device {device.type}: {name} needs CUDA"
-    return f"{name} needs compute capability 8.0" if torch.cuda.get_device_capability(device)[0] < 8 else None
-
-
 class CudnnAttention(SequenceKernel):
     """cuDNN's fused attention through aten."""
 
     name = "cudnn"
+    ranks = (3, 0)
 
     def missing(self, device: torch.device) -> str | None:
+        reason = super().missing(device)
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-        if _capability_missing(self.name, device) is None and (version is None or version < 90000):
-            return f"{self.name} needs cuDNN 9 or later, got {version}"
-        return _capability_missing(self.name, device)
+        if reason is None and (version is None or version < 90000):
+            reason = f"{self.name} needs cuDNN 9 or later, got {version}"
+        return reason
 
     def unsupported(self, kind: Kind) -> str | None:
         if kind.packed:
@@ -88,9 +85,6 @@ class CudnnAttention(SequenceKernel):
         if kind.one_token:
             return f"T = 1: {self.name} needs at least two keys"
         return super().unsupported(kind)
-
-    def rank(self, capability: tuple[int, int]) -> int:
-        return 0 if capability[0] >= 9 else 3
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -114,30 +108,27 @@ def _packed(p: Problem, *tensors: Tensor) -> list[Tensor]:
     return list(tensors) if p.cu_seqlens is None else [x[0] for x in tensors]
 
 
-def _unpacked(p: Problem, *tensors: Tensor) -> list[Tensor]:
-    return list(tensors) if p.cu_seqlens is None else [x.unsqueeze(0) for x in tensors]
+def _unpacked(p: Problem, *tensors: Tensor) -> Any:
+    return tensors if p.cu_seqlens is None else tuple(x.unsqueeze(0) for x in tensors)
 
 
 class AtenFlash(SequenceKernel):
     """FlashAttention 2 as built into PyTorch; packed documents too."""
 
     name = "flash"
+    ranks = (4, 4)
 
     def missing(self, device: torch.device) -> str | None:
         if not torch.backends.cuda.is_flash_attention_available():
             return f"this PyTorch was built without {self.name} attention"
-        return _capability_missing(self.name, device)
-
-    def rank(self, capability: tuple[int, int]) -> int:
-        return 4
+        return super().missing(device)
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = _packed(p, q, k, v)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, False, scale=p.scale
         )
-        out, lse = _unpacked(p, out, lse)
-        return out, lse
+        return _unpacked(p, out, lse)
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         rng, scalar = _no_dropout(q.device)
@@ -146,71 +137,63 @@ class AtenFlash(SequenceKernel):
             do, q, k, v, out, lse, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, rng,
             scalar, scale=p.scale,
         )  # fmt: skip
-        dq, dk, dv = _unpacked(p, *grads)
-        return dq, dk, dv
+        return _unpacked(p, *grads)
 
 
 class FlashAttnPackage(SequenceKernel):
     """The flash-attn packages: FlashAttention 3 (``flash_attn_interface``) or 2 (``flash_attn``), imported when first used."""
 
     def __init__(self, name: str, module: str, major: int) -> None:
-        self.name = name
-        self.module = module
-        self.major = major
+        self.name, self.module, self.major = name, module, major
+        self.ranks = (1, 1) if major == 3 else (2, 2)
 
     def missing(self, device: torch.device) -> str | None:
-        reason = _capability_missing(self.name, device)
+        reason, package = super().missing(device), self.module.partition(".")[0]
         if reason is None and self.major == 3 and torch.cuda.get_device_capability(device)[0] != 9:
             reason = f"{self.name} needs compute capability 9.x"
-        if reason is None and importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            reason = f"{self.name}: the package {self.module.partition('.')[0]} is not installed"
+        if reason is None and importlib.util.find_spec(package) is None:
+            reason = f"{self.name}: the package {package} is not installed"
         return reason
 
-    def rank(self, capability: tuple[int, int]) -> int:
-        return 1 if self.major == 3 else 2
+    def _call(self, p: Problem, name: str, *tensors: Tensor, **options: Any) -> Any:
+        """FlashAttention 2's function of this name, or its twin for packed documents."""
+        packing = () if p.cu_seqlens is None else (p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen)
+        function = f"_flash_attn_{name}" if p.cu_seqlens is None else f"_flash_attn_varlen_{name}"
+        return getattr(importlib.import_module(self.module), function)(
+            *tensors, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal, window_size_left=-1,
+            window_size_right=-1, softcap=0.0, alibi_slopes=None, **options,
+        )  # fmt: skip
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        fa = importlib.import_module(self.module)
         q, k, v = _packed(p, q, k, v)
-        cu, longest = p.cu_seqlens, p.max_seqlen
         if self.major == 3:
-            options: dict[str, Any] = dict(softmax_scale=p.scale, causal=p.causal)
-            if cu is not None:
-                options.update(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-            out, lse, *_ = fa._flash_attn_forward(q, k, v, **options)
-        else:
-            packing = () if cu is None else (cu, cu, longest, longest)
-            function = fa._flash_attn_forward if cu is None else fa._flash_attn_varlen_forward
-            out, lse, *_ = function(
-                q, k, v, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal, window_size_left=-1,
-                window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+            cu, longest = p.cu_seqlens, None if p.cu_seqlens is None else p.max_seqlen
+            out, lse, *_ = importlib.import_module(self.module)._flash_attn_forward(
+                q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
+                softmax_scale=p.scale, causal=p.causal,
             )  # fmt: skip
-        out, lse = _unpacked(p, out, lse)
-        return out, lse
+        else:
+            out, lse, *_ = self._call(p, "forward", q, k, v, return_softmax=False)
+        return _unpacked(p, out, lse)
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        fa = importlib.import_module(self.module)
         do, q, k, v, out, lse = _packed(p, do, q, k, v, out, lse)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        cu, longest = p.cu_seqlens, p.max_seqlen
         if self.major == 3:
-            packing3 = (None,) * 6 if cu is None else (cu, cu, None, None, longest, longest)
-            fa._flash_attn_backward(do, q, k, v, out, lse, *packing3, *grads, p.scale, p.causal)
+            cu, longest = p.cu_seqlens, p.max_seqlen
+            packing = (None,) * 6 if cu is None else (cu, cu, None, None, longest, longest)
+            backward = importlib.import_module(self.module)._flash_attn_backward
+            backward(do, q, k, v, out, lse, *packing, *grads, p.scale, p.causal)
         else:
-            packing = () if cu is None else (cu, cu, longest, longest)
-            function = fa._flash_attn_backward if cu is None else fa._flash_attn_varlen_backward
-            function(
-                do, q, k, v, out, lse, *grads, *packing, dropout_p=0.0, softmax_scale=p.scale, causal=p.causal,
-                window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
-            )  # fmt: skip
-        dq, dk, dv = _unpacked(p, *grads)
-        return dq, dk, dv
+            self._call(p, "backward", do, q, k, v, out, lse, *grads, deterministic=False)
+        return _unpacked(p, *grads)
 
 
 class TritonAttention(SequenceKernel):
     """This project's own fused kernels without depth slots; packed documents too."""
 
     name = "triton"
+    ranks = (5, 3)  # ahead of FlashAttention 2 where it was measured: kernels/results
 
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"device {device.type}: {self.name} needs CUDA"
@@ -218,15 +201,12 @@ class TritonAttention(SequenceKernel):
     def unsupported(self, kind: Kind) -> str | None:
         return super().unsupported(kind) or fused.unsupported(kind)
 
-    def rank(self, capability: tuple[int, int]) -> int:
-        return 3 if capability[0] >= 9 else 5  # ahead of FlashAttention 2 where it was measured: kernels/results
-
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return fused.forward(replace(p, n_slots=0, slots=None), Inputs(q, k, v))
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        alone = replace(p, n_slots=0, slots=None)
-        dq, dk, dv, _ = fused.backward(alone, do, None, Inputs(q, k, v), Result(out, lse), None)
+        p = replace(p, n_slots=0, slots=None)
+        dq, dk, dv, _ = fused.backward(p, do, None, Inputs(q, k, v), Result(out, lse), None)
         assert dk is not None and dv is not None
         return dq, dk, dv
 
@@ -235,15 +215,13 @@ class CpuFlash(SequenceKernel):
     """PyTorch's flash attention for CPUs in fp64, so that ``split`` runs where Triton's interpreter stands in for a GPU."""
 
     name = "cpu"
+    ranks = (6, 6)
 
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"device {device.type}: {self.name} needs a CPU"
 
     def unsupported(self, kind: Kind) -> str | None:
         return f"cu_seqlens: {self.name} does not pack documents" if kind.packed else None
-
-    def rank(self, capability: tuple[int, int]) -> int:
-        return 6
 
     @staticmethod
     def _heads_first(p: Problem, *tensors: Tensor) -> list[Tensor]:
@@ -265,17 +243,10 @@ class CpuFlash(SequenceKernel):
         return dq.transpose(1, 2).to(p.dtype).contiguous(), dk, dv
 
 
-_KERNELS: dict[str, SequenceKernel] = {
-    kernel.name: kernel
-    for kernel in (
-        CudnnAttention(),
-        FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
-        FlashAttnPackage("flash_attn_2", "flash_attn.flash_attn_interface", 2),
-        TritonAttention(),
-        AtenFlash(),
-        CpuFlash(),
-    )
-}
+_KERNELS: dict[str, SequenceKernel] = {kernel.name: kernel for kernel in (
+    CudnnAttention(), FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
+    FlashAttnPackage("flash_attn_2", "flash_attn.flash_attn_interface", 2), TritonAttention(), AtenFlash(), CpuFlash(),
+)}  # fmt: skip
 
 
 @functools.cache
@@ -287,38 +258,29 @@ def _present(device: torch.device) -> tuple[tuple[SequenceKernel, ...], dict[str
     return tuple(sorted(present, key=lambda k: k.rank(capability))), reasons
 
 
-def _select(kind: Kind) -> tuple[SequenceKernel | None, str]:
+def select(kind: Kind) -> tuple[SequenceKernel | None, str | None]:
+    """The kernel for problems of this kind (the forced one, or the best present that can solve them), or None and why.
+
+    :raises ValueError: for a forced name that does not exist.
+    """
     name = kind.sequence_kernel
     present, reasons = _present(kind.device)
     if name is not None:
         if name not in _KERNELS:
             raise ValueError(f"moda_attention: MODA_SEQUENCE_KERNEL must be one of {', '.join(_KERNELS)}, got {name!r}")
         reason = reasons.get(name) or _KERNELS[name].unsupported(kind)
-        return (None, f"sequence kernel {name!r} was asked for: {reason}") if reason else (_KERNELS[name], "")
+        return (None, f"sequence kernel {name!r} was asked for: {reason}") if reason else (_KERNELS[name], None)
     refused = []
     for kernel in present:
-        reason = kernel.unsupported(kind)
-        if reason is None:
-            return kernel, ""
+        if (reason := kernel.unsupported(kind)) is None:
+            return kernel, None
         refused.append(reason)
     return None, "no sequence kernel: " + "; ".join(refused or reasons.values())
 
 
-def why_none(kind: Kind) -> str | None:
-    """Why no sequence kernel (or not the forced one) can solve problems of this kind, or None if one can.
-
-    :raises ValueError: for a forced name that does not exist.
-    """
-    kernel, reason = _select(kind)
-    return None if kernel is not None else reason
-
-
 def choose(kind: Kind) -> SequenceKernel:
-    """The sequence kernel for problems of this kind: the forced one, or the best that the device has and that can solve them.
-
-    :raises ValueError: if there is none, saying why.
-    """
-    kernel, reason = _select(kind)
+    """The kernel of :func:`select`, or ValueError that says why there is none."""
+    kernel, reason = select(kind)
     if kernel is None:
         raise ValueError(f"moda_attention: backend 'split' cannot run this: {reason}")
     return kernel
