@@ -52,9 +52,9 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def _paired(suite: Suite, a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _paired(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two entries are of the same questions or documents."""
-    return a["n"] == b["n"] and (suite is DOWNSTREAM or a["source"] == b["source"])
+    return a["n"] == b["n"] and a.get("source") == b.get("source")
 
 
 def _accuracy_draws(a: dict[str, Any], b: dict[str, Any], draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -100,7 +100,7 @@ def _differences(
     left, right = a[suite.name], b[suite.name]
     for name in (n for n in suite.order([a]) if n in right):
         x, y = left[name], right[name]
-        samples[name] = resample(x, y, draws, rng) if _paired(suite, x, y) else None
+        samples[name] = resample(x, y, draws, rng) if _paired(x, y) else None
         rows = [row.figures[suite.name][name] for row in paper_pair if name in suite.paper]
         add(name, x["title"], x["n"], suite.value(x), suite.value(y), samples[name], rows)
     x_mean, y_mean = suite.average(left), suite.average(right)

@@ -95,6 +95,7 @@ def summarise(task: Task, answered: Sequence[Answer]) -> dict[str, Any]:
         "title": task.title,
         "metric": task.metric,
         "about": task.about,
+        "source": task.source(),
         "n": n,
         "accuracy": sum(right) / n,
         "standard_error": standard_error(right),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moda.errors import UserError
 
@@ -51,6 +52,8 @@ class _Model(DepthModel):
             for weights in self.averages:
                 start = torch.zeros(weights.shape, device=weights.device)
                 start[-1] = 1
+                if isinstance(weights, DTensor):  # FSDP has split it: every rank keeps its part of the same numbers
+                    start = distribute_tensor(start, weights.device_mesh, weights.placements, src_data_rank=None)
                 weights.copy_(start)
 
 

@@ -157,7 +157,10 @@ class DepthLayer(nn.Module):
         return ffn(x), state
 
     def reset_parameters(self) -> None:
-        """Set the parameters that are not linears' (those are initialised like every other linear of the model)."""
+        """Set the parameters that are not linears' (those are initialised like every other linear of the model).
+
+        They may be split already (``DTensor``, under FSDP): fill them in place, or distribute what is copied to them.
+        """
 
 
 class DepthPass:

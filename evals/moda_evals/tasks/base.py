@@ -52,6 +52,10 @@ class Task(ABC):
     def questions(self, tokenizer: TextTokenizer, limit: int | None) -> list[Question]:
         """The questions in the order of the data, the first ``limit`` only if that is a number."""
 
+    def source(self) -> str | None:
+        """What tells other questions under the same name apart, or None if the name does."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What tells results of this task from those of another: all that may change an answer."""
         return asdict(self)

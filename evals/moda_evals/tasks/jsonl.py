@@ -33,8 +33,11 @@ class JsonlTask(Task):
             raise UserError(self.name, f"at least one question in {self.path}", "none")
         return [self._question(tokenizer, number, line) for number, line in lines[:limit]]
 
+    def source(self) -> str:
+        return hashlib.sha256(self._read()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "path": str(self.path), "sha256": hashlib.sha256(self._read()).hexdigest()}
+        return {**super().describe(), "path": str(self.path), "sha256": self.source()}
 
     def _read(self) -> bytes:
         try:

@@ -29,9 +29,12 @@ class OlmoEvalTask(Task):
     def questions(self, tokenizer: TextTokenizer, limit: int | None) -> list[Question]:
         """See :meth:`Task.questions`. A limit is shared evenly among the parts."""
         adapter = _Adapter(self.title, tokenizer)
-        share = None if limit is None else -(-limit // len(self.labels))
+        base, extra = divmod(limit or 0, len(self.labels))
         questions: list[Question] = []
-        for label in self.labels:
+        for part, label in enumerate(self.labels):
+            share = None if limit is None else base + (part < extra)
+            if share == 0:
+                continue
             by_question: dict[int, dict[int, dict[str, Any]]] = {}
             for sample in _samples(label, adapter, share):
                 by_question.setdefault(int(sample["doc_id"]), {})[int(sample["cont_id"])] = sample
@@ -41,7 +44,7 @@ class OlmoEvalTask(Task):
                     for _, s in sorted(samples.items())
                 ]
                 questions.append(Question(f"{label}/{number}", tuple(choices), int(samples[0]["label_id"])))
-        return questions[:limit]
+        return questions
 
 
 class _Adapter:

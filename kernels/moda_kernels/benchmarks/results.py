@@ -1,5 +1,6 @@
 """The CSV files of all benchmarks: rows, and in each row where and when it was measured."""
 
+import contextlib
 import csv
 import os
 import platform
@@ -18,10 +19,10 @@ def commit() -> str:
         return given
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
@@ -41,11 +42,9 @@ def provenance() -> dict[str, str]:
         where["gpu"] = torch.cuda.get_device_name()
         where["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         where.update(cuda=str(torch.version.cuda), cudnn=str(torch.backends.cudnn.version()))
-    try:
+    with contextlib.suppress(ImportError):
         import triton
-    except ImportError:
-        pass
-    else:
+
         where["triton"] = triton.__version__
     return {**where, "commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
 
@@ -60,10 +59,15 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], where: Mapping[str, 
     """
     where = provenance() if where is None else where
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, dict.fromkeys([*rows[0], *where]))
-        writer.writeheader()
-        writer.writerows({**where, **row} for row in rows)
-    scratch.replace(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # as moda.files does, which the operator alone lacks
+    try:
+        with scratch.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, dict.fromkeys([*rows[0], *where]))
+            writer.writeheader()
+            writer.writerows({**where, **row} for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return path
