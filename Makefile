@@ -31,7 +31,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 check: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/pdoc --docformat restructuredtext --output-directory build/api moda_kernels moda moda_evals

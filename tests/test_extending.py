@@ -99,7 +99,7 @@ def test_a_norm_placement(registries: None) -> None:
         load_config(ROOT / "configs" / "olmo2_demo.yaml", ["model.norm_placement=depe"])
 
 
-def test_a_slot_policy(registries: None) -> None:
+def test_a_slot_policy(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load("first_recent").FirstRecent
     SlotPolicy.register(*SlotPolicy.known.values(), policy)
     assert policy(2, 2).slots(5, 2) == (0, 1, 8, 9) and policy(2, 2).slots(1, 2) == (0, 1)
@@ -110,6 +110,9 @@ def test_a_slot_policy(registries: None) -> None:
     known_everywhere(["model.depth.read={first_recent: {first: 1, recent: 2}}"], "first_recent")
     with pytest.raises(UserError, match="numbers >= 1"):
         load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={first_recent: {first: 0, recent: 2}}"])
+    monkeypatch.setattr(policy, "slots", lambda self, layer, kinds: (2,))  # that no layer before the second one writes
+    with pytest.raises(UserError, match="model.depth.read: .*for layer 0 from the policy first_recent, got"):
+        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={first_recent: {first: 1, recent: 2}}"])
 
 
 def test_a_mechanism(registries: None) -> None:

@@ -1,4 +1,4 @@
-"""A tiny run for tests: real text from Python's own library, a small tokenizer, a model that takes milliseconds a step."""
+"""A tiny run for tests: real text from Python's own library, a small tokenizer, a model that takes milliseconds per step."""
 
 from __future__ import annotations
 

@@ -145,8 +145,9 @@ def remarks(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     for suite in SUITES:
         for name in suite.order([a]):
             x, y = a[suite.name][name], b[suite.name].get(name)
-            if y is not None and not _paired(suite, x, y):
-                counts = f"n = {x['n']} and {y['n']}" if x["n"] != y["n"] else f"{x['source']} and {y['source']}"
+            if y is not None and not _paired(x, y):
+                kind = "n" if x["n"] != y["n"] else "source"
+                counts = f"{kind} {x.get(kind)} and {y.get(kind)}"
                 out.append(f"no interval for {x['title']}, measured on different data: {counts}")
     return out
 

@@ -117,6 +117,7 @@ def _is_whole(suite: Suite, entry: Any) -> bool:
         rows: list[Any] = [documents.get(key) for key in ("loss", "tokens")] if isinstance(documents, dict) else [None]
         sound = all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
         sound = sound and isinstance(entry.get("source"), str) and isinstance(entry.get("window"), dict)
+        sound = sound and {"size", "stride", "head"} <= set(entry["window"])
     else:
         rows = [entry.get("correct")]
         sound = isinstance(rows[0], str) and isinstance(entry.get("metric"), str) and "truncated" in entry

@@ -88,9 +88,9 @@ def benchmark(
             _write_text(path, megabytes)
         try:
             texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError("--text", "a .jsonl file with the field text", str(path), str(e)) from None
-        size = sum(len(t.encode()) for t in texts)
+            size = sum(len(t.encode()) for t in texts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError("--text", "a .jsonl file with texts in the field text", str(path), str(e)) from None
         options = PrepareOptions(str(Path(scratch) / "out"), {"text": str(path)}, tokenizer, workers=workers)
         runs: dict[str, Callable[[], Any]] = {
             _ALONE: functools.partial(_encode, encoder, texts),

@@ -10,7 +10,7 @@ from olmo_core.io import is_url
 from moda.errors import UserError
 from moda.files import read_json
 
-from .seal import damage
+from .seal import CHECKSUMS, damage
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,26 @@ def steps_of(folder: Path) -> list[Path]:
 
 
 def find_resumable(save_folder: str) -> Path | None:
-    """The newest whole checkpoint of a run. Damaged and unfinished ones are passed over with a warning that names them."""
+    """The newest whole checkpoint of a run. Damaged and unfinished ones are passed over with a warning that names them.
+
+    :returns: None where no checkpoint was ever finished: the run begins anew.
+
+    :raises UserError: where there were checkpoints and none of them is whole any more; a new run would replace them.
+    """
     if is_url(save_folder):
         return None
-    for path in steps_of(Path(save_folder)):
+    steps = steps_of(Path(save_folder))
+    for path in steps:
         reason = damage(path)
         if reason is None:
             return path
         log.warning("checkpoint %s cannot be used: %s; looking for the one before it", path, reason)
+    finished = [path.name for path in steps if (path / CHECKSUMS).exists()]
+    if finished:
+        raise UserError(
+            "train.save_folder", f"a whole checkpoint in {save_folder}", f"damaged ones only: {', '.join(finished)}",
+            "copy one there again, or move them away to begin anew",
+        )  # fmt: skip
     return None
 
 
@@ -52,6 +64,9 @@ def kind_of(folder: Path) -> Kind:
             if not isinstance(model, dict):
                 raise UserError("checkpoint", f"a readable {folder / CONFIG} with a model", type(model).__name__)
             return "olmo-core" if "block" in model or "_CLASS_" in model else "moda"
+        if settings.get("model_type") == "moda" and not isinstance(settings.get("model"), dict):
+            old = "exported before version 0.1.0: export the checkpoint again"
+            raise UserError("checkpoint", f"a model section in {folder / CONFIG}", "none", old)
         if "model_type" in settings:
             return "export" if settings["model_type"] == "moda" else "huggingface"
     steps = [p.name for p in steps_of(folder)[:3]]

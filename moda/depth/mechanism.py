@@ -19,13 +19,14 @@ them) and :class:`AttentionHost` (the attention of a block).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
 
-from moda.errors import UserError, nearest
+from moda.errors import UserError
 from moda.registered import Registered
 from moda.typed import from_dict, to_dict
 from moda_kernels.depth.layout import DepthLayout
@@ -208,7 +209,8 @@ class DepthMechanism(Registered):
     family = "depth mechanism"
     #: The paper.
     source: ClassVar[str]
-    #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names.
+    #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names. The three
+    #: parallel ones are refused for every mechanism yet: blocks do not split what a mechanism keeps.
     refused: ClassVar[Mapping[str, str]] = _REFUSED
     #: Parameters (globs of names) that weight decay must leave alone.
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
@@ -222,7 +224,8 @@ class DepthMechanism(Registered):
         if isinstance(value, DepthMechanism):
             return value
         if not isinstance(value, Mapping):
-            hint = f"for example {{mechanism: {value if value in cls.known else next(iter(cls.known))}}}"
+            close = difflib.get_close_matches(str(value), cls.known, n=1, cutoff=0.5)
+            hint = f"for example {{mechanism: {close[0] if close else next(iter(cls.known))}}}"
             raise UserError(key, "a section that names a mechanism, or null", "null" if value is None else value, hint)
         options = dict(value)
         if "mechanism" not in options:
@@ -232,7 +235,7 @@ class DepthMechanism(Registered):
         for name in options:
             owners = [m.name for m in cls.known.values() if name in {f.name for f in dataclasses.fields(m)}]
             if name not in own and owners:
-                hint = f"it is an option of {', '.join(owners)}; {nearest(name, own) if own else 'it has none'}"
+                hint = f"it is an option of {', '.join(owners)}; {member.name} has {', '.join(sorted(own)) or 'none'}"
                 raise UserError(f"{key}.{name}", f"an option of {member.name}", hint=hint)
         return from_dict(member, options, key)
 
@@ -282,5 +285,5 @@ class DepthMechanism(Registered):
 
     def draw(self, axes: Any, model: ModelConfig) -> None:
         """Draw on matplotlib axes what layers read of earlier layers (rows: readers, columns: sources)."""
-        axes.set(title=self.name)
+        axes.text(0.5, 0.5, f"{self.name} has no drawing", ha="center", va="center")
         axes.axis("off")

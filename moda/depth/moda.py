@@ -231,6 +231,7 @@ class MoDA(DepthMechanism):
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
             raise UserError("model.depth.key_norm", "none where model.qk_norm is none", self.key_norm.value)
+        self.layout(model.n_layers)  # refuses slots that cannot be
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)

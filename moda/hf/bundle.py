@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from moda.errors import UserError
+
 __all__ = ["bundle"]
 
 _ENTRY = "moda.hf.modeling_moda"
@@ -19,12 +21,31 @@ _OWN = ("moda", "moda_kernels")
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of each module of this project that a module imports names from."""
+    """Line and absolute name of each module of this project that a module imports names from.
+
+    :raises UserError: for an import of a whole module, which cannot be rewritten.
+    """
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names if alias.name.split(".")[0] in _OWN]
+        else:
             name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             if name.split(".")[0] in _OWN:
+                modules = [m for alias in node.names if _is_module(m := f"{name}.{alias.name}")]
                 yield node.lineno, name
+        if modules:
+            expected = f"from MODULE import NAME in a file that is exported (line {node.lineno}, in {package})"
+            raise UserError("export", expected, f"the whole module {modules[0]}")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a name inside a module that is no package
+        return False
 
 
 def _last(module: str) -> str:
@@ -32,7 +53,10 @@ def _last(module: str) -> str:
 
 
 def bundle() -> dict[str, str]:
-    """The files by name, with their contents."""
+    """The files by name, with their contents.
+
+    :raises UserError: for an import that cannot be rewritten, or two files of one name.
+    """
     files: dict[str, str] = {}
     modules, waiting = {_ENTRY}, [_ENTRY]
     while waiting:
@@ -48,6 +72,9 @@ def bundle() -> dict[str, str]:
                 modules.add(name)
                 waiting.append(name)
         file = f"{_last(module)}.py"
-        assert file not in files, f"two modules of an export are called {file}"
+        if file in files:
+            raise UserError(
+                "export", "files of different names", f"two that are called {file}", f"rename {spec.origin}"
+            )
         files[file] = "\n".join(lines) + "\n"
     return files

@@ -263,9 +263,10 @@ class DepthTransformer(Transformer):
         return self.lm_head(h, **lm_head_kwargs)
 
     def _mark_dynamic(self, x: Any) -> None:
-        """Compile for any batch size and length."""
+        """Compile for any batch size and length: of ``[B, T]``, ``[B, T, d]``, and ``[n, B, T, d]`` of several streams."""
         if self.compile_enabled and isinstance(x, torch.Tensor):
-            mark_dynamic(x, (0, 1), strict=False)
+            batch = max(0, x.ndim - 3)
+            mark_dynamic(x, (batch, batch + 1), strict=False)
 
     @torch.no_grad()
     def init_weights(self, **kwargs: Any) -> torch.Generator:  # type: ignore[override]

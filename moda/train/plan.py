@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs a token, causal attention counted half."""
+        """Training FLOPs per token, causal attention counted half."""
         return self.transformer.num_flops_per_token(self.config.train.sequence_length)
 
     @property
@@ -103,7 +103,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
 def estimate_memory(plan: Plan) -> dict[str, float]:
     """Bytes a process needs, by purpose. An estimate: fragmentation and kernels' scratch space are left out.
 
-    Parameters, gradients and AdamW's two moments are fp32 (16 bytes a parameter) and sharded by FSDP; activations are bf16 on a
+    Parameters, gradients and AdamW's two moments are fp32 (16 bytes per parameter) and sharded by FSDP; activations are bf16 on a
     GPU. Without checkpointing a layer keeps about 16 tensors of width d_model and 3 of the FFN's width for each token.
     """
     c, t = plan.config, plan.transformer

@@ -89,6 +89,8 @@ class ProgressCallback(ConsoleLoggerCallback):
 
     def _eta(self, step: int) -> float | None:
         """Seconds that the remaining steps take at the pace of the last ones; the first step is slower and left out."""
+        for old in sorted(self._times)[:-100]:  # metrics of a step may come some steps after it
+            del self._times[old]
         done = sorted(s for s in self._times if s <= step)[-51:]
         if self._first_step is not None and len(done) > 2 and done[0] < self._first_step:
             done = done[1:]

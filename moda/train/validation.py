@@ -19,7 +19,7 @@ from .callbacks import SpeedCallback
 
 class TimedEvaluator(EvaluatorCallback):
     """OLMo-core's evaluator, whose time is not counted as a training step's, and which at the end of a run leaves out what it
-    has just done, and everything if the run was told to stop."""
+    has just done, and everything if the run was asked to stop."""
 
     _evaluated_at: int | None = None
 

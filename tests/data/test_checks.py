@@ -1,4 +1,4 @@
-"""Shards held against their manifest at the start of a run."""
+"""Shards checked against their manifest at the start of a run."""
 
 from __future__ import annotations
 

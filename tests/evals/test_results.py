@@ -83,8 +83,13 @@ def test_unequal_results(whole: dict) -> None:
     other = change(other, "downstream", "copa", n=4, correct="0101")
     assert remarks(whole, other) == [
         f"only in A ({whole['model']['label']}): PIQA",
-        "no interval for COPA, measured on different data: n = 8 and 4",
+        "no interval for COPA, measured on different data: n 8 and 4",
     ]
+    same_size = change(whole, "downstream", "copa", source="another file's digest")
+    assert remarks(whole, same_size) == [
+        "no interval for COPA, measured on different data: source None and another file's digest"
+    ]
+    assert {d.name: d.low is None for d in compare(whole, same_size)}.items() >= {"copa": True, "piqa": False}.items()
     differences = compare(whole, other)
     assert "PIQA" in str(comparison_table(whole, other, differences).caption)
     assert "only in A" in markdown(whole, other, differences) and not remarks(whole, whole)
@@ -109,6 +114,7 @@ def test_every_damage_is_one_error(whole: dict, tmp_path: Path) -> None:
         broken += [{**whole, "downstream": {"copa": entry}}] if key != "bits_per_byte" else []
         if key != "truncated":
             broken.append(change(whole, "downstream", "copa", **{key: ["x"]}))
+    broken.append(change(whole, "perplexity", "mine", window={}))
     for documents in ({}, [], {"loss": [], "tokens": []}, {"loss": ["a"] * 4, "tokens": [1] * 4}, {"loss": 3}):
         broken.append(change(whole, "perplexity", "mine", documents=documents))
     broken.append(change(whole, "downstream", "copa", accuracy=10**400))

@@ -19,12 +19,14 @@ from transformers import DynamicCache
 
 from moda.checkpoints import load_model, open_checkpoint, read_weights
 from moda.errors import UserError
+from moda.generate import load_decoder
 from moda.hf import section_of, to_hf, write_checkpoint, write_export
-from moda.hf.bundle import bundle
+from moda.hf.bundle import _imports, bundle
 from moda.hf.configuration_moda import MoDAConfig
 from moda.hf.modeling_moda import MoDAForCausalLM
 from moda.model import transformer_config
 from moda.typed import to_dict
+from moda_evals.model import open_model
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
 from tests.tiny import make_tokenizer
 
@@ -192,6 +194,24 @@ def test_the_code_of_an_export_is_self_contained(exported: tuple) -> None:
                 assert str(node.module).split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 and f"{node.module}.py" in files
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import moda.errors", "from moda.depth import mechanism", "from . import mechanism", "import moda.errors as e"],
+)
+def test_imports_that_an_export_cannot_have_are_refused(line: str) -> None:
+    with pytest.raises(
+        UserError, match=r"from MODULE import NAME .*\(line 2, in moda.depth\), got the whole module moda"
+    ):
+        list(_imports(ast.parse(f"import math\n{line}"), "moda.depth"))
+
+
+def test_an_export_of_an_older_version_is_one_error(exported: tuple, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moda", "d_model": 32}))
+    for read in (open_model, lambda path: load_decoder(Path(path), torch.device("cpu"))):
+        with pytest.raises(UserError, match="model section.*export the checkpoint again"):
+            read(str(tmp_path))
 
 
 def test_the_model_section_is_exported_as_it_is(exported: tuple) -> None:

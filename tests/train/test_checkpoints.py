@@ -94,7 +94,7 @@ def test_kinds(tmp_path: Path) -> None:
     contents = {
         "olmo-core": {"model": {"block": {}}},
         "huggingface": {"model_type": "llama"},
-        "export": {"model_type": "moda"},
+        "export": {"model_type": "moda", "model": {}},
     }
     for kind, config in contents.items():
         folder = tmp_path / kind
@@ -180,7 +180,11 @@ def test_odd_json_is_one_error(text: str, own: Path) -> None:
 def test_damaged_checksums(table: dict[str, Any], own: Path) -> None:
     assert damage(own) is None and find_resumable(str(own.parent)) == own
     (own / CHECKSUMS).write_text(json.dumps(table))
-    assert damage(own) == f"{CHECKSUMS} is damaged" and find_resumable(str(own.parent)) is None
+    assert damage(own) == f"{CHECKSUMS} is damaged"
+    with pytest.raises(UserError, match="damaged ones only: step5"):  # a new run would write over what is left
+        find_resumable(str(own.parent))
+    (own / CHECKSUMS).unlink()
+    assert find_resumable(str(own.parent)) is None  # a first save that was cut short
 
 
 def test_own_state_comes_back(own: Path, module: TransformerTrainModule) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moda.checkpoints import damage, find_resumable
+from moda.errors import UserError
 from moda.train.metrics import read_metrics
 from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
 
@@ -107,7 +108,8 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert "step12" in caplog.text and "step8" in caplog.text
     file = next((tmp_path / "step4" / "model_and_optim").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
-    assert find_resumable(str(tmp_path)) is None
+    with pytest.raises(UserError, match="train.save_folder: .*damaged ones only: step8, step4"):
+        find_resumable(str(tmp_path))
 
 
 def close(a: dict[int, float], b: dict[int, float]) -> None:

@@ -21,7 +21,7 @@ from .timing import median_ms
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates: bytes a second and floating-point operations a second."""
+    """Measured rates: bytes and floating-point operations per second."""
 
     bandwidth: float
     matrix_rate: float

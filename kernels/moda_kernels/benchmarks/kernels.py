@@ -215,7 +215,9 @@ def _run(args: argparse.Namespace) -> None:
     if not args.plot_only:
         require_gpu()
         if path.is_file() and (args.only is not None or set(args.variants) != set(VARIANTS)):
-            raise NotMeasured(f"--only and --variants: part of a table would replace all of {path}; choose another --out")
+            raise NotMeasured(
+                f"--only and --variants: part of a table would replace all of {path}; choose another --out"
+            )
         run_table(args.table, args.out, args.variants, args.jobs, args.only, args.budget_ms)
     elif not path.is_file():
         raise NotMeasured(f"file not found: {path}")

@@ -59,7 +59,9 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], where: Mapping[str, 
     """
     where = provenance() if where is None else where
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # as moda.files does, which the operator alone lacks
+    scratch = path.with_name(
+        f".{path.name}.{os.getpid()}.partial"
+    )  # as moda.files does, which the operator alone lacks
     try:
         with scratch.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, dict.fromkeys([*rows[0], *where]))

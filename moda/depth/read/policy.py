@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from moda.errors import UserError
 from moda.registered import Registered
 
 __all__ = ["SlotPolicy"]
@@ -27,8 +28,17 @@ class SlotPolicy(Registered):
         raise NotImplementedError
 
     def reads(self, n_layers: int, kinds: int) -> tuple[tuple[int, ...], ...]:
-        """:meth:`slots` of every layer."""
-        return tuple(self.slots(layer, kinds) for layer in range(n_layers))
+        """:meth:`slots` of every layer.
+
+        :raises UserError: for slots that are not increasing, or that no earlier layer writes.
+        """
+        reads = tuple(self.slots(layer, kinds) for layer in range(n_layers))
+        for layer, slots in enumerate(reads):
+            end = layer * kinds
+            if list(slots) != sorted(set(slots)) or slots and not 0 <= slots[0] <= slots[-1] < end:
+                expected = f"increasing slots 0 <= s < {end} for layer {layer} from the policy {self.name}"
+                raise UserError("model.depth.read", expected, slots)
+        return reads
 
     def describe(self) -> str:
         """What is read, in words."""
