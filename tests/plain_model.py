@@ -6,10 +6,12 @@ It shares no code with the project, so that both must be wrong in the same way f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
-Slot = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Slot = tuple[torch.Tensor, torch.Tensor]  # keys and values [B, T, Hk, D]
 
 
 def rms(x: torch.Tensor, gain: torch.Tensor | None, eps: float = 1e-6) -> torch.Tensor:
@@ -28,134 +30,129 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def plain_logits(
-    p: dict[str, torch.Tensor],
-    ids: torch.Tensor,
-    *,
-    n_layers: int,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    placement: str,
-    head_norm: bool,
-    depth: dict | None,
-    other: str | None = None,
-    dilation: int = 1,
-    theta: float = 500_000.0,
-) -> torch.Tensor:
-    """Logits ``[B, T, V]``. ``depth``: MoDA's attention, ffn, key_norm, rope, slots, or None.
+#: What becomes of the stream ``x`` at a sublayer ``f``, by norm placement, with the gains of the sublayer's norms.
+PLACEMENTS: dict[str, Callable] = {
+    "pre": lambda x, f, gains: x + f(rms(x, gains[0])),
+    "post": lambda x, f, gains: rms(x + f(x), gains[0]),
+    "reordered": lambda x, f, gains: x + rms(f(x), gains[0]),
+    "peri": lambda x, f, gains: x + rms(f(rms(x, gains[0])), gains[1]),
+}
 
+
+@dataclass
+class PlainDecoder:
+    """A decoder of the parameters ``p``; one object computes one forward pass.
+
+    :param depth: MoDA's attention, ffn, key_norm, rope and slots (the most recent that are read, or None for all), or None.
     :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
     """
-    group = n_heads // n_kv_heads
-    h = p["embeddings.weight"][ids]
-    B, T, _ = h.shape
-    slots: list[Slot] = []
-    first_values: list[torch.Tensor] = []
-    outputs = [h]
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        y = x @ p[f"{name}.weight"].T
-        return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
+    p: dict[str, torch.Tensor]
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    placement: str
+    head_norm: bool
+    depth: dict | None
+    other: str | None = None
+    dilation: int = 1
+    theta: float = 500_000.0
+    slots: list[Slot] = field(default_factory=list)
+    first_values: list[torch.Tensor] = field(default_factory=list)
 
-    def qk_norm(x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-        if head_norm:
-            return rms(x.reshape(B, T, -1, head_dim), gain)
-        return rms(x, gain).reshape(B, T, -1, head_dim)
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[B, T, V]`` of ids ``[B, T]``."""
+        place, p = PLACEMENTS[self.placement], self.p
+        h = p["embeddings.weight"][ids]
+        outputs = [h]
+        for layer in range(self.n_layers):
+            for sublayer, f in (("attention", self.attention), ("feed_forward", self.ffn)):
+                names = f"blocks.{layer}.{sublayer}_norm.weight", f"blocks.{layer}.post_{sublayer}_norm.weight"
+                h = place(h, lambda x, f=f, layer=layer: f(x, layer), [p.get(name) for name in names])
+            if self.other == "denseformer":
+                outputs.append(h)
+                read = [x for j, x in enumerate(outputs) if j % self.dilation == (layer + 1) % self.dilation]
+                h = torch.stack([a * x for a, x in zip(p[f"depth.averages.{layer}"], read)]).sum(0)
+                assert len(read) == len(p[f"depth.averages.{layer}"])
+        return rms(h, p["lm_head.norm.weight"]) @ p["lm_head.w_out.weight"].T
 
-    def make_slot(k: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, projected: bool) -> Slot:
-        """Keys as a reader will see them but for a reader's gain, which has to be applied by the reader."""
-        assert depth is not None
-        v = v.reshape(B, T, n_kv_heads, head_dim)
-        if depth["key_norm"] == "reader":
-            k = qk_norm(k, None)
-            return k, v, None
-        if depth["key_norm"] == "none" and projected:
-            k = k.reshape(B, T, n_kv_heads, head_dim)
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        y = x @ self.p[f"{name}.weight"].T
+        return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def qk_norm(self, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+        return rms(self.heads(x), gain) if self.head_norm else self.heads(rms(x, gain))
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, layer: int, projected: bool) -> None:
+        """Write keys as a reader will see them but for a reader's gain, which has to be applied by the reader."""
+        assert self.depth is not None
+        v = self.heads(v)
+        if self.depth["key_norm"] == "reader":
+            self.slots.append((self.qk_norm(k, None), v))
+            return
+        if self.depth["key_norm"] == "none" and projected:
+            k = self.heads(k)
         else:
-            k = qk_norm(k, gain)
-        return (rotate(k, theta) if depth["rope"] == "same_position" else k), v, None
+            k = self.qk_norm(k, self.p[f"blocks.{layer}.attention.k_norm.weight"])
+        self.slots.append((rotate(k, self.theta) if self.depth["rope"] == "same_position" else k, v))
 
-    def attention(x: torch.Tensor, name: str, layer: int) -> torch.Tensor:
-        rq, rk, rv = (linear(x, f"{name}.{w}") for w in ("w_q", "w_k", "w_v"))
-        q = rotate(qk_norm(rq, p[f"{name}.q_norm.weight"]), theta)
-        k = rotate(qk_norm(rk, p[f"{name}.k_norm.weight"]), theta)
-        v = rv.reshape(B, T, n_kv_heads, head_dim)
-        if other == "value_residual":
-            first_values.append(v)
+    def project(self, x: torch.Tensor, layer: int, kind: str) -> None:
+        name = f"blocks.{layer}.depth.{kind}_slot"
+        if f"{name}.w_k.weight" in self.p:
+            self.write(self.linear(x, f"{name}.w_k"), self.linear(x, f"{name}.w_v"), layer, True)
+        else:  # no layer reads it
+            self.slots.append((torch.tensor(math.nan), torch.tensor(math.nan)))
+
+    def seen(self, layer: int) -> list[Slot]:
+        """The slots that a layer reads."""
+        if self.depth is not None and "reads" in self.depth:  # a function of the layer and the kinds of slots
+            return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
+        window = self.depth and self.depth["slots"]
+        return self.slots if window is None else self.slots[max(0, len(self.slots) - window) :]
+
+    def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        name = f"blocks.{layer}.attention"
+        q_gain, k_gain = self.p[f"{name}.q_norm.weight"], self.p[f"{name}.k_norm.weight"]
+        raw_q, raw_k, raw_v = (self.linear(x, f"{name}.{w}") for w in ("w_q", "w_k", "w_v"))
+        q, k = rotate(self.qk_norm(raw_q, q_gain), self.theta), rotate(self.qk_norm(raw_k, k_gain), self.theta)
+        v = self.heads(raw_v)
+        if self.other == "value_residual":
+            self.first_values.append(v)
             if layer > 0:
-                own, first = p[f"blocks.{layer}.depth.weights"]
-                v = own * v + first * first_values[0]
-        seen = slots if depth is None or depth["slots"] is None else slots[max(0, len(slots) - depth["slots"]) :]
-        if depth is not None and "reads" in depth:  # any slots: a function of the layer and the kinds of slots
-            seen = [slots[i] for i in depth["reads"](layer, 2 if depth["ffn"] else 1)]
-        out = torch.zeros(B, T, n_heads, head_dim, dtype=x.dtype)
-        for head in range(n_heads):
+                own, first = self.p[f"blocks.{layer}.depth.weights"]
+                v = own * v + first * self.first_values[0]
+        T, D, group = x.shape[1], self.head_dim, self.n_heads // self.n_kv_heads
+        out = torch.zeros_like(q)
+        for head in range(self.n_heads):
             kv = head // group
-            s = q[:, :, head] @ k[:, :, kv].transpose(1, 2) / math.sqrt(head_dim)
+            s = q[:, :, head] @ k[:, :, kv].transpose(1, 2) / math.sqrt(D)
             s = s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             values = []
-            for dk, dv, _ in seen:
-                key = dk[:, :, kv]
-                if depth is not None and depth["key_norm"] == "reader":
-                    gain = p[f"{name}.k_norm.weight"]
-                    key = key * (gain if head_norm else gain[kv * head_dim : (kv + 1) * head_dim])
-                    if depth["rope"] == "same_position":
-                        key = rotate(key[:, :, None], theta)[:, :, 0]
-                s = torch.cat([s, (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(head_dim)], dim=-1)
-                values.append(dv[:, :, kv])
+            for depth_k, depth_v in self.seen(layer):
+                key = depth_k[:, :, kv]
+                if self.depth is not None and self.depth["key_norm"] == "reader":
+                    key = key * (k_gain if self.head_norm else k_gain[kv * D : (kv + 1) * D])
+                    if self.depth["rope"] == "same_position":
+                        key = rotate(key[:, :, None], self.theta)[:, :, 0]
+                s = torch.cat([s, (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(D)], dim=-1)
+                values.append(depth_v[:, :, kv])
             w = s.softmax(-1)
-            o = w[..., :T] @ v[:, :, kv]
-            for i, value in enumerate(values):
-                o = o + w[..., T + i, None] * value
-            out[:, :, head] = o
-        if depth is not None and layer < n_layers - 1:
-            gain = p[f"{name}.k_norm.weight"]
-            if depth["attention"] == "project":
-                d = f"{name.removesuffix('.attention')}.depth.attention_slot"
-                if f"{d}.w_k.weight" in p:
-                    slots.append(make_slot(linear(x, f"{d}.w_k"), linear(x, f"{d}.w_v"), gain, True))
-                else:  # no layer reads it
-                    slots.append((torch.full_like(k, math.nan), v, None))
+            out[:, :, head] = w[..., :T] @ v[:, :, kv] + sum(
+                w[..., T + i, None] * value for i, value in enumerate(values)
+            )
+        if self.depth is not None and layer < self.n_layers - 1:
+            if self.depth["attention"] == "project":
+                self.project(x, layer, "attention")
             else:
-                slots.append(make_slot(rk, rv, gain, False))
-        return linear(out.reshape(B, T, -1), f"{name}.w_out")
+                self.write(raw_k, raw_v, layer, False)
+        return self.linear(out.flatten(2), f"{name}.w_out")
 
-    def ffn(u: torch.Tensor, name: str) -> torch.Tensor:
-        f = f"{name}.feed_forward"
-        return linear(torch.nn.functional.silu(linear(u, f"{f}.w1")) * linear(u, f"{f}.w3"), f"{f}.w2")
-
-    for layer in range(n_layers):
-        b = f"blocks.{layer}"
-        na, nf = p[f"{b}.attention_norm.weight"], p[f"{b}.feed_forward_norm.weight"]
-        enters = placement in ("pre", "peri")
-        a = attention(rms(h, na) if enters else h, f"{b}.attention", layer)
-        if placement == "reordered":
-            a = rms(a, na)
-        if placement == "peri":
-            a = rms(a, p[f"{b}.post_attention_norm.weight"])
-        h = h + a
-        if placement == "post":
-            h = rms(h, na)
-        u = rms(h, nf) if enters else h
-        if depth is not None and depth["ffn"] and layer < n_layers - 1:
-            d = f"{b}.depth.ffn_slot"
-            if f"{d}.w_k.weight" in p:
-                gain = p[f"{b}.attention.k_norm.weight"]
-                slots.append(make_slot(linear(u, f"{d}.w_k"), linear(u, f"{d}.w_v"), gain, True))
-            else:  # no layer reads it
-                slots.append((torch.full((B, T, n_kv_heads, head_dim), math.nan), h, None))
-        f = ffn(u, b)
-        if placement == "reordered":
-            f = rms(f, nf)
-        if placement == "peri":
-            f = rms(f, p[f"{b}.post_feed_forward_norm.weight"])
-        h = h + f
-        if placement == "post":
-            h = rms(h, nf)
-        if other == "denseformer":
-            outputs.append(h)
-            read = [x for j, x in enumerate(outputs) if j % dilation == (layer + 1) % dilation]
-            h = torch.stack([a * x for a, x in zip(p[f"depth.averages.{layer}"], read)]).sum(0)
-            assert len(read) == len(p[f"depth.averages.{layer}"])
-    return rms(h, p["lm_head.norm.weight"]) @ p["lm_head.w_out.weight"].T
+    def ffn(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        if self.depth is not None and self.depth["ffn"] and layer < self.n_layers - 1:
+            self.project(x, layer, "ffn")
+        f = f"blocks.{layer}.feed_forward"
+        return self.linear(torch.nn.functional.silu(self.linear(x, f"{f}.w1")) * self.linear(x, f"{f}.w3"), f"{f}.w2")

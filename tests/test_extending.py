@@ -24,6 +24,7 @@ from moda.placements import NormPlacement
 from moda.train.plan import make_plan
 from moda.typed import to_dict
 from tests.model.test_against_plain import DEPTH, build, check
+from tests.plain_model import PLACEMENTS, rms
 from tests.tiny import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -82,9 +83,14 @@ def test_every_recipe_of_the_table_is_on_the_page() -> None:
     assert rows == headings and len(CODE) == len(rows)
 
 
-def test_a_norm_placement(registries: None) -> None:
+def test_a_norm_placement(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = load("deep").Deep
     NormPlacement.register(*NormPlacement.known.values(), deep)
+    formula = re.search(r'`"deep": (lambda [^`]*)`', PAGE)
+    assert formula is not None
+    monkeypatch.setitem(PLACEMENTS, "deep", eval(formula[1], {"rms": rms}))
+    for options in (None, DEPTH):
+        check(build("deep", options), "deep", options)
     x, out = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     made = deep(3.0).combine(x, out, [torch.tanh], torch.add)
     assert torch.equal(made, torch.tanh(3.0 * x + out))

@@ -25,6 +25,7 @@ from moda.hf.bundle import _imports, bundle
 from moda.hf.configuration_moda import MoDAConfig
 from moda.hf.modeling_moda import MoDAForCausalLM
 from moda.model import transformer_config
+from moda.placements import NormPlacement
 from moda.typed import to_dict
 from moda_evals.model import open_model
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
@@ -86,7 +87,7 @@ def test_windows_of_slots(slots: int, attention: str) -> None:
     check(config_of(depth=dict(mechanism="moda", attention=attention, read=dict(recent=slots))))
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+@pytest.mark.parametrize("placement", NormPlacement.known)
 @pytest.mark.parametrize(
     "depth", [None, "moda", "value_residual", "denseformer"], ids=["plain", "depth", "value_residual", "denseformer"]
 )

@@ -11,7 +11,8 @@ from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as M
 
 from moda.config.model import ModelConfig
 from moda.model import transformer_config
-from tests.plain_model import plain_logits
+from moda.placements import NormPlacement
+from tests.plain_model import PLACEMENTS, PlainDecoder
 
 SMALL = dict(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, ffn_hidden_size=48, vocab_size=61)
 DEPTH = dict(attention="reuse", ffn=True, key_norm="writer", rope="same_position", slots=None)
@@ -56,7 +57,8 @@ def check(
     shape = {**{k: SMALL[k] for k in ("n_layers", "n_heads", "head_dim")}, "n_kv_heads": n_kv_heads}
     if "n_layers" in other:
         shape["n_layers"] = other.pop("n_layers")
-    plain = plain_logits(leaves, ids, placement=placement, head_norm=head_norm, depth=depth, **shape, **other)
+    decoder = PlainDecoder(leaves, placement=placement, head_norm=head_norm, depth=depth, **shape, **other)
+    plain = decoder.logits(ids)
     (plain * weights).sum().backward()
 
     assert (logits - plain).abs().max() < TOLERANCE * plain.abs().max()
@@ -85,9 +87,13 @@ def test_every_depth_variant(depth: dict, qk_norm: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [None, DEPTH], ids=["plain", "depth"])
-@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_norm_placements(placement: str, depth: dict | None) -> None:
     check(build(placement, depth), placement, depth)
+
+
+def test_every_placement_has_its_formula() -> None:
+    assert set(PLACEMENTS) == set(NormPlacement.known)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -114,7 +120,7 @@ def other_options(depth: dict) -> dict[str, Any]:
     return {"other": depth["mechanism"], "dilation": depth.get("dilation", 1)}
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "reordered", "peri"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("depth", OTHERS, ids=variant_id)
 def test_other_mechanisms(depth: dict, placement: str) -> None:
     check(build(placement, depth), placement, None, **other_options(depth))
