@@ -265,6 +265,10 @@ class DepthMechanism(Registered):
         """The module of the whole model, on the current default device."""
         return DepthModel()
 
+    def layout(self, n_layers: int) -> DepthLayout | None:
+        """The slots that the layers of a model write and read; None for a mechanism without slots."""
+        return None
+
     def num_params(self, model: ModelConfig) -> int:
         """Parameters that the mechanism adds, counted from its modules."""
         with torch.device("meta"):

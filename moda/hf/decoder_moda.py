@@ -149,7 +149,10 @@ class _Steps:
             out = torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
             out = out + torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))
         else:
-            out = torch.einsum("bkgts,bksd->btkgd", logits.softmax(-1), values.to(wide))
+            weights = logits.softmax(-1)
+            out = torch.einsum("bkgts,bksd->btkgd", weights, values.to(wide))
+        if context["watch"] is not None:
+            context["watch"].append(weights.flatten(1, 2))
         return out.flatten(2, 3).to(q.dtype), state
 
     def write_slot(
@@ -211,9 +214,10 @@ class MoDALayer(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,
         cache: Cache | None = None,
+        watch: list[torch.Tensor] | None = None,
     ) -> tuple[Any, State]:
         """The stream and the mechanism's state after the block."""
-        steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache}
+        steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache, "watch": watch}
         for sublayer in ("attention", "feed_forward"):
             norms = [getattr(self, name) for name in self.placement.norm_names(sublayer)]
             x = self.placement.receive(self.depth("receive", sublayer, stream), norms)
@@ -273,12 +277,15 @@ class DecoderParts:
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         streams: list[Any] | None = None,
+        watch: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Final hidden states ``[B, T, hidden]`` of the new tokens' embeddings ``[B, T, hidden]``.
 
         :param attention_mask: ``[B, past + T]``, 0 for padding (on the left when generating).
         :param position_ids: ``[B, T]``; counted from the cache and the mask if None.
         :param streams: takes the residual stream before every block.
+        :param watch: takes each layer's attention weights ``[B, Hq, T, keys + slots]``. Wrappers that copy arguments (device
+            maps) would fill a copy.
         """
         B, T, _ = embedded.shape
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -294,6 +301,6 @@ class DecoderParts:
             stream, state = forward_pass.enter(i, stream)
             if streams is not None:
                 streams.append(stream)
-            stream, state = layer(stream, state, angles, mask, cache=cache)
+            stream, state = layer(stream, state, angles, mask, cache=cache, watch=watch)
             stream = forward_pass.leave(i, stream, state)
         return self.norm(forward_pass.finish(stream))

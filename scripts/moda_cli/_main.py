@@ -32,6 +32,7 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face folder, or read one back",
     "prepare": "turn text into token files, mirror a data mix, inspect prepared data",
     "bench": "measure kernels, training, evaluation and data preparation",
+    "visualize": "show what checkpoints attend to, over the sequence and over depth",
     "draw": "draw what a query of a MoDA layer sees, or what layers read",
 }
 
