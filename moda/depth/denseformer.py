@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moda.errors import UserError
 
-from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State
+from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -48,13 +47,10 @@ class _Model(DepthModel):
         return h, _Pass(self.averages, self.dilation, h)
 
     def reset_parameters(self) -> None:
-        with torch.no_grad():
-            for weights in self.averages:
-                start = torch.zeros(weights.shape, device=weights.device)
-                start[-1] = 1
-                if isinstance(weights, DTensor):  # FSDP has split it: every rank keeps its part of the same numbers
-                    start = distribute_tensor(start, weights.device_mesh, weights.placements, src_data_rank=None)
-                weights.copy_(start)
+        for weights in self.averages:
+            start = torch.zeros(weights.shape)
+            start[-1] = 1
+            set_start(weights, start)
 
 
 @dataclass(frozen=True)

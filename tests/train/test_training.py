@@ -181,6 +181,8 @@ PARALLEL = {
     "tensor": ["parallel.tensor=2", "model.depth=null"],
     "fsdp, value residual": ["model.depth.mechanism=value_residual"],
     "fsdp, denseformer": ["model.depth.mechanism=denseformer"],
+    "fsdp, mhc": ["model.depth.mechanism=mhc"],
+    "fsdp, attention residuals": ["model.depth.mechanism=attention_residuals", "model.norm_placement=pre"],
 }
 
 
