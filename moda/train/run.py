@@ -195,12 +195,12 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
         _resume(trainer, checkpoint, config)
     elif config.train.load_path is not None:
         _start_from(config.train.load_path, p, trainer, module)
-    resolved = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-    on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", resolved))
     done = {"step": trainer.global_step, "tokens": trainer.global_train_tokens_seen, "epoch": trainer.epoch}
     if complete := trainer.max_duration.due(**done):
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
+        resolved = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+        on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", resolved))
         if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
             trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()
