@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from olmo_core.distributed.utils import all_reduce_value, barrier, get_fs_local_rank, get_rank
+from olmo_core.distributed.utils import all_reduce_value, barrier, get_rank
 from olmo_core.io import is_url
 from olmo_core.optim import SkipStepOptimizer
 from olmo_core.train.callbacks import Callback, SpeedMonitorCallback, WandBCallback
 
 from moda.checkpoints import checkpoints_of_run, remove_old, write_checksums
 
+from .environment import on_first_rank
 from .metrics import stable_name
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,21 @@ class SealCallback(Callback):
     _saved: list[Path] = field(default_factory=list)
 
     def pre_train(self) -> None:
-        if get_rank() == 0 and not is_url(self.trainer.save_folder):
-            self._saved = checkpoints_of_run(Path(self.trainer.save_folder), self.step)
+        if not is_url(folder := self.trainer.save_folder):
+            self._saved = on_first_rank(lambda: checkpoints_of_run(Path(folder), self.step))
 
     def post_checkpoint_saved(self, path: Any) -> None:
         if is_url(str(path)):
             return
         if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
             barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
-        if get_rank() == 0 and get_fs_local_rank() == 0:
-            write_checksums(Path(str(path)))
-            self._saved = remove_old([*self._saved, Path(str(path))], self.keep)
+            on_first_rank(lambda: self._seal(Path(str(path))))
+        elif get_rank() == 0:
+            self._seal(Path(str(path)))
+
+    def _seal(self, path: Path) -> None:
+        write_checksums(path)
+        self._saved = remove_old([*self._saved, path], self.keep)
 
 
 class SkipStepCallback(Callback):
