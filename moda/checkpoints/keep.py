@@ -4,6 +4,7 @@ Only whole checkpoints that the run itself saved in its folder are counted and r
 ``train.save_folder``. What was copied or renamed into it, and what is damaged, stays.
 """
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -35,7 +36,9 @@ def checkpoints_of_run(folder: Path, step: int) -> list[Path]:
 
 
 def _is_ephemeral(path: Path) -> bool:
-    return read_json(path / Checkpointer.METADATA_FNAME, "checkpoint").get("ephemeral") is True
+    with contextlib.suppress(UserError):  # damaged or gone since: as good as permanent
+        return read_json(path / Checkpointer.METADATA_FNAME, "checkpoint").get("ephemeral") is True
+    return False
 
 
 def remove_old(saved: list[Path], keep: int | None) -> list[Path]:
@@ -46,12 +49,16 @@ def remove_old(saved: list[Path], keep: int | None) -> list[Path]:
 
     :returns: those that are left.
     """
+    saved = [path for path in saved if path.is_dir()]  # someone may have removed one
     permanent = [path for path in saved if not _is_ephemeral(path)]
     stay = {saved[-1], *(permanent if keep is None else permanent[-keep:])}
     for path in saved:
         if path not in stay:
             log.info("removing checkpoint %s", path)
-            path.rename(path.with_name(f".{path.name}.removed"))  # so that none is ever half there
+            try:
+                path.rename(path.with_name(f".{path.name}.removed"))  # so that none is ever half there
+            except OSError as e:  # no reason to stop
+                log.warning("checkpoint %s cannot be removed: %s", path, e)
     for removed in saved[-1].parent.glob(".step*.removed"):
         shutil.rmtree(removed, ignore_errors=True)
     return [path for path in saved if path in stay]

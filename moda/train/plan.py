@@ -73,6 +73,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """
     train, parallel = config.train, config.parallel
     own_folder("train.save_folder", config.save_folder)
+    own_folder("data.work_dir", config.data.work_dir)
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
     transformer = transformer_config(config.model, tokenizer.config.vocab_size)

@@ -55,6 +55,7 @@ CASES: list[tuple] = [
     ("train.microbatch_size=3", ["train.microbatch_size", "a divisor of train.global_batch_size (4)", "3"]),
     ("train.max_tokens=1000", ["train.max_tokens", "exactly one of train.max_tokens and train.max_steps", "both"]),
     ("train.save_folder=a/../..", ["train.save_folder", "a folder of its own", "a/../.."]),
+    ("data.work_dir=.", ["data.work_dir", "a folder of its own"]),
     ("name=..", ["name", "a name for a folder", "'..'"]),
     ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),

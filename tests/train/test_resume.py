@@ -201,6 +201,9 @@ def test_keep_counts_the_run_s_own_whole_checkpoints(tmp_path: Path, monkeypatch
     saved = remove_old([*saved, fake(run, 65, run, ephemeral=True)], 1)
     assert [p.name for p in saved] == ["step60", "step65"]  # an ephemeral one is beside those that are kept
     assert remove_old(saved, None) == saved
+    shutil.rmtree(run / "step60")  # by hand
+    (run / "step65" / ".metadata.json").write_text("{")
+    assert [p.name for p in remove_old([*saved, fake(run, 66, run)], 3)] == ["step65", "step66"]
 
 
 def test_metrics_lose_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
