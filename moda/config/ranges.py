@@ -30,11 +30,15 @@ def folder_name(key: str, name: str) -> None:
         raise UserError(key, "a name for a folder: at most 200 bytes, no slash, not beginning with . or ~", repr(name))
 
 
-def own_folder(key: str, folder: str) -> None:
-    """Refuse the current directory, the home directory and what they lie in, and URLs that cannot be written."""
+def own_folder(key: str, folder: str, remote: bool = False) -> None:
+    """Refuse the current directory, the home directory and what they lie in, and URLs that cannot be written.
+
+    :param remote: whether it may be a URL.
+    """
     if "://" in folder:
-        if folder.split("://")[0] not in ("gs", "r2", "s3", "weka"):
-            raise UserError(key, "a folder, or a URL that begins with gs, r2, s3 or weka", folder)
+        if not remote or folder.split("://")[0] not in ("gs", "r2", "s3", "weka"):
+            either = ", or a URL that begins with gs, r2, s3 or weka" if remote else ""
+            raise UserError(key, f"a folder{either}", folder)
         return
     if not folder.strip() or not folder.isprintable() or folder.startswith("~"):
         raise UserError(key, "a folder, not beginning with ~ (which only a shell expands)", repr(folder))

@@ -72,7 +72,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     :raises UserError: naming the key.
     """
     train, parallel = config.train, config.parallel
-    own_folder("train.save_folder", config.save_folder)
+    own_folder("train.save_folder", config.save_folder, remote=True)
     own_folder("data.work_dir", config.data.work_dir)
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)

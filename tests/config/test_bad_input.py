@@ -104,14 +104,16 @@ def test_names_that_are_no_folders(name: str) -> None:
 )
 def test_folders_that_no_run_may_have_for_its_own(folder: str) -> None:
     with pytest.raises(UserError, match="^train.save_folder: expected a folder"):
-        own_folder("train.save_folder", os.path.expandvars(folder))
+        own_folder("train.save_folder", os.path.expandvars(folder), remote=True)
 
 
 def test_good_names_and_folders() -> None:
     for name in ("moda_1.5b", "caf\u00e9 2", "x" * 200):
         folder_name("name", name)
     for folder in ("runs/a", "../a", "/nowhere/a", "s3://bucket/a", "a b #2"):
-        own_folder("train.save_folder", folder)
+        own_folder("train.save_folder", folder, remote=True)
+    with pytest.raises(UserError, match="^data.work_dir: expected a folder, got s3://bucket/a"):
+        own_folder("data.work_dir", "s3://bucket/a")
 
 
 def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
