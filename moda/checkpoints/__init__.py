@@ -5,10 +5,11 @@ trainer's state (``train/``) and ``checksums.json``.
 """
 
 from .find import STATE, find_resumable, kind_of
+from .keep import checkpoints_of_run, remove_old
 from .own import OwnCheckpointer, check_own
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
-from .settings import changed_settings, check_same_model, read_settings
+from .settings import changed_settings, check_same_model, check_same_run, read_settings
 
 __all__ = [
     "CHECKSUMS",
@@ -18,6 +19,8 @@ __all__ = [
     "changed_settings",
     "check_own",
     "check_same_model",
+    "check_same_run",
+    "checkpoints_of_run",
     "damage",
     "find_resumable",
     "kind_of",
@@ -26,5 +29,6 @@ __all__ = [
     "open_checkpoint",
     "read_settings",
     "read_weights",
+    "remove_old",
     "write_checksums",
 ]

@@ -14,7 +14,7 @@ from moda.errors import UserError
 
 from .choices import Checkpointing, DataParallel, Optimizer
 from .model import ModelConfig
-from .ranges import above, at_least
+from .ranges import above, at_least, folder_name
 
 __all__ = [
     "CheckpointConfig", "DataConfig", "EvalConfig", "LoggingConfig", "ModelConfig", "OptimConfig", "ParallelConfig",
@@ -151,7 +151,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """``optim``: AdamW, linear warm-up, cosine to ``final_lr_ratio * lr``.
+    """``optim``: AdamW, linear warm-up, cosine to ``final_lr_ratio * lr`` at the end of ``max_steps`` or ``max_tokens``.
 
     :param weight_decay: on everything but the embeddings.
     :param max_grad_norm: clip gradients to this norm; null for none.
@@ -186,8 +186,9 @@ class TrainConfig:
     :param sequence_length: tokens in a sequence.
     :param global_batch_size: sequences in an optimizer step, over all ranks.
     :param microbatch_size: sequences that one rank runs at a time.
-    :param max_tokens: stop after this many tokens; give this or ``max_steps``.
+    :param max_tokens: stop after this many tokens, however large the batches were; give this or ``max_steps``.
     :param max_steps: stop after this many steps.
+    :param seed: of the initial weights and the order of the data; a run keeps it.
     :param save_folder: checkpoints, logs and metrics; ``runs/<name>`` if null. A run found there is resumed.
     :param load_path: a checkpoint to start from when the save folder has none.
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
@@ -318,7 +319,7 @@ class CheckpointConfig:
 
     :param interval: permanent checkpoints, every how many steps.
     :param ephemeral_interval: checkpoints that the next one replaces, every how many steps; null for none.
-    :param keep: permanent checkpoints to keep; null for all.
+    :param keep: permanent checkpoints to keep, those of earlier sessions of the run included; null for all.
     :param save_async: write in the background while training goes on.
     """
 
@@ -376,8 +377,7 @@ class RunConfig:
     description: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or "/" in self.name:
-            raise UserError("name", "a name without slashes", self.name)
+        folder_name("name", self.name)
         if self.train.save_folder is None:
             self.train.save_folder = f"runs/{self.name}"
         if self.train.global_batch_size % self.train.microbatch_size:

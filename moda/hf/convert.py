@@ -290,7 +290,7 @@ def _run_settings(folder: Path, out: Path, export: Export) -> RunConfig:
         "pad_token_id": export.config.get("pad_token_id"),
     }
     data = {"paths": ["none"], "tokenizer": tokenizer}
-    train = {"sequence_length": export.sequence_length, "max_steps": 1, "save_folder": str(out.parent)}
+    train = {"sequence_length": export.sequence_length, "max_steps": 1}
     sections = {"model": to_dict(export.model), "data": data, "train": train}
     return from_dict(RunConfig, {"name": folder.resolve().name, **sections})
 

@@ -1,33 +1,101 @@
-"""Small callbacks of OLMo-core's trainer: checksums, signals, speed."""
+"""Small callbacks of OLMo-core's trainer: whole checkpoints, what they leave out, signals, time and speed."""
 
 import functools
+import logging
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
-from olmo_core.distributed.utils import all_reduce_value, barrier, get_fs_local_rank, get_rank
+from olmo_core.distributed.utils import all_reduce_value, barrier, get_rank
 from olmo_core.io import is_url
+from olmo_core.optim import SkipStepOptimizer
 from olmo_core.train.callbacks import Callback, SpeedMonitorCallback, WandBCallback
 
-from moda.checkpoints import write_checksums
+from moda.checkpoints import checkpoints_of_run, remove_old, write_checksums
 
+from .environment import on_first_rank
 from .metrics import stable_name
 
+log = logging.getLogger(__name__)
 
-class ChecksumCallback(Callback):
-    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it."""
+
+@dataclass
+class SealCallback(Callback):
+    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it. Then older ones may go.
+
+    :param keep: permanent checkpoints to keep; None for all.
+    """
 
     priority: ClassVar[int] = -100
+
+    keep: int | None = None
+    _saved: list[Path] = field(default_factory=list)
+
+    def pre_train(self) -> None:
+        if not is_url(folder := self.trainer.save_folder):
+            self._saved = on_first_rank(lambda: checkpoints_of_run(Path(folder), self.step))
 
     def post_checkpoint_saved(self, path: Any) -> None:
         if is_url(str(path)):
             return
         if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
             barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
-        if get_rank() == 0 and get_fs_local_rank() == 0:
-            write_checksums(Path(str(path)))
+            on_first_rank(lambda: self._seal(Path(str(path))))
+        elif get_rank() == 0:
+            self._seal(Path(str(path)))
+
+    def _seal(self, path: Path) -> None:
+        write_checksums(path)
+        self._saved = remove_old([*self._saved, path], self.keep)
+
+
+class SkipStepCallback(Callback):
+    """Saves the losses and gradient norms by which a skip-step optimizer judges a step: its own state lacks them."""
+
+    @property
+    def _optim(self) -> SkipStepOptimizer:
+        optim = self.trainer.train_module.optim  # type: ignore[attr-defined]
+        assert isinstance(optim, SkipStepOptimizer)
+        return optim
+
+    def state_dict(self) -> dict[str, Any]:
+        history = {"losses": self._optim._losses, "grad_norms": self._optim._grad_norms}
+        return {name: torch.stack(seen) if seen else torch.empty(0) for name, seen in history.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        losses, norms = (state_dict[name].to(self._optim.device) for name in ("losses", "grad_norms"))
+        clips = self.trainer.train_module.max_grad_norm is not None  # type: ignore[attr-defined]
+        if clips != bool(len(norms)):  # the optimizer takes both histories for equally long
+            log.warning(
+                "optim.max_grad_norm was switched on or off: %s begins a new history", type(self._optim).__name__
+            )
+            return
+        for loss in losses:
+            self._optim.latest_loss = loss
+        for norm in norms:
+            self._optim.latest_grad_norm = norm
+
+
+@dataclass
+class ClockCallback(Callback):
+    """Counts the seconds of a run over its sessions. What a kill has undone is not part of it, in steps as in time."""
+
+    _started: float = field(default_factory=time.monotonic)
+    _before: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["seconds"]
 
 
 @dataclass

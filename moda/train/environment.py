@@ -3,13 +3,21 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.train import prepare_training_environment
 from rich.console import Console
 from rich.logging import RichHandler
+
+from moda.errors import UserError
+
+T = TypeVar("T")
+
+LOG_FILE = "train.log"
 
 #: The one console of the process: the progress bar and log lines share it.
 console = Console()
@@ -36,6 +44,32 @@ def prepare_environment(seed: int) -> None:
     quiet.setLevel(logging.WARNING)  # until the log file is there, its notes would go to the terminal
     prepare_training_environment(seed=seed, backend=backend, shared_filesystem=True)
     quiet.setLevel(level)
+
+
+def on_first_rank(work: Callable[[], T], key: str = "train.save_folder") -> T:
+    """What ``work`` returns on rank 0, on every rank, which must all call this.
+
+    :param work: returns something small that can be sent to the other ranks.
+    :param key: what a file that cannot be read or written is about.
+
+    :raises UserError: on every rank, where ``work`` raises one or an OSError. After anything else the others exit without a word.
+    """
+    result: T | None = None
+    error: BaseException | None = None
+    if get_rank() == 0:
+        try:
+            result = work()
+        except OSError as e:
+            error = UserError(key, "files that can be read and written", e.filename, e.strerror)
+        except BaseException as e:
+            error = e
+    sent = error if error is None or isinstance(error, UserError) else SystemExit(1)
+    result, sent = broadcast_object((result, sent))
+    if error is not None:
+        raise error
+    if sent is not None:
+        raise sent
+    return result  # type: ignore[return-value]
 
 
 class _OursOrWarning(logging.Filter):
@@ -69,6 +103,6 @@ def set_up_logging(folder: str) -> None:
     screen.addFilter(_FirstRank())
     root.addHandler(screen)
     if get_rank() == 0:
-        file = logging.FileHandler(Path(folder) / "train.log")
+        file = logging.FileHandler(Path(folder) / LOG_FILE)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from moda.config.ranges import own_folder
 from moda.config.schema import Checkpointing, DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -71,6 +72,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     :raises UserError: naming the key.
     """
     train, parallel = config.train, config.parallel
+    own_folder("train.save_folder", config.save_folder, remote=True)
+    own_folder("data.work_dir", config.data.work_dir)
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
     transformer = transformer_config(config.model, tokenizer.config.vocab_size)

@@ -11,7 +11,7 @@ from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import ConsoleLoggerCallback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .environment import console
+from .environment import console, on_first_rank
 from .metrics import MetricsFile, select
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,12 @@ def step_line(step: int, total: int, f: dict[str, float]) -> str:
 class ProgressCallback(ConsoleLoggerCallback):
     """Shows, logs and writes the figures of a run.
 
-    :param total_steps: steps of the whole run.
     :param devices: ranks that train.
     """
 
-    total_steps: int = 0
     devices: int = 1
     folder: str = ""
+    total_steps: int = 0
     _file: Any = None
     _shown: dict[str, float] = field(default_factory=dict)
     _bar: Any = None
@@ -58,10 +57,11 @@ class ProgressCallback(ConsoleLoggerCallback):
     _first_step: int | None = None
 
     def pre_train(self) -> None:
+        self.total_steps = self.trainer.max_steps or 0
+        self._file = MetricsFile(self.folder)
+        on_first_rank(lambda: self._file.rewind(self.step if self.trainer.checkpoint_loaded else -1))
         if get_rank() != 0:
             return
-        self._file = MetricsFile(self.folder)
-        self._file.rewind(self.step if self.trainer.checkpoint_loaded else -1)
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from moda.config import load_config
+from moda.config.ranges import folder_name, own_folder
 from moda.data import build_training_data, load_tokenizer
 from moda.errors import UserError
 from moda.train.plan import make_plan
@@ -52,6 +54,9 @@ CASES: list[tuple] = [
     ("optim.warmup_steps=12", ["optim.warmup_steps", "less than the run's 12 steps", "12"]),
     ("train.microbatch_size=3", ["train.microbatch_size", "a divisor of train.global_batch_size (4)", "3"]),
     ("train.max_tokens=1000", ["train.max_tokens", "exactly one of train.max_tokens and train.max_steps", "both"]),
+    ("train.save_folder=a/../..", ["train.save_folder", "a folder of its own", "a/../.."]),
+    ("data.work_dir=.", ["data.work_dir", "a folder of its own"]),
+    ("name=..", ["name", "a name for a folder", "'..'"]),
     ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
@@ -84,6 +89,31 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
     assert "\n" not in text
     for word in words:
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", ".run", "a/b", "a\\b", "~", "a\0", "a\n", "\ud800", " a", "x" * 201]
+)
+def test_names_that_are_no_folders(name: str) -> None:
+    with pytest.raises(UserError, match="^name: expected a name for a folder"):
+        folder_name("name", name)
+
+
+@pytest.mark.parametrize(
+    "folder", [" ", "", ".", "..", "a/..", "a/../..", "/", "~", "~/run", "$HOME", "a\0", "file:///a", "http://a/b"]
+)
+def test_folders_that_no_run_may_have_for_its_own(folder: str) -> None:
+    with pytest.raises(UserError, match="^train.save_folder: expected a folder"):
+        own_folder("train.save_folder", os.path.expandvars(folder), remote=True)
+
+
+def test_good_names_and_folders() -> None:
+    for name in ("moda_1.5b", "caf\u00e9 2", "x" * 200):
+        folder_name("name", name)
+    for folder in ("runs/a", "../a", "/nowhere/a", "s3://bucket/a", "a b #2"):
+        own_folder("train.save_folder", folder, remote=True)
+    with pytest.raises(UserError, match="^data.work_dir: expected a folder, got s3://bucket/a"):
+        own_folder("data.work_dir", "s3://bucket/a")
 
 
 def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,12 +72,15 @@ def test_a_whole_run_leaves_what_it_says(whole: Path) -> None:
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, eval=dict(on_start=True, on_finish=True))
+    config = write_config(tmp_path, eval=dict(on_start=True, on_finish=True), checkpoint=dict(interval=2, keep=2))
     assert start_and_signal(config, tmp_path / "run", 6, signal.SIGKILL) == -signal.SIGKILL
     resumed = run(config)
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.stdout + resumed.stderr
     assert_same_weights(tmp_path / "run" / f"step{STEPS}", whole / "run" / f"step{STEPS}")
     assert losses(tmp_path) == losses(whole)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(STEPS + 1))  # one line per step, though it was evaluated again when it resumed
+    assert sorted(p.name for p in (tmp_path / "run").glob("*step*")) == ["step10", "step12"]  # those of both sessions
 
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
@@ -123,6 +126,9 @@ def test_changes_since_the_run_was_begun_are_told_and_other_data_is_refused(whol
     shutil.copytree(whole / "run" / "step8", tmp_path / "run" / "step8")
     resumed = run(config, "optim.weight_decay=0.05")
     assert resumed.returncode == 0 and "optim.weight_decay: 0.1 -> 0.05" in resumed.stdout, resumed.stdout
+    theirs = weights(whole / "run" / f"step{STEPS}")
+    ours = weights(tmp_path / "run" / f"step{STEPS}")
+    assert not torch.equal(ours["model.lm_head.w_out.weight"], theirs["model.lm_head.w_out.weight"])
     shutil.rmtree(tmp_path / "run" / f"step{STEPS}")
     make_text(tmp_path / "text", 20)
     refused = run(config)
