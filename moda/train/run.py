@@ -17,17 +17,15 @@ from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device
-from omegaconf import OmegaConf
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from moda.checkpoints import STATE, changed_settings, check_own, check_same_model, find_resumable, match_weights
-from moda.config.schema import RunConfig
+from moda.config import RunConfig, to_yaml
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
 from moda.files import write_json, write_text
-from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import SignalCallback
@@ -63,7 +61,7 @@ def plan(config: RunConfig) -> Plan:
 
 def print_plan(p: Plan) -> None:
     """The resolved configuration and what it comes to (``--dry-run``)."""
-    console.print(OmegaConf.to_yaml(OmegaConf.create(to_dict(p.config))), highlight=False, markup=False, end="")
+    console.print(to_yaml(p.config), highlight=False, markup=False, end="")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in p.rows():
         table.add_row(name, value)
@@ -189,7 +187,7 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     elif config.train.load_path is not None:
         _start_from(config.train.load_path, p, trainer, module)
     if get_rank() == 0:
-        write_text(Path(config.log_folder) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        write_text(Path(config.log_folder) / "config.yaml", to_yaml(config))
     if trainer.global_step >= p.steps:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
