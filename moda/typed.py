@@ -70,7 +70,9 @@ def kind_name(kind: Any) -> str:
         return plain[kind] if allowed is None else f"{plain[kind]} {allowed}"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, tuple):
-        return f"a list of {kind_name(_bare(args[0])[0]).removeprefix('a ').removeprefix('an ')}s" if args else "a list"
+        item, allowed = _bare(args[0])
+        words = f"a list of {kind_name(item).removeprefix('a ').removeprefix('an ')}s"
+        return words if allowed is None else f"{words} {allowed}"
     if origin is dict:
         return "a mapping"
     if hasattr(kind, "family"):

@@ -96,7 +96,7 @@ class DataConfig(Section):
     :param mix: a data mix of OLMo-core by name, found under ``base_dir``.
     :param base_dir: folder, http(s), s3, gs or r2 URL of the mix.
     :param mix_tokens: use only a subset of the mix's files that holds this many tokens, the same one for everyone
-        (``moda prepare mirror --tokens`` downloads it).
+        (``mirror --tokens`` of ``moda prepare`` downloads it).
     :param mixture: prepared sources with ratios or token budgets.
     :param paths: token files (flat uint16/uint32, globs allowed), as OLMo-core reads them.
     :param text: text to tokenize at the first start: ``python-stdlib``, or files, folders and globs of any known text format.

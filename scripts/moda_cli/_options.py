@@ -2,9 +2,18 @@
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["Help", "add_config_arguments", "add_model_options", "count", "from_arguments", "new_parser"]
+__all__ = [
+    "Help",
+    "add_config_arguments",
+    "add_help_config",
+    "add_model_options",
+    "count",
+    "from_arguments",
+    "new_parser",
+]
 
 T = TypeVar("T")
 
@@ -24,10 +33,31 @@ def new_parser(text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=Help)
 
 
+class HelpConfig(argparse.Action):
+    """``--help-config [KEY]``: print what is known of the keys of a command's configuration, and exit."""
+
+    def __init__(self, command: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.command = command
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from moda.config.reference import text
+
+        print(text(self.command, values or ""))
+        parser.exit()
+
+
+def add_help_config(parser: argparse.ArgumentParser, command: str) -> None:
+    """``--help-config``."""
+    about = "describe all keys of the configuration, or KEY and those below it, and exit"
+    parser.add_argument("--help-config", nargs="?", metavar="KEY", action=partial(HelpConfig, command), help=about)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration file and overrides."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/moda_demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: optim.lr=1e-3")
+    add_help_config(parser, "train")
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtypes: list[str]) -> None:

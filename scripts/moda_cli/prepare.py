@@ -11,7 +11,7 @@ import logging
 import signal
 from typing import Any
 
-from ._options import Help, count, from_arguments, new_parser
+from ._options import Help, add_help_config, count, from_arguments, new_parser
 
 RESUME = "the same command continues from here"
 
@@ -19,7 +19,8 @@ RESUME = "the same command continues from here"
 def parser() -> argparse.ArgumentParser:
     top = new_parser(__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    p = commands.add_parser("tokenize", help="text to token files", description="docs/data.md lists the keys.")
+    p = commands.add_parser("tokenize", help="text to token files", description="docs/configuration.md lists the keys.")
+    add_help_config(p, "prepare")
     p.add_argument("arguments", nargs="+", metavar="FILE.yaml | key=value", help="output=data/mine sources.a=a.txt ...")
     p.add_argument("--restart", action="store_true", help="throw away an unfinished preparation of this output")
     p.add_argument("--overwrite", action="store_true", help="replace a finished output once the new one is complete")
