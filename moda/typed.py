@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union
 from moda.errors import UserError, nearest
 from moda.ranges import Range
 
-__all__ = ["Section", "Typed", "field_types", "from_dict", "kind_name", "to_dict"]
+__all__ = ["Section", "Typed", "convert", "field_types", "from_dict", "kind_name", "to_dict"]
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Section:
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
             key = f"{self.key}.{name}" if self.key else name
-            object.__setattr__(self, name, _convert(getattr(self, name), kind, key))
+            object.__setattr__(self, name, convert(getattr(self, name), kind, key))
 
 
 def field_types(cls: Any) -> dict[str, Any]:
@@ -104,8 +104,13 @@ def _read(typed: Typed, kind: Any) -> Any:
     return str(typed)
 
 
-def _convert(value: Any, kind: Any, key: str, expected: str | None = None) -> Any:
-    """A value as its type has it. ``expected``: what is allowed in all, where the type is one of several."""
+def convert(value: Any, kind: Any, key: str, expected: str | None = None) -> Any:
+    """A value as its type has it.
+
+    :param expected: what is allowed in all, where the type is one of several.
+
+    :raises UserError: for a value of another type or range.
+    """
     if isinstance(value, Typed):
         value = _read(value, kind)
     expected = expected or kind_name(kind)
@@ -129,12 +134,12 @@ def _convert(value: Any, kind: Any, key: str, expected: str | None = None) -> An
         if origin is tuple and Ellipsis not in args:
             if len(value) != len(args):
                 raise UserError(key, f"a list of {len(args)} values", list(value))
-            return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
-        return origin(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
+            return tuple(convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
+        return origin(convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(key, expected, _given(value))
-        return {_text(str(k), key): _convert(v, args[1], f"{key}.{k}") for k, v in value.items()}
+        return {_text(str(k), key): convert(v, args[1], f"{key}.{k}") for k, v in value.items()}
     converted = _convert_scalar(value, kind, key, expected)
     if allowed is not None and converted not in allowed:
         raise UserError(key, expected, converted)
@@ -152,10 +157,10 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str, expected: str
     else:
         fitting = [a for a in left if a is str and isinstance(value, str)]
     for option in fitting or (left if len(left) == 1 else []):  # its error says more than that none of them fits
-        return _convert(value, option, key, expected)
+        return convert(value, option, key, expected)
     for option in left:
         try:
-            return _convert(value, option, key)
+            return convert(value, option, key)
         except UserError:
             continue
     raise UserError(key, expected, _given(value))
@@ -163,9 +168,9 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str, expected: str
 
 def _convert_any(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
-        return {_text(str(k), key): _convert(v, Any, f"{key}.{k}") for k, v in value.items()}
+        return {_text(str(k), key): convert(v, Any, f"{key}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_convert(v, Any, f"{key}[{i}]") for i, v in enumerate(value)]
+        return [convert(v, Any, f"{key}[{i}]") for i, v in enumerate(value)]
     if value is None or isinstance(value, bool):
         return value
     kind = next((k for k in (str, int, float) if isinstance(value, k)), None)
@@ -237,7 +242,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
             renamed = getattr(cls, "renamed", {}).get(name)
             hint = f"it is now {renamed}" if renamed else nearest(str(name), known)
             raise UserError(f"{prefix}{name}", "a known key", hint=hint)
-        values[name] = _convert(value, kinds[name], f"{prefix}{name}")
+        values[name] = convert(value, kinds[name], f"{prefix}{name}")
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:

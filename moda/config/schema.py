@@ -139,6 +139,12 @@ class ParallelConfig(Section):
                 raise UserError(
                     f"parallel.{name}", f"null unless activation_checkpointing is {owner.value}", getattr(self, name)
                 )
+        wrapped = (Checkpointing.full, Checkpointing.selected_blocks, Checkpointing.selected_ops)
+        if self.prefetch and mode in wrapped and self.data != DataParallel.ddp:
+            reason = "FSDP prefetches blocks, which this activation_checkpointing wraps"
+            raise UserError(
+                "parallel.prefetch", f"0 with parallel.activation_checkpointing: {mode.value}", self.prefetch, reason
+            )
         if self.shard_degree is not None and self.data != DataParallel.hsdp:
             raise UserError("parallel.shard_degree", "null unless parallel.data is hsdp", self.shard_degree)
 

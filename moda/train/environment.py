@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,13 +12,33 @@ from olmo_core.train import prepare_training_environment
 from rich.console import Console
 from rich.logging import RichHandler
 
+from moda.errors import UserError
+
 #: The one console of the process: the progress bar and log lines share it.
 console = Console()
 
 
 def launched_world_size() -> int:
-    """How many processes the launcher started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the launcher started (1 without a launcher).
+
+    :raises UserError: for variables of a launcher that are no numbers, or contradict each other.
+    """
+    numbers = {}
+    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        given = os.environ.get(name, str(default))
+        least = 1 if name.endswith("SIZE") else 0
+        if not (re.fullmatch("[0-9]{1,9}", given) and int(given) >= least):
+            raise UserError(f"the variable {name}", f"an integer >= {least}", given, "torchrun sets it")
+        numbers[name] = int(given)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in os.environ and size in os.environ and numbers[rank] >= numbers[size]:
+            raise UserError(
+                f"the variable {rank}", f"less than {size} ({numbers[size]})", numbers[rank], "torchrun sets both"
+            )
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if numbers["WORLD_SIZE"] > 1 and "RANK" in os.environ and missing:
+        raise UserError(f"the variable {missing[0]}", "a value beside RANK", hint="torchrun sets it")
+    return numbers["WORLD_SIZE"]
 
 
 def prepare_environment(seed: int) -> None:

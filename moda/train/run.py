@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -157,6 +158,12 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
         return _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
+    except RuntimeError as e:
+        diverged = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(e))
+        if diverged is None:
+            raise
+        hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
+        raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
     finally:
         teardown_training_environment()
 

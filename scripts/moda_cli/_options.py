@@ -1,16 +1,19 @@
 """What the parsers of several commands share."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from moda.errors import UserError
+from moda.ranges import Range
+from moda.typed import Typed, convert
 
 __all__ = [
     "Help",
     "add_config_arguments",
     "add_help_config",
     "add_model_options",
-    "count",
     "from_arguments",
     "new_parser",
 ]
@@ -36,21 +39,18 @@ def new_parser(text: str | None) -> argparse.ArgumentParser:
 class HelpConfig(argparse.Action):
     """``--help-config [KEY]``: print what is known of the keys of a command's configuration, and exit."""
 
-    def __init__(self, command: str, **options: Any) -> None:
-        super().__init__(**options)
-        self.command = command
-
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         from moda.config.reference import text
 
-        print(text(self.command, values or ""))
+        print(text(self.dest, values))
         parser.exit()
 
 
 def add_help_config(parser: argparse.ArgumentParser, command: str) -> None:
     """``--help-config``."""
     about = "describe all keys of the configuration, or KEY and those below it, and exit"
-    parser.add_argument("--help-config", nargs="?", metavar="KEY", action=partial(HelpConfig, command), help=about)
+    options: dict[str, Any] = {"dest": command, "default": argparse.SUPPRESS, "const": ""}
+    parser.add_argument("--help-config", nargs="?", metavar="KEY", action=HelpConfig, help=about, **options)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +67,21 @@ def add_model_options(parser: argparse.ArgumentParser, dtypes: list[str]) -> Non
     group.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, if the checkpoint's own cannot be reached")
     group.add_argument(
-        "--context-length", type=int, metavar="N", help="allow N tokens instead of what the model was trained on"
-    )
+        "--context-length", type=number(Annotated[int, Range(1, 2**30)]), metavar="N",
+        help="allow N tokens instead of what the model was trained on",
+    )  # fmt: skip
 
 
-def count(text: str) -> int:
-    """A number of tokens, such as ``400e9``."""
-    return int(float(text))
+def number(kind: Any) -> Callable[[str], Any]:
+    """A type for argparse: a number with a range (:mod:`moda.ranges`), such as ``400e9``."""
+
+    def read(text: str) -> Any:
+        try:
+            return convert(Typed(text), kind, "number")
+        except UserError as e:
+            raise argparse.ArgumentTypeError(str(e).removeprefix("number: ").replace("%", "%%")) from None
+
+    return read
 
 
 def from_arguments(kind: type[T], args: argparse.Namespace, **changes: Any) -> T:

@@ -7,8 +7,11 @@ Examples:
 import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from ._options import new_parser
+from moda.ranges import Range
+
+from ._options import new_parser, number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("a", metavar="A", help="results.json of `moda eval`, or its folder")
     p.add_argument("b", metavar="B", help="the same of the other model")
     p.add_argument("--paper", action="store_true", help="add the paper's difference of the pair nearest in size")
-    p.add_argument("--draws", type=int, default=10_000, help="bootstrap samples")
+    p.add_argument("--draws", type=number(Annotated[int, Range(1, 10**7)]), default=10_000, help="bootstrap samples")
     p.add_argument("--plot", metavar="FILE", help="write a plot (png, svg or pdf)")
     p.add_argument("--output", metavar="FILE", help="write the table as Markdown")
     return p
