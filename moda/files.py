@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from moda.errors import UserError
 
-__all__ = ["read_json", "write_json", "write_text", "writing"]
+__all__ = ["PLOTS", "check_writable", "read_json", "write_json", "write_text", "writing"]
+
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bool = False) -> None:
+    """Refuse a file that could not be written, before anything is computed for it. Nothing is made.
+
+    :param endings: of which the name must have one.
+    :param folder: a folder is to be made, rather than a file.
+
+    :raises UserError: naming ``key``.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(key, f"a file name that ends in {', '.join(endings)}", str(path))
+    try:
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path.absolute().parent
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        raise UserError(key, "a place that can be written", str(path), e.strerror) from None
 
 
 @contextlib.contextmanager

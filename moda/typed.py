@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -37,11 +38,12 @@ class Section:
     key: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
+        for name, kind in field_types(type(self)).items():  # type: ignore[arg-type]
             key = f"{self.key}.{name}" if self.key else name
             object.__setattr__(self, name, convert(getattr(self, name), kind, key))
 
 
+@functools.cache
 def field_types(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, with their ranges."""
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -58,6 +60,7 @@ def _bare(kind: Any) -> tuple[Any, Range | None]:
     return typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind, None)
 
 
+@functools.cache
 def kind_name(kind: Any) -> str:
     """A type in words."""
     if len(_options(kind)) > 1:
@@ -233,7 +236,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], key: str = "") -> T:
 
     :raises UserError: for an unknown key (naming the nearest known one), a missing one, or a value of another type or range.
     """
-    kinds = field_types(cls)
+    kinds = field_types(cls)  # type: ignore[arg-type]
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{key}." if key else ""
     values: dict[str, Any] = {}

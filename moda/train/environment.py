@@ -73,6 +73,14 @@ class _FirstRank(logging.Filter):
         return record.levelno >= logging.WARNING or get_rank() == 0
 
 
+class _LogFile(logging.FileHandler):
+    """The log file. A full disk is reported once, by what fails for it, and not at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(folder: str) -> None:
     """Messages on the terminal (or plain lines where there is none), and everything in ``<folder>/train.log``."""
     root = logging.getLogger()
@@ -90,6 +98,6 @@ def set_up_logging(folder: str) -> None:
     screen.addFilter(_FirstRank())
     root.addHandler(screen)
     if get_rank() == 0:
-        file = logging.FileHandler(Path(folder) / "train.log")
+        file = _LogFile(Path(folder) / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -111,12 +112,19 @@ def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
     except BrokenPipeError:  # `moda plan ... | head`; nothing more can be printed, not even when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as e:  # may happen in any one process, so each speaks
+    except SystemExit:
+        raise
+    except BaseException as e:  # torch's CheckpointException is no Exception; any process may fail, so each speaks
         return _report(e)
 
 
 def _check_word(word: str) -> None:
-    """Refuse what no file name or text can hold, before anything stumbles over it."""
+    """Refuse what no file name or text can hold, before anything stumbles over it.
+
+    And ``--option=--``, of which argparse makes an empty list.
+    """
+    if re.fullmatch(r"--?[\w-]+=--", word):
+        raise UserError("argument", "a value after the equals sign", word)
     try:
         if b"\0" not in os.fsencode(word):
             return
@@ -140,7 +148,7 @@ def _failed_file(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _report(error: Exception) -> int:
+def _report(error: BaseException) -> int:
     """One line about an unexpected error; the traceback goes to the run's log, or to a file if the process has none.
 
     :returns: the exit code: 2 where a file or disk failed, which is no bug.

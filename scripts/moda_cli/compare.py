@@ -28,10 +28,14 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from moda.files import write_text
+    from moda.files import PLOTS, check_writable, write_text
     from moda_evals.compare import best_paper_pair, compare, comparison_table, markdown, plot
     from moda_evals.results import read_results
 
+    if args.output:
+        check_writable("--output", Path(args.output))
+    if args.plot:
+        check_writable("--plot", Path(args.plot), PLOTS)
     a, b = read_results(Path(args.a)), read_results(Path(args.b))
     differences = compare(a, b, draws=args.draws, paper=best_paper_pair(a, b) if args.paper else None)
     Console(width=None if sys.stdout.isatty() else 160).print(comparison_table(a, b, differences))

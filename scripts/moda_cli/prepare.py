@@ -9,8 +9,10 @@ Examples:
 import argparse
 import logging
 import signal
+from pathlib import Path
 from typing import Annotated, Any
 
+from moda.files import PLOTS, check_writable
 from moda.ranges import Count, Range, Seed, Tokens
 
 from ._options import Help, add_help_config, from_arguments, new_parser, number
@@ -97,5 +99,7 @@ def _mirror(args: argparse.Namespace, console: Any) -> int:
 def _inspect(args: argparse.Namespace, console: Any) -> int:
     from moda.data.inspect import inspect
 
+    if args.plot is not None:
+        check_writable("--plot", Path(args.plot), PLOTS)
     inspect(args.folder, console, samples=args.samples, plot=args.plot, tokenizer=args.tokenizer, seed=args.seed)
     return 0

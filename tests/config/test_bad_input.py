@@ -57,6 +57,7 @@ CASES: list[tuple] = [
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
     ("parallel.tensor=2", ["parallel.tensor", "1 with this model.depth", "2"]),
     ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
+    ("parallel={prefetch: 1, activation_checkpointing: full}", ["parallel.prefetch", "0 with", "full", "FSDP"]),
     ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
     ("data.mix=OLMoE-mix-0824", ["data", "one of data.mix, data.paths, data.mixture, data.text and data.source", "mix, text"]),
     ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
@@ -93,6 +94,25 @@ def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPat
     )
     text = message(folder, "logging.wandb.enabled=true")
     assert "logging.wandb.enabled" in text and "pip install" in text
+
+
+def test_wandb_needs_a_key_unless_it_is_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *names: True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "WANDB_MODE=offline" in message(folder, "logging.wandb.enabled=true")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "x")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            make_plan(load_config(write_config(folder), ["logging.wandb.enabled=true"]), 1)
+
+
+@pytest.mark.parametrize("backend", ["fused", "split"])
+def test_kernels_need_a_gpu(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    text = message(folder, f"model.attention_backend={backend}")
+    assert text.startswith(f"model.attention_backend: expected auto or reference here, got {backend} (its kernels need")
 
 
 def test_batch_not_divisible_by_ranks(folder: Path) -> None:
