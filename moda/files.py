@@ -9,18 +9,20 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from moda.errors import UserError
 
-__all__ = ["LOCK", "locked", "read_json", "write_json", "write_text", "writing"]
+__all__ = ["LOCK", "PLOTS", "check_writable", "locked", "read_json", "write_json", "write_text", "writing"]
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+PLOTS = (".png", ".svg", ".pdf")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -56,6 +58,27 @@ def locked(folder: Path, key: str, what: str) -> Iterator[None]:
         except OSError as e:
             raise UserError(key, f"a folder that can be written ({folder})", hint=str(e)) from None
         yield
+
+
+def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bool = False) -> None:
+    """Refuse a file that could not be written, before anything is computed for it. Nothing is made.
+
+    :param endings: of which the name must have one.
+    :param folder: a folder is to be made, rather than a file.
+
+    :raises UserError: naming ``key``.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(key, f"a file name that ends in {', '.join(endings)}", str(path))
+    try:
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path.absolute().parent
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        raise UserError(key, "a place that can be written", str(path), e.strerror) from None
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError("--temperature", "a number >= 0", self.temperature)
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below, logits overflow
+            raise UserError("--temperature", "0, or a number >= 1e-06", self.temperature)
         if self.top_k is not None and self.top_k < 1:
             raise UserError("--top-k", "a number >= 1", self.top_k)
         if not 0 < self.top_p <= 1:

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 
 from moda.errors import UserError
+from moda.ranges import Count
 
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host
 
@@ -107,11 +108,7 @@ class AttentionResiduals(DepthMechanism):
     source = "arXiv 2603.15031"
     no_weight_decay = ("*.depth.readers.*", "depth.reader.*")
 
-    blocks: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.blocks is not None and self.blocks < 1:
-            raise UserError("model.depth.blocks", "a number >= 1, or null", self.blocks)
+    blocks: Count | None = None
 
     def check(self, model: ModelConfig) -> None:
         if self.blocks is not None and 2 * model.n_layers % self.blocks:

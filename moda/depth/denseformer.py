@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from moda.errors import UserError
+from moda.ranges import Count
 
 from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State, set_start
 
@@ -64,11 +64,7 @@ class DenseFormer(DepthMechanism):
     source = "arXiv 2402.02622"
     no_weight_decay = ("depth.averages.*",)
 
-    dilation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.dilation < 1:
-            raise UserError("model.depth.dilation", "a number >= 1", self.dilation)
+    dilation: Count = 1
 
     def build_model(self, model: ModelConfig) -> DepthModel:
         return _Model(model.n_layers, self.dilation)

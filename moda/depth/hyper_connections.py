@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moda.errors import UserError
+from moda.ranges import Count
 
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, set_start
 
@@ -126,12 +126,8 @@ class HyperConnections(DepthMechanism):
     source = "arXiv 2409.19606"
     no_weight_decay = ("*.depth.connections.*.alpha", "*.depth.connections.*.beta", "*.depth.connections.*.scales")
 
-    streams: int = 4
+    streams: Count = 4
     dynamic: bool = True
-
-    def __post_init__(self) -> None:
-        if self.streams < 1:
-            raise UserError("model.depth.streams", "a number >= 1", self.streams)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return StreamsLayer(*(_Connection(self.streams, model.d_model, self.dynamic, 2 * index + i) for i in (0, 1)))

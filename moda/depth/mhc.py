@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moda.errors import UserError
+from moda.ranges import Count
 
 from .hyper_connections import EPS, StreamsLayer, StreamsModel, streams_memory
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, set_start
@@ -94,13 +94,8 @@ class MHC(DepthMechanism):
     source = "arXiv 2512.24880"
     no_weight_decay = ("*.depth.connections.*.b", "*.depth.connections.*.gates")
 
-    streams: int = 4
-    iterations: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("streams", "iterations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.depth.{name}", "a number >= 1", getattr(self, name))
+    streams: Count = 4
+    iterations: Count = 20
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return StreamsLayer(*(_Connection(self.streams, model.d_model, self.iterations) for _ in range(2)))

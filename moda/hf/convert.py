@@ -20,7 +20,7 @@ from moda.config.model import ModelConfig
 from moda.config.schema import RunConfig
 from moda.data import load_tokenizer
 from moda.errors import UserError
-from moda.files import read_json, write_json, write_text
+from moda.files import check_writable, read_json, write_json, write_text
 from moda.model import ModelTransformerConfig, transformer_config
 from moda.placements import NormPlacement
 from moda.typed import from_dict, to_dict
@@ -173,6 +173,7 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> dict[str
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("OUT", "a new or empty folder", str(out))
+    check_writable("OUT", out, folder=True)
 
 
 def _check_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:

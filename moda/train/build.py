@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from moda.typed import to_dict
 
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, WandB
 from .composition import CompositionCallback
-from .plan import Plan
+from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
 from .validation import ValidationConfig
 
@@ -206,7 +205,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
             entity=w.entity,
             group=w.group,
             tags=w.tags,
-            cancel_check_interval=10**9 if os.environ.get("WANDB_MODE") == "offline" else None,
+            cancel_check_interval=None if wandb_needs_key() else 10**9,
         )
     trainer = TrainerConfig(
         save_folder=c.save_folder,

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from moda.checkpoints import checkpoints_of_run, remove_old, write_checksums
 
 from .environment import on_first_rank
 from .metrics import stable_name
+from .plan import wandb_needs_key
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,11 @@ class SpeedCallback(SpeedMonitorCallback):
 @dataclass
 class WandB(WandBCallback):
     """OLMo-core's callback, with the names of metrics.jsonl for the figures that are there."""
+
+    def pre_train(self) -> None:
+        if not wandb_needs_key():
+            os.environ.setdefault("WANDB_API_KEY", "0" * 40)  # OLMo-core asks for one in any mode
+        super().pre_train()
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         super().log_metrics(step, {stable_name(name) or name: value for name, value in metrics.items()})

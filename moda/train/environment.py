@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,26 @@ console = Console()
 
 
 def launched_world_size() -> int:
-    """How many processes the launcher started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the launcher started (1 without a launcher).
+
+    :raises UserError: for variables of a launcher that are no numbers, or contradict each other.
+    """
+    numbers = {}
+    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        given = os.environ.get(name, str(default))
+        least = 1 if name.endswith("SIZE") else 0
+        if not (re.fullmatch("[0-9]{1,9}", given) and int(given) >= least):
+            raise UserError(f"the variable {name}", f"an integer >= {least}", given, "torchrun sets it")
+        numbers[name] = int(given)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in os.environ and size in os.environ and numbers[rank] >= numbers[size]:
+            raise UserError(
+                f"the variable {rank}", f"less than {size} ({numbers[size]})", numbers[rank], "torchrun sets both"
+            )
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if numbers["WORLD_SIZE"] > 1 and "RANK" in os.environ and missing:
+        raise UserError(f"the variable {missing[0]}", "a value beside RANK", hint="torchrun sets it")
+    return numbers["WORLD_SIZE"]
 
 
 def prepare_environment(seed: int) -> None:
@@ -86,6 +105,14 @@ class _FirstRank(logging.Filter):
         return record.levelno >= logging.WARNING or get_rank() == 0
 
 
+class _LogFile(logging.FileHandler):
+    """The log file. A full disk is reported once, by what fails for it, and not at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(folder: str) -> None:
     """Messages on the terminal (or plain lines where there is none), and everything in ``<folder>/train.log``."""
     root = logging.getLogger()
@@ -103,6 +130,6 @@ def set_up_logging(folder: str) -> None:
     screen.addFilter(_FirstRank())
     root.addHandler(screen)
     if get_rank() == 0:
-        file = logging.FileHandler(Path(folder) / LOG_FILE)
+        file = _LogFile(Path(folder) / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)

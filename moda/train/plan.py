@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
-from moda.config.ranges import own_folder
+import torch
+
+from moda.config.choices import Backend
+from moda.config.names import own_folder
 from moda.config.schema import Checkpointing, DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -96,11 +100,24 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
             raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    backend = config.model.attention_backend
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):
+        hint = "its kernels need a CUDA device, and this machine has none"
+        raise UserError("model.attention_backend", "auto or reference here", backend.value, hint)
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install -e '.[wandb]'")
+    if config.logging.wandb.enabled and wandb_needs_key() and not os.environ.get("WANDB_API_KEY"):
+        hint = "export WANDB_API_KEY=..., or WANDB_MODE=offline, which needs none"
+        raise UserError("logging.wandb.enabled", "false without the variable WANDB_API_KEY", True, hint)
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
     return Plan(config, tokenizer, transformer, world_size)
+
+
+def wandb_needs_key() -> bool:
+    """Whether Weights & Biases sends anything anywhere (``WANDB_MODE``)."""
+    return os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
 
 
 def estimate_memory(plan: Plan) -> dict[str, float]:

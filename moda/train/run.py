@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device
-from omegaconf import OmegaConf
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -32,12 +32,11 @@ from moda.checkpoints import (
     find_resumable,
     match_weights,
 )
-from moda.config.schema import RunConfig
+from moda.config import RunConfig, to_yaml
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
 from moda.files import LOCK, locked, read_json, write_json, write_text
-from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import ClockCallback, SignalCallback
@@ -72,7 +71,7 @@ def plan(config: RunConfig) -> Plan:
 
 def print_plan(p: Plan) -> None:
     """The resolved configuration and what it comes to (``--dry-run``)."""
-    console.print(OmegaConf.to_yaml(OmegaConf.create(to_dict(p.config))), highlight=False, markup=False, end="")
+    console.print(to_yaml(p.config), highlight=False, markup=False, end="")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in p.rows():
         table.add_row(name, value)
@@ -149,6 +148,12 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
             return _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
+    except RuntimeError as e:
+        diverged = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(e))
+        if diverged is None:
+            raise
+        hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
+        raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
     finally:
         teardown_training_environment()
 
@@ -199,8 +204,7 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     if complete := trainer.max_duration.due(**done):
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
-        resolved = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-        on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", resolved))
+        on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", to_yaml(config)))
         if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
             trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()

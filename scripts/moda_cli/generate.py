@@ -14,22 +14,30 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 from moda.errors import UserError
+from moda.ranges import Count, NotNegative, Range, Seed
 
-from ._options import add_model_options, from_arguments, new_parser
+from ._options import add_model_options, from_arguments, new_parser, number
+
+Probability = Annotated[float, Range(0, 1, above=True)]
 
 
 def parser() -> argparse.ArgumentParser:
     p = new_parser(__doc__)
     p.add_argument("checkpoint", help="folder of a checkpoint")
     p.add_argument("prompt", help="the text to continue")
-    p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="stop after N tokens")
+    p.add_argument("--max-new-tokens", type=number(Count), default=100, metavar="N", help="stop after N tokens")
     group = p.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
-    group.add_argument("--top-k", type=int, metavar="N", help="choose among the N likeliest tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="among those that reach probability X")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument(
+        "--temperature", type=number(NotNegative), default=0.8, metavar="X", help="0: always the likeliest token"
+    )
+    group.add_argument("--top-k", type=number(Count), metavar="N", help="choose among the N likeliest tokens")
+    group.add_argument(
+        "--top-p", type=number(Probability), default=1.0, metavar="X", help="among those that reach probability X"
+    )
+    group.add_argument("--seed", type=number(Seed), metavar="N", help="the same seed gives the same text")
     add_model_options(p, ["float32", "bfloat16"])
     return p
 
@@ -39,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from moda.generate import Sampling, generate, load_decoder, stream_text
+    from moda_evals.model import choose_device
 
     logging.getLogger("olmo_core").setLevel(logging.ERROR)
     sampling = from_arguments(Sampling, args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     decoder, tokenizer, context = load_decoder(Path(args.checkpoint), device, dtype, args.tokenizer)
     if tokenizer is None:

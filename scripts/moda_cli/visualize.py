@@ -11,7 +11,9 @@ Examples:
 import argparse
 from pathlib import Path
 
-from ._options import add_model_options, new_parser, positive
+from moda.ranges import Count
+
+from ._options import add_model_options, new_parser, number
 
 
 def _numbers(text: str) -> list[int]:
@@ -27,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     given.add_argument("--text", help="the text")
     given.add_argument("--file", metavar="FILE", help="a file with the text")
     p.add_argument("--out", default="visualize", metavar="FOLDER", help="where the page goes")
-    p.add_argument("--tokens", type=positive, default=64, metavar="N", help="look at the first N tokens")
+    p.add_argument("--tokens", type=number(Count), default=64, metavar="N", help="look at the first N tokens")
     p.add_argument(
         "--layers", type=_numbers, metavar="0,2,...", help="layers of the attention maps (default: six of them)"
     )
@@ -42,15 +44,18 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from moda.errors import UserError
+    from moda.files import check_writable
     from moda.generate import load_decoder
     from moda.visualize import look
     from moda.visualize.draw import write_page
+    from moda_evals.model import choose_device
 
     try:
         text = args.text if args.file is None else Path(args.file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError("--file", "a readable UTF-8 file", args.file, str(e)) from None
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_writable("--out", Path(args.out), folder=True)
+    device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     looks = []
     for folder in args.checkpoint:

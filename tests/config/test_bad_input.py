@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moda.config import load_config
-from moda.config.ranges import folder_name, own_folder
+from moda.config.names import folder_name, own_folder
 from moda.data import build_training_data, load_tokenizer
 from moda.errors import UserError
 from moda.train.plan import make_plan
@@ -24,7 +24,7 @@ CASES: list[tuple] = [
     ("model.depth.key_nrom=writer", ["model.depth.key_nrom", "did you mean 'key_norm'?"]),
     ("model.d_model=wide", ["model.d_model", "an integer", "wide"]),
     ("model.n_layers=2.5", ["model.n_layers", "an integer", "2.5"]),
-    ("model.n_layers=0", ["model.n_layers", ">= 1", "0"]),
+    ("model.n_layers=0", ["model.n_layers", "from 1 to 1000", "0"]),
     ("model.tie_embeddings=maybe", ["model.tie_embeddings", "true or false", "maybe"]),
     ("model.norm_placement=sandwich", ["model.norm_placement", "pre, post, reordered, peri", "sandwich"]),
     ("model.depth.attention=null", ["model.depth.attention", "reuse, project"]),
@@ -57,11 +57,12 @@ CASES: list[tuple] = [
     ("train.save_folder=a/../..", ["train.save_folder", "a folder of its own", "a/../.."]),
     ("data.work_dir=.", ["data.work_dir", "a folder of its own"]),
     ("name=..", ["name", "a name for a folder", "'..'"]),
-    ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
+    ("train.seed=-1", ["train.seed", "from 0 to 4294967295", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
     ("parallel.tensor=2", ["parallel.tensor", "1 with this model.depth", "2"]),
     ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
+    ("parallel={prefetch: 1, activation_checkpointing: full}", ["parallel.prefetch", "0 with", "full", "FSDP"]),
     ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
     ("data.mix=OLMoE-mix-0824", ["data", "one of data.mix, data.paths, data.mixture, data.text and data.source", "mix, text"]),
     ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
@@ -123,6 +124,25 @@ def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPat
     )
     text = message(folder, "logging.wandb.enabled=true")
     assert "logging.wandb.enabled" in text and "pip install" in text
+
+
+def test_wandb_needs_a_key_unless_it_is_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *names: True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "WANDB_MODE=offline" in message(folder, "logging.wandb.enabled=true")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "x")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            make_plan(load_config(write_config(folder), ["logging.wandb.enabled=true"]), 1)
+
+
+@pytest.mark.parametrize("backend", ["fused", "split"])
+def test_kernels_need_a_gpu(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    text = message(folder, f"model.attention_backend={backend}")
+    assert text.startswith(f"model.attention_backend: expected auto or reference here, got {backend} (its kernels need")
 
 
 def test_batch_not_divisible_by_ranks(folder: Path) -> None:

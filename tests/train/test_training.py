@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -245,3 +246,15 @@ def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatc
         {"loss": 0.0, "eval/c4/loss": 1.0, "eval/c4/perplexity": 2.0, "eval/downstream/copa/accuracy": 3.0,
          "throughput/device/BPS": 4.0, "at": 3}
     ]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    """One line says at which step; no checkpoint of that step or later is kept."""
+    config = write_config(tmp_path, optim=dict(lr=1e25, warmup_steps=0), checkpoint=dict(interval=1))
+    done = run(config)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: training: expected a finite loss, got (nan|inf) at step 2 \(a smaller optim\.lr .*\)", error
+    )
+    assert [p.name for p in (tmp_path / "run").glob("step*")] == ["step1"]

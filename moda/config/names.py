@@ -1,26 +1,11 @@
-"""Checks of numbers and names that sections share."""
+"""Checks of names and folders that a run writes."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 from moda.errors import UserError
-
-__all__ = ["above", "at_least", "folder_name", "own_folder"]
-
-
-def at_least(key: str, value: float | None, low: float) -> None:
-    """Refuse a number below ``low``, infinite or not a number. None passes."""
-    if value is not None and not (math.isfinite(value) and value >= low):
-        raise UserError(key, f"a number >= {low:g}", value)
-
-
-def above(key: str, value: float | None, low: float) -> None:
-    """Refuse a number not above ``low``, infinite or not a number. None passes."""
-    if value is not None and not (math.isfinite(value) and value > low):
-        raise UserError(key, f"a number > {low:g}", value)
 
 
 def folder_name(key: str, name: str) -> None:
