@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from moda.errors import UserError
 
 #: The one console of the process: the progress bar and log lines share it.
-console = Console()
+console = Console(markup=False)  # messages hold what users wrote
 
 
 def launched_world_size() -> int:
@@ -60,9 +60,11 @@ def prepare_environment(seed: int) -> None:
 
 
 class _OursOrWarning(logging.Filter):
-    """On the terminal: this project's messages, and everyone's warnings."""
+    """On the terminal: this project's messages, and everyone's warnings. How a run failed is said once, at the end."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "olmo_core.train.trainer" and record.getMessage().startswith("Training failed"):
+            return False
         return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("moda", "moda_kernels", "moda_evals")
 
 
