@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
 from .scoring import Progress as Report
@@ -32,7 +33,7 @@ class TaskProgress(Progress):
     def measure(self, name: str) -> Iterator[Report]:
         """Report a task's progress through the function that this gives."""
         started = last = time.monotonic()
-        bar = self.add_task(f"{self._label}: {name}", total=None)
+        bar = self.add_task(escape(f"{self._label}: {name}"), total=None)
 
         def report(done: int, total: int) -> None:
             nonlocal last

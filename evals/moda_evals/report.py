@@ -91,7 +91,7 @@ def table(results: Sequence[dict[str, Any]], paper: bool = False) -> Table:
         rows = lines(suite, results, paper)
         if rows:
             out.add_section()
-            out.add_row(f"[bold]{suite.heading}")
+            out.add_row(suite.heading, style="bold")
         for row in rows:
             out.add_row(*row)
     return out

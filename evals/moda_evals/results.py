@@ -48,7 +48,9 @@ def check_writable(folder: Path) -> None:
         raise UserError("--output", "a folder that can be written", str(folder), e.strerror) from None
 
 
-def reuse(file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def reuse(
+    suite: Suite, file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """A finished part of an evaluation from its file, or computed on all ranks and written by rank 0.
 
     :param key: all that the figures depend on; the file counts only if it says the same.
@@ -62,7 +64,7 @@ def reuse(file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], di
             part = read_json(file, file.stem)
         except UserError as e:
             log.warning("measured again: %s", e)
-    if part.get("key") == key and isinstance(part.get("result"), dict):
+    if part.get("key") == key and _is_whole(suite, part.get("result")):
         log.info("%s: already finished", file.stem)
         return part["result"]
     if ranks > 1:

@@ -166,7 +166,7 @@ def _run(job: _Job, options: Options) -> dict[str, Any]:
             with bar.measure(title) as report:
                 key = {**measured_with, "per_example": options.per_example, **key}
                 file = job.output / "parts" / f"{suite.name}-{name}.json"
-                result = reuse(file, key, options.fresh, partial(compute, progress=report))
+                result = reuse(suite, file, key, options.fresh, partial(compute, progress=report))
             examples = result.pop("examples", None)
             results[suite.name][name] = result
             if rank == 0 and examples is not None:

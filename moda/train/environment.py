@@ -21,7 +21,7 @@ T = TypeVar("T")
 LOG_FILE = "train.log"
 
 #: The one console of the process: the progress bar and log lines share it.
-console = Console()
+console = Console(markup=False)  # messages hold what users wrote
 
 
 def launched_world_size() -> int:
@@ -92,9 +92,11 @@ def on_first_rank(work: Callable[[], T], key: str = "train.save_folder") -> T:
 
 
 class _OursOrWarning(logging.Filter):
-    """On the terminal: this project's messages, and everyone's warnings."""
+    """On the terminal: this project's messages, and everyone's warnings. How a run failed is said once, at the end."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "olmo_core.train.trainer" and record.getMessage().startswith("Training failed"):
+            return False
         return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("moda", "moda_kernels", "moda_evals")
 
 

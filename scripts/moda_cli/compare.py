@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable("--plot", Path(args.plot), PLOTS)
     a, b = read_results(Path(args.a)), read_results(Path(args.b))
     differences = compare(a, b, draws=args.draws, paper=best_paper_pair(a, b) if args.paper else None)
-    Console(width=None if sys.stdout.isatty() else 160).print(comparison_table(a, b, differences))
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(comparison_table(a, b, differences))
     if args.output:
         write_text(Path(args.output), markdown(a, b, differences))
     if args.plot:

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         labels = [result["model"]["label"] for result in results]
         for label, result in zip(labels, results):
             write_reports([result], output / label, args.paper)
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         console.print(table(results, args.paper))
         for note in notes(results, args.paper):
             console.print(note, highlight=False)

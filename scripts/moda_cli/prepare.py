@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("moda").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _interrupt)
-    return args.action(args, Console())
+    return args.action(args, Console(markup=False))
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -229,7 +229,7 @@ def prepare(
 
     :raises UserError: naming what is wrong; a finished output is untouched.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     started = time.monotonic()
     assert not isinstance(options.tokenizer, str)
     tokenizer = load_tokenizer(options.tokenizer)
