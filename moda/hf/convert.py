@@ -210,7 +210,6 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
     scratch.mkdir(parents=True)
     try:
         save_file({n: w.to(dtype) for n, w in weights.items()}, str(scratch / WEIGHTS), metadata={"format": "pt"})
-        (scratch / WEIGHTS).chmod(0o644)
         ids = _write_tokenizer(checkpoint, scratch, length)
         config = {
             "architectures": ["MoDAForCausalLM"],
@@ -223,6 +222,7 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
             **ids,
         }
         write_json(scratch / "config.json", config)
+        (scratch / WEIGHTS).chmod((scratch / "config.json").stat().st_mode)  # safetensors makes it the owner's alone
         write_json(scratch / "generation_config.json", {"bos_token_id": None, **ids})
         if checkpoint.kind == "moda":
             write_json(scratch / RUN, checkpoint.settings)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from moda import __version__
 from moda.errors import UserError, nearest
 
+from ._missing import missing
+
 __all__ = ["COMMANDS", "arguments", "main", "script"]
 
 COMMANDS = {
@@ -35,7 +37,6 @@ COMMANDS = {
 }
 
 NO_BUGS = {
-    "ModuleNotFoundError": "a package is not installed",
     "MemoryError": "out of memory",
     "OutOfMemoryError": "out of GPU memory",
 }
@@ -115,6 +116,9 @@ def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
 
 def _report(error: Exception) -> None:
     """One line about an unexpected error; the traceback goes to the run's log, or to a file if the process has none."""
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "moda").startswith("moda"):
+        print(missing(error), file=sys.stderr)
+        return
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
     logs = [h for h in files if h.baseFilename != os.devnull]
