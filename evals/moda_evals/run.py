@@ -17,11 +17,11 @@ import torch
 import moda
 from moda.errors import UserError, nearest
 from moda.files import write_json, write_text
+from moda.progress import TaskProgress
 
 from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
-from .progress import TaskProgress
 from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, reuse, stamp
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets

@@ -5,7 +5,7 @@ trainer's state (``train/``) and ``checksums.json``.
 """
 
 from .find import STATE, find_resumable, kind_of
-from .own import OwnCheckpointer, check_own
+from .own import OwnCheckpointer, check_own, saving_alone
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
 from .settings import changed_settings, check_same_model, read_settings
@@ -26,5 +26,6 @@ __all__ = [
     "open_checkpoint",
     "read_settings",
     "read_weights",
+    "saving_alone",
     "write_checksums",
 ]

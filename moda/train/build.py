@@ -15,7 +15,7 @@ from olmo_core.distributed.utils import is_distributed
 from olmo_core.nn.transformer import Transformer
 from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback, GPUMemoryMonitorCallback
+from olmo_core.train.callbacks import Callback, ConfigSaverCallback, GPUMemoryMonitorCallback
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
@@ -32,7 +32,7 @@ from moda.data import TrainingData
 from moda.errors import UserError
 from moda.typed import to_dict
 
-from .callbacks import ChecksumCallback, SignalCallback, SpeedCallback, WandB
+from .callbacks import ChecksumCallback, SignalCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
 from .plan import Plan
 from .progress import ProgressCallback
@@ -151,7 +151,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
             devices=plan.world_size,
             folder=c.log_folder,
         ),
-        "checkpointer": CheckpointerCallback(
+        "checkpointer": TimedCheckpointer(
             save_interval=c.checkpoint.interval,
             ephemeral_save_interval=c.checkpoint.ephemeral_interval,
             pre_train_checkpoint=False,

@@ -1,33 +1,52 @@
-"""Small callbacks of OLMo-core's trainer: checksums, signals, speed."""
+"""Small callbacks of OLMo-core's trainer: checkpoints, signals, speed."""
 
+import contextlib
 import functools
+import logging
 import signal
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import all_reduce_value, barrier, get_fs_local_rank, get_rank
 from olmo_core.io import is_url
-from olmo_core.train.callbacks import Callback, SpeedMonitorCallback, WandBCallback
+from olmo_core.train import Trainer
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, SpeedMonitorCallback, WandBCallback
 
-from moda.checkpoints import write_checksums
+from moda.checkpoints import OwnCheckpointer, write_checksums
 
 from .metrics import stable_name
 
+log = logging.getLogger(__name__)
+_WINDOW_STEPS, _WINDOW_SECONDS = 20, 30.0  # figures of speed are means over the longer of the two
+
 
 class ChecksumCallback(Callback):
-    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it."""
+    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it, and says where it is."""
 
     priority: ClassVar[int] = -100
 
     def post_checkpoint_saved(self, path: Any) -> None:
-        if is_url(str(path)):
-            return
-        if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
-            barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
-        if get_rank() == 0 and get_fs_local_rank() == 0:
-            write_checksums(Path(str(path)))
+        if not is_url(str(path)):
+            if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
+                barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
+            if get_rank() == 0 and get_fs_local_rank() == 0:
+                write_checksums(Path(str(path)))
+        assert isinstance(self.trainer.checkpointer, OwnCheckpointer)
+        log.info("saved %s in %.1f s", path, time.monotonic() - self.trainer.checkpointer.began)
+
+
+class TimedCheckpointer(CheckpointerCallback):
+    """OLMo-core's, whose time is not counted as a training step's."""
+
+    def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
+        with between_steps(self.trainer):
+            return super()._save_checkpoint(save_async, ephemeral)
 
 
 @dataclass
@@ -55,13 +74,42 @@ class SignalCallback(Callback):
         self.received = signal.Signals(int(number)) if number else None
 
 
+@dataclass
 class SpeedCallback(SpeedMonitorCallback):
-    """OLMo-core's figures of speed, without the time that evaluations take."""
+    """OLMo-core's figures of speed, over the last steps instead of one, without the time between steps.
+
+    The first step, which compiles, is left out.
+    """
+
+    pace: float | None = None  # seconds per step
+    _ends: deque[float] = field(default_factory=deque)  # of the steps in the window, and of the one before it
 
     def leave_out(self, seconds: float) -> None:
         """Do not count the last ``seconds`` as time of a training step."""
-        self._step_last_logged += seconds
+        self._ends = deque(end + seconds for end in self._ends)
         self._start_time += seconds
+
+    def post_step(self) -> None:
+        now = time.perf_counter()
+        self._ends.append(now)
+        while len(self._ends) > _WINDOW_STEPS + 1 and now - self._ends[1] >= _WINDOW_SECONDS:
+            self._ends.popleft()
+        if len(self._ends) > 1:
+            self.pace = (now - self._ends[0]) / (len(self._ends) - 1)
+            self._step_last_logged = now - self.pace  # from which OLMo-core takes the step's time
+        super().post_step()
+
+
+@contextlib.contextmanager
+def between_steps(trainer: Trainer) -> Iterator[None]:
+    """What the block does, an evaluation or a checkpoint, is not counted as time of a training step."""
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    began = time.perf_counter()
+    yield
+    speed = trainer.callbacks["speed"]
+    assert isinstance(speed, SpeedCallback)
+    speed.leave_out(time.perf_counter() - began)
 
 
 @dataclass

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         tasks=args.tasks and tuple(args.tasks), sets=args.sets and tuple(args.sets),
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("moda_evals").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    for name in ("moda", "moda_evals"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     output = Path(args.output)
     results = evaluate_all(args.checkpoint, options, output)
     if rank == 0:
