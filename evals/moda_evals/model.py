@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moda.checkpoints import kind_of, load_model, open_checkpoint
+from moda.checkpoints import choose_checkpoint, kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -255,7 +255,7 @@ def open_model(path: str, tokenizer: str | None = None, context_length: int | No
 
     :raises UserError: for a folder that is no checkpoint of a known kind.
     """
-    folder = Path(path).expanduser()
+    folder = choose_checkpoint(path)
     if kind_of(folder) in ("export", "huggingface"):
         info, build = _open_huggingface(folder, tokenizer, read_json(folder / "config.json", "checkpoint"))
     else:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import moda
+from moda.checkpoints import choose_checkpoint
 from moda.errors import UserError, nearest
 from moda.files import write_json, write_text
 from moda.progress import TaskProgress
@@ -198,6 +199,7 @@ def evaluate_all(paths: Sequence[str], options: Options, output: Path) -> list[d
 
     :raises UserError: as :func:`evaluate` does, for any checkpoint before the first is evaluated.
     """
+    paths = [str(choose_checkpoint(path)) for path in paths]
     labels = labels_of([checkpoint_label(Path(path)) for path in paths])
     jobs = [_check(path, options, output / label, label) for path, label in zip(paths, labels)]
     for job in jobs:

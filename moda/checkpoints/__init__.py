@@ -4,7 +4,7 @@ A checkpoint of a run (``stepN``) holds ``config.json``, the weights and the opt
 trainer's state (``train/``) and ``checksums.json``.
 """
 
-from .find import STATE, find_resumable, kind_of
+from .find import STATE, choose_checkpoint, find_resumable, kind_of
 from .own import OwnCheckpointer, check_own, saving_alone
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
@@ -18,6 +18,7 @@ __all__ = [
     "changed_settings",
     "check_own",
     "check_same_model",
+    "choose_checkpoint",
     "damage",
     "find_resumable",
     "kind_of",
