@@ -5,7 +5,7 @@ trainer's state (``train/``) and ``checksums.json``.
 """
 
 from .find import STATE, choose_checkpoint, find_resumable, kind_of
-from .own import OwnCheckpointer, check_own, saving_alone
+from .own import OwnCheckpointer, check_own, read_trainer_state, saving_alone
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
 from .settings import changed_settings, check_same_model, read_settings
@@ -26,6 +26,7 @@ __all__ = [
     "match_weights",
     "open_checkpoint",
     "read_settings",
+    "read_trainer_state",
     "read_weights",
     "saving_alone",
     "write_checksums",

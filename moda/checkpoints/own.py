@@ -68,7 +68,7 @@ class _Planner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def _read_trainer_state(folder: Path) -> dict[str, Any] | None:
+def read_trainer_state(folder: Path) -> dict[str, Any] | None:
     """This rank's state, or that of rank 0 where more ranks resume than have saved."""
     files = [folder / "train" / f"rank{rank}.pt" for rank in (get_rank(), 0)]
     file = next((f for f in files if f.is_file()), None)
@@ -126,7 +126,7 @@ class OwnCheckpointer(Checkpointer):
             options.update(load_trainer_state=load_trainer_state, load_optim_state=load_optim_state)
             return super().load(dir, train_module, **options)
         folder = Path(dir)
-        trainer_state = None if load_trainer_state is False else _read_trainer_state(folder)
+        trainer_state = None if load_trainer_state is False else read_trainer_state(folder)
         if load_trainer_state and trainer_state is None:
             raise UserError("checkpoint", f"the trainer's state in {folder / 'train'}", "none")
         state = train_module.state_dict_to_load(read_table(folder / STATE), optim=load_optim_state)
