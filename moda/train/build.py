@@ -166,7 +166,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
     }
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
-    if data.validation is not None:
+    if data.validation is not None and (c.eval.interval is not None or c.eval.on_start or c.eval.on_finish):
         callbacks["validation"] = ValidationConfig(
             data.validation, c.eval.interval, c.eval.on_start, c.eval.on_finish, c.eval.max_batches
         )
