@@ -128,6 +128,7 @@ def execute(text: str, folder: Path, printed: Path) -> None:
     for shared in ("configs", "docs", "README.md"):
         (folder / shared).symlink_to(ROOT / shared)
     os.chdir(folder)
+    torch.set_num_threads(1)
     with printed.open("w") as f, contextlib.redirect_stdout(f):
         exec(compile(text, "block.py", "exec"), {"__name__": "__main__"})
 

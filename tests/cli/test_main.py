@@ -163,8 +163,9 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(
             "error: out of GPU memory: OutOfMemoryError: tried to alloc",
         ),
         (ModuleNotFoundError("No module named 'x'", name="x"), "error: x is not installed in this Python ("),
+        (ModuleNotFoundError("No module named 'regex'", name="regex"), "pip install -e '.[data]'"),
     ],
-    ids=["memory", "package"],
+    ids=["memory", "package", "extra"],
 )
 def test_what_is_no_bug(
     error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
