@@ -1,6 +1,7 @@
 """How far something long is: a bar with an ETA on a terminal, plain lines elsewhere."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,14 @@ log = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 
 _INTERVAL = 10.0  # seconds between two lines
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes to what stderr is at the moment: above the bars while there are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class TaskProgress(Progress):

@@ -96,7 +96,7 @@ def test_commands(words: list[str], called: tuple[str, list[str]], tmp_path: Pat
 def test_a_wrong_option_would_be_found() -> None:
     for line in (
         "python scripts/eval.py CHECKPOINT --sweet all",
-        "moda generate CHECKPOINT",
+        "moda export CHECKPOINT",
         "moda prepare mirror MIX",
     ):
         called = ours(words_of(line))

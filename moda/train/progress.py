@@ -10,6 +10,7 @@ from typing import Any
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import ConsoleLoggerCallback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from .callbacks import SpeedCallback
@@ -65,6 +66,7 @@ class ProgressCallback(ConsoleLoggerCallback):
     _shown: dict[str, float] = field(default_factory=dict)
     _bar: Any = None
     _task: Any = None
+    _figures: str = ""
     _spoke: float = 0.0
 
     def pre_train(self) -> None:
@@ -78,7 +80,7 @@ class ProgressCallback(ConsoleLoggerCallback):
                 SpinnerColumn(),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                _ETA(),
+                _ETA(Column(no_wrap=True)),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=console,
             )
@@ -92,7 +94,8 @@ class ProgressCallback(ConsoleLoggerCallback):
             self.trainer.record_metric("system/memory_gib", peak * (1 if sys.platform == "darwin" else 1024) / 2**30)
         if self._bar is not None:
             eta = self._eta(self.step)
-            self._bar.update(self._task, completed=self.step, end=None if eta is None else time.monotonic() + eta)
+            end = None if eta is None else time.monotonic() + eta
+            self._bar.update(self._task, completed=self.step, end=end, figures=self._figures)
 
     def busy(self, what: str, done: int, total: int) -> None:
         """Show how far something between two steps is: on the bar, or in a line now and then."""
@@ -133,8 +136,10 @@ class ProgressCallback(ConsoleLoggerCallback):
             log.info(line)
             self._spoke = time.monotonic()
             if self._bar is not None:
-                shown = line.split(" | ")[1 : None if eta is None else -1]  # the ETA has its own column
-                self._bar.update(self._task, figures=" | ".join(shown))
+                self._figures = " | ".join(
+                    line.split(" | ")[1 : None if eta is None else -1]
+                )  # the ETA has its own column
+                self._bar.update(self._task, figures=self._figures)
 
     def close(self) -> None:
         if self._bar is not None:

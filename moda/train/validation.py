@@ -34,7 +34,8 @@ class TimedEvaluator(EvaluatorCallback):
     def _log_progress(self, evaluator: Evaluator, eval_step: int) -> None:
         progress = self.trainer.callbacks["progress"]
         assert isinstance(progress, ProgressCallback)
-        progress.busy(f"evaluation ({evaluator.display_name})", eval_step, evaluator.total_batches or 0)
+        what = "validation" if isinstance(evaluator, NextTokenEvaluator) else f"evaluation ({evaluator.display_name})"
+        progress.busy(what, eval_step, evaluator.total_batches or 0)
 
     def post_train(self) -> None:
         stopped = all_reduce_value(  # the ranks may learn of it at different times, and all must do the same here
