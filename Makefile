@@ -45,6 +45,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo 'installing into $(VENV): one to three minutes'
 	$(BIN)/pip install -qq --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install -qq --disable-pip-version-check --editable .
+	@echo 'installed. In this and every new shell: source $(BIN)/activate'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

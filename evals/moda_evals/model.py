@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moda.checkpoints import kind_of, load_model, open_checkpoint
+from moda.checkpoints import choose_checkpoint, kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -242,6 +242,8 @@ def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any
 
     config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
+    vocab: Any
+    length: Any
     vocab, length = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None) or 2048
     for name, size in (("vocab_size", vocab), ("max_position_embeddings", length)):
         if not isinstance(size, int) or size < 1:
@@ -258,7 +260,7 @@ def open_model(path: str, tokenizer: str | None = None, context_length: int | No
 
     :raises UserError: for a folder that is no checkpoint of a known kind.
     """
-    folder = Path(path).expanduser()
+    folder = choose_checkpoint(path)
     if kind_of(folder) in ("export", "huggingface"):
         info, build = _open_huggingface(folder, tokenizer, read_json(folder / "config.json", "checkpoint"))
     else:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from rich.table import Table
 from moda.files import write_text
 
 from .paper import SOURCE, paper_rows
+from .results import RESULTS, fingerprint, read_results
 from .suites import DOWNSTREAM, SUITES, Suite
 from .tasks import METRICS
+
+log = logging.getLogger(__name__)
 
 
 def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:
@@ -111,6 +115,18 @@ def markdown(results: Sequence[dict[str, Any]], paper: bool = False) -> str:
         if rows:
             out.append(markdown_table([suite.heading, "n", *_headings(results, paper)], rows))
     return "\n".join([*out, *(f"{note}\n" for note in notes(results, paper))])
+
+
+def tables_of(folder: Path, checkpoint: Path) -> str | None:
+    """The Markdown of a folder's results, or None where it has none or they are of another checkpoint, which is logged."""
+    if not (folder / RESULTS).is_file():
+        return None
+    result = read_results(folder)
+    measured = result.get("measured_with")
+    if not isinstance(measured, dict) or measured.get("checkpoint") != fingerprint(checkpoint):
+        log.warning("%s is left out: it was measured on another checkpoint than %s", folder / RESULTS, checkpoint)
+        return None
+    return markdown([result])
 
 
 def as_csv(results: Sequence[dict[str, Any]]) -> str:

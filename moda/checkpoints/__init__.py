@@ -4,9 +4,9 @@ A checkpoint of a run (``stepN``) holds ``config.json``, the weights and the opt
 trainer's state (``train/``) and ``checksums.json``.
 """
 
-from .find import STATE, find_resumable, kind_of
+from .find import STATE, choose_checkpoint, find_resumable, kind_of
 from .keep import checkpoints_of_run, remove_old
-from .own import OwnCheckpointer, check_own
+from .own import OwnCheckpointer, check_own, read_trainer_state, saving_alone
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
 from .settings import changed_settings, check_same_model, check_same_run, read_settings
@@ -21,6 +21,7 @@ __all__ = [
     "check_same_model",
     "check_same_run",
     "checkpoints_of_run",
+    "choose_checkpoint",
     "damage",
     "find_resumable",
     "kind_of",
@@ -28,7 +29,9 @@ __all__ = [
     "match_weights",
     "open_checkpoint",
     "read_settings",
+    "read_trainer_state",
     "read_weights",
     "remove_old",
+    "saving_alone",
     "write_checksums",
 ]

@@ -22,7 +22,7 @@ from olmo_core.optim import (
     SkipStepOptimizer,
 )
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback, GPUMemoryMonitorCallback
+from olmo_core.train.callbacks import Callback, ConfigSaverCallback, GPUMemoryMonitorCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
@@ -40,7 +40,7 @@ from moda.data import TrainingData
 from moda.errors import UserError
 from moda.typed import to_dict
 
-from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, WandB
+from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
 from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
@@ -174,7 +174,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
             devices=plan.world_size,
             folder=c.log_folder,
         ),
-        "checkpointer": CheckpointerCallback(
+        "checkpointer": TimedCheckpointer(
             save_interval=c.checkpoint.interval,
             ephemeral_save_interval=c.checkpoint.ephemeral_interval,
             pre_train_checkpoint=False,
@@ -193,7 +193,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         callbacks["skip_step"] = SkipStepCallback()
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
-    if data.validation is not None:
+    if data.validation is not None and (c.eval.interval is not None or c.eval.on_start or c.eval.on_finish):
         callbacks["validation"] = ValidationConfig(
             data.validation, c.eval.interval, c.eval.on_start, c.eval.on_finish, c.eval.max_batches
         )

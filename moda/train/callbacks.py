@@ -1,10 +1,13 @@
 """Small callbacks of OLMo-core's trainer: whole checkpoints, what they leave out, signals, time and speed."""
 
+import contextlib
 import functools
 import logging
 import os
 import signal
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +17,10 @@ import torch.distributed as dist
 from olmo_core.distributed.utils import all_reduce_value, barrier, get_rank
 from olmo_core.io import is_url
 from olmo_core.optim import SkipStepOptimizer
-from olmo_core.train.callbacks import Callback, SpeedMonitorCallback, WandBCallback
+from olmo_core.train import Trainer
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, SpeedMonitorCallback, WandBCallback
 
-from moda.checkpoints import checkpoints_of_run, remove_old, write_checksums
+from moda.checkpoints import OwnCheckpointer, checkpoints_of_run, remove_old, write_checksums
 
 from .environment import on_first_rank
 from .metrics import stable_name
@@ -24,10 +28,13 @@ from .plan import wandb_needs_key
 
 log = logging.getLogger(__name__)
 
+_WINDOW_STEPS, _WINDOW_SECONDS = 20, 30.0  # figures of speed are means over the longer of the two
+
 
 @dataclass
 class SealCallback(Callback):
-    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it. Then older ones may go.
+    """Seals every checkpoint with its checksums once OLMo-core and the config saver have written it, and says where it is. Then
+    older ones may go.
 
     :param keep: permanent checkpoints to keep; None for all.
     """
@@ -42,13 +49,14 @@ class SealCallback(Callback):
             self._saved = on_first_rank(lambda: checkpoints_of_run(Path(folder), self.step))
 
     def post_checkpoint_saved(self, path: Any) -> None:
-        if is_url(str(path)):
-            return
-        if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
-            barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
-            on_first_rank(lambda: self._seal(Path(str(path))))
-        elif get_rank() == 0:
-            self._seal(Path(str(path)))
+        if not is_url(str(path)):
+            if not self.trainer.callbacks["checkpointer"].save_async:  # type: ignore[attr-defined]
+                barrier()  # every rank's file is in place; asynchronous saves get here from rank 0's last write
+                on_first_rank(lambda: self._seal(Path(str(path))))
+            elif get_rank() == 0:
+                self._seal(Path(str(path)))
+        assert isinstance(self.trainer.checkpointer, OwnCheckpointer)
+        log.info("saved %s in %.1f s", path, time.monotonic() - self.trainer.checkpointer.began)
 
     def _seal(self, path: Path) -> None:
         write_checksums(path)
@@ -100,6 +108,14 @@ class ClockCallback(Callback):
         self._before = state_dict["seconds"]
 
 
+class TimedCheckpointer(CheckpointerCallback):
+    """OLMo-core's, whose time is not counted as a training step's."""
+
+    def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
+        with between_steps(self.trainer):
+            return super()._save_checkpoint(save_async, ephemeral)
+
+
 @dataclass
 class SignalCallback(Callback):
     """Remembers which signal stopped a run. The trainer's own handler still gets it, and ends the run after the step.
@@ -125,13 +141,42 @@ class SignalCallback(Callback):
         self.received = signal.Signals(int(number)) if number else None
 
 
+@dataclass
 class SpeedCallback(SpeedMonitorCallback):
-    """OLMo-core's figures of speed, without the time that evaluations take."""
+    """OLMo-core's figures of speed, over the last steps instead of one, without the time between steps.
+
+    The first step, which compiles, is left out.
+    """
+
+    pace: float | None = None  # seconds per step
+    _ends: deque[float] = field(default_factory=deque)  # of the steps in the window, and of the one before it
 
     def leave_out(self, seconds: float) -> None:
         """Do not count the last ``seconds`` as time of a training step."""
-        self._step_last_logged += seconds
+        self._ends = deque(end + seconds for end in self._ends)
         self._start_time += seconds
+
+    def post_step(self) -> None:
+        now = time.perf_counter()
+        self._ends.append(now)
+        while len(self._ends) > _WINDOW_STEPS + 1 and now - self._ends[1] >= _WINDOW_SECONDS:
+            self._ends.popleft()
+        if len(self._ends) > 1:
+            self.pace = (now - self._ends[0]) / (len(self._ends) - 1)
+            self._step_last_logged = now - self.pace  # from which OLMo-core takes the step's time
+        super().post_step()
+
+
+@contextlib.contextmanager
+def between_steps(trainer: Trainer) -> Iterator[None]:
+    """What the block does, an evaluation or a checkpoint, is not counted as time of a training step."""
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    began = time.perf_counter()
+    yield
+    speed = trainer.callbacks["speed"]
+    assert isinstance(speed, SpeedCallback)
+    speed.leave_out(time.perf_counter() - began)
 
 
 @dataclass

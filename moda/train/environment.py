@@ -60,7 +60,8 @@ def prepare_environment(seed: int) -> None:
         backend = "cpu:gloo" if distributed else None
     quiet = logging.getLogger("olmo_core")
     level = quiet.level
-    quiet.setLevel(logging.WARNING)  # until the log file is there, its notes would go to the terminal
+    # Until the log file is there, its notes would go to the terminal, and its warnings once from every rank.
+    quiet.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     prepare_training_environment(seed=seed, backend=backend, shared_filesystem=True)
     quiet.setLevel(level)
 
@@ -101,10 +102,10 @@ class _OursOrWarning(logging.Filter):
 
 
 class _FirstRank(logging.Filter):
-    """Below warnings only rank 0 speaks."""
+    """Below errors only rank 0 speaks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or get_rank() == 0
+        return record.levelno >= logging.ERROR or get_rank() == 0
 
 
 class _LogFile(logging.FileHandler):
@@ -116,7 +117,10 @@ class _LogFile(logging.FileHandler):
 
 
 def set_up_logging(folder: str) -> None:
-    """Messages on the terminal (or plain lines where there is none), and everything in ``<folder>/train.log``."""
+    """Messages on the terminal (or plain lines where there is none), and everything in ``<folder>/train.log``.
+
+    Of the ranks after the first the terminal shows errors, and the file has warnings too.
+    """
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -131,7 +135,8 @@ def set_up_logging(folder: str) -> None:
     screen.addFilter(_OursOrWarning())
     screen.addFilter(_FirstRank())
     root.addHandler(screen)
-    if get_rank() == 0:
-        file = _LogFile(Path(folder) / LOG_FILE, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.addHandler(file)
+    rank = get_rank()
+    file = _LogFile(Path(folder) / LOG_FILE, encoding="utf-8", delay=rank > 0)
+    file.setLevel(logging.WARNING if rank else logging.NOTSET)
+    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)

@@ -58,7 +58,7 @@ class Plan:
             rows += t.model.depth.describe(t.model)
         rows += [
             ("training FLOPs per token (attention counted half)", f"{self.flops_per_token / 1e9:,.3f} G"),
-            ("forward FLOPs per sequence as in the paper's Table 3", f"{self.paper_forward_flops / 1e12:,.4g} T"),
+            ("forward FLOPs per sequence (paper's Table 3)", f"{self.paper_forward_flops / 1e12:,.4g} T"),
             ("tokens per step", f"{train.tokens_per_step:,}"),
             ("steps", f"{self.steps:,}"),
             ("tokens in all", f"{self.steps * train.tokens_per_step:,}"),

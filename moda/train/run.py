@@ -31,6 +31,7 @@ from moda.checkpoints import (
     check_same_run,
     find_resumable,
     match_weights,
+    saving_alone,
 )
 from moda.config import RunConfig, to_yaml
 from moda.data import TrainingData, build_training_data
@@ -95,9 +96,9 @@ def _print_data(p: Plan) -> None:
         console.print("data: text, tokenized at the first start")
         return
     whole = sum(d.tokens or 0 for d in drawn)
-    table = Table(title="data", title_justify="left")
-    for heading in ("source", "files", "tokens there", "tokens in the dataset", "share", "times through"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+    table = Table(title="data", title_justify="left", box=None, pad_edge=False)
+    for heading in ("source", "files", "tokens there", "in the dataset", "share", "times"):
+        table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
     for d in drawn:
         if d.tokens is None or not d.available:
             row = ("not asked (remote)", "", "", "")
@@ -106,7 +107,8 @@ def _print_data(p: Plan) -> None:
         table.add_row(d.name, f"{d.files:,}", *row)
     console.print(table)
     if whole:
-        console.print(f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset", highlight=False)
+        times = f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset"
+        console.print(times, highlight=False, soft_wrap=True)
 
 
 def _prepare_data(p: Plan) -> TrainingData:
@@ -145,6 +147,7 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
             on_first_rank(lambda: held.enter_context(_run_folder(Path(config.log_folder))))
             if get_rank() != 0:
                 set_up_logging(config.log_folder)
+            held.enter_context(saving_alone())
             return _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
@@ -211,6 +214,11 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     on_first_rank(lambda: _summarise(config, trainer.global_step, clock.seconds, complete))
     signals = trainer.callbacks["signals"]
     assert isinstance(signals, SignalCallback)
+    if signals.received is not None:
+        checkpoint = f"{config.save_folder}/step{trainer.global_step}"
+        log.info(
+            "%s: stopped at step %d of %d, saved in %s", signals.received.name, trainer.global_step, p.steps, checkpoint
+        )
     return Outcome(trainer.global_step, signals.received)
 
 
@@ -298,19 +306,21 @@ def _summarise(config: RunConfig, steps: int, seconds: float, complete: bool) ->
         seconds = before["seconds"]
     metrics = folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
-    ends: dict[str, tuple[float, float] | None] = {}
+    ends: dict[str, tuple[float, float | None]] = {}  # None where the last step has no figure: an earlier one is stale
     for key in ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]:
-        values = [line[key] for line in lines if line.get(key) is not None]
-        ends[key] = (values[0], values[-1]) if values else None
+        values = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+        if values:
+            ends[key] = values[min(values)], values.get(steps)
     table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
     for heading in ("validation", "loss before", "after", "perplexity before", "after", "fall"):
         table.add_column(heading, justify="left" if heading == "validation" else "right", no_wrap=True)
-    for key, losses in ends.items():
-        if losses is not None:
-            name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
-            perplexities = [_perplexity(loss) for loss in losses]
-            row = (*(f"{x:.3f}" for x in losses), *(f"{x:,.1f}" for x in perplexities))
-            table.add_row(name, *row, f"{_perplexity(losses[0] - losses[1]):,.1f}x")
+    for key, (first, last) in ends.items():
+        name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
+        row = [f"{first:.3f}", "", f"{_perplexity(first):,.1f}", "", ""]
+        if last is not None:
+            row[1], row[3] = f"{last:.3f}", f"{_perplexity(last):,.1f}"
+            row[4] = f"{_perplexity(first - last):,.1f}x"
+        table.add_row(name, *row)
     console.print(table)
     console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)

@@ -78,7 +78,7 @@ def look(decoder: Any, ids: Sequence[int], tokens: Sequence[str], name: str) -> 
     batch = torch.tensor([list(ids)], device=decoder.device)
     weights: list[torch.Tensor] = []
     streams: list[Any] = []
-    hidden = decoder.model.run(decoder.model.embed_tokens(batch), streams=streams, watch=weights)
+    hidden = decoder.model.run(decoder.model.embed_tokens(batch), streams=streams, attentions=weights)
     logits = decoder.lm_head(hidden)[0].float()
     plain = all(isinstance(x, torch.Tensor) and x.shape == hidden.shape for x in streams)
     lens = []

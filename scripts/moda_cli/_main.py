@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from moda import __version__
 from moda.errors import UserError, nearest
 
+from ._missing import missing
+
 __all__ = ["COMMANDS", "arguments", "main", "script"]
 
 COMMANDS = {
@@ -39,7 +41,6 @@ COMMANDS = {
 }
 
 NO_BUGS = {
-    "ModuleNotFoundError": "a package is not installed",
     "MemoryError": "out of memory",
     "OutOfMemoryError": "out of GPU memory",
 }
@@ -155,6 +156,9 @@ def _report(error: BaseException) -> int:
 
     :returns: the exit code: 2 where a file or disk failed, which is no bug.
     """
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "moda").startswith("moda"):
+        print(missing(error), file=sys.stderr)
+        return 1
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
     logs = [h for h in files if h.baseFilename != os.devnull]

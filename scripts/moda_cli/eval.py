@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rich.console import Console
 
+    from moda.progress import AboveBars
     from moda_evals.report import notes, table, write_reports
     from moda_evals.run import Options, evaluate_all
 
@@ -91,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
         text=_by_name("--text", args.text), token_files=_by_name("--token-files", args.token_files),
         tasks=args.tasks and tuple(args.tasks), sets=args.sets and tuple(args.sets),
     )  # fmt: skip
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("moda_evals").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars()])
+    for name in ("moda", "moda_evals"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     output = Path(args.output)
     results = evaluate_all(args.checkpoint, options, output)
     if rank == 0:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     looks = []
     for folder in args.checkpoint:
-        decoder, tokenizer, context = load_decoder(Path(folder), device, dtype, args.tokenizer)
+        decoder, tokenizer, context = load_decoder(folder, device, dtype, args.tokenizer)
         if tokenizer is None:
             raise UserError("checkpoint", "a checkpoint that names its tokenizer", folder, "or give --tokenizer")
         encoder = tokenizer.load()

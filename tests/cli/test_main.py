@@ -165,9 +165,10 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(
             torch.OutOfMemoryError("tried to allocate 8 GiB"),
             "error: out of GPU memory: OutOfMemoryError: tried to alloc",
         ),
-        (ModuleNotFoundError("No module named 'x'"), "error: a package is not installed: ModuleNotFoundError: No mod"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "error: x is not installed in this Python ("),
+        (ModuleNotFoundError("No module named 'regex'", name="regex"), "pip install -e '.[data]'"),
     ],
-    ids=["memory", "package"],
+    ids=["memory", "package", "extra"],
 )
 def test_what_is_no_bug(
     error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -176,6 +177,14 @@ def test_what_is_no_bug(
     monkeypatch.setenv("MODA_TRACEBACK", "1")
     assert moda_cli.main(["train", "x.yaml"]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_a_python_without_the_project_says_what_to_activate() -> None:
+    line = [sys.executable, "-S", str(ROOT / "scripts" / "train.py"), "x.yaml"]  # -S: without site-packages
+    alone = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    done = subprocess.run(line, env=alone, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: moda is not installed") and ".venv/bin/activate" in done.stderr
 
 
 def test_a_closed_pipe_is_no_bug(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from moda.checkpoints import damage, find_resumable
 from moda.errors import UserError
 from moda.train.metrics import read_metrics
-from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
+from tests.tiny import ROOT, STEPS, command, environment, make_text, run, weights, write_config
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -41,8 +41,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_and_signal(config: Path, run_folder: Path, after_step: int, number: signal.Signals) -> int:
-    """Start training, send a signal once ``after_step`` has been reported, and return the exit code."""
-    process = subprocess.Popen(command(config), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start training, send a signal once ``after_step`` has been reported, and return the exit code.
+
+    What it prints goes to ``printed`` beside the configuration.
+    """
+    printed = config.with_name("printed").open("w")
+    process = subprocess.Popen(command(config), env=environment(), stdout=printed, stderr=printed)
     try:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
@@ -69,6 +73,8 @@ def test_a_whole_run_leaves_what_it_says(whole: Path) -> None:
     assert (folder / "config.yaml").is_file() and (folder / "train.log").stat().st_size > 0
     printed = (whole / "printed").read_text()
     assert "perplexity before" in printed and str(folder) in printed
+    assert [f"saved {folder / f'step{n}'} in " in printed for n in (4, 8, 12)] == [True] * 3
+    assert "Warning" not in printed and "torch.distributed" not in printed
     assert all(damage(p) is None for p in folder.glob("step*"))
 
 
@@ -85,12 +91,17 @@ def test_killed_and_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path)
 
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, eval=dict(on_start=True))
     assert start_and_signal(config, tmp_path / "run", 5, signal.SIGTERM) == 128 + signal.SIGTERM
     newest = find_resumable(str(tmp_path / "run"))
     assert newest is not None and newest.name not in ("step4", "step8", f"step{STEPS}"), (
         "the step it stopped at is saved"
     )
+    printed = (tmp_path / "printed").read_text()
+    assert f"SIGTERM: stopped at step {newest.name[4:]} of {STEPS}, saved in {newest}" in printed
+    assert f"to continue: python {ROOT}/scripts/train.py {config}" in printed
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    assert metrics["loss"][1] is not None and metrics["eval/text/loss"][1] is None  # validation is of step 0
     victim = max((newest / "model_and_optim").glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
