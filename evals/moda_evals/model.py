@@ -242,9 +242,8 @@ def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any
 
     config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
-    vocab: Any
-    length: Any
-    vocab, length = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None) or 2048
+    vocab: Any = getattr(config, "vocab_size", None)
+    length: Any = getattr(config, "max_position_embeddings", None) or 2048
     for name, size in (("vocab_size", vocab), ("max_position_embeddings", length)):
         if not isinstance(size, int) or size < 1:
             raise UserError("checkpoint", f"an integer >= 1 for {name} in {path / 'config.json'}", size)

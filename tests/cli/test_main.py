@@ -85,7 +85,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     [
         ["train"],
         ["eval", "--taks", "copa"],
-        ["generate", "only_a_checkpoint"],
+        ["generate"],
         ["prepare", "mirror", "mix"],
         ["prepare"],
     ],

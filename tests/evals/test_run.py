@@ -238,7 +238,6 @@ def test_bad_command_lines(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     out = ["--output", str(tmp_path)]
     for arguments, message in (
         (["--tasks", "pica"], "did you mean 'piqa'"),
-        (["--limit", "0"], "--limit"),
         (["--text", "nonsense"], "NAME=PATH"),
         (["--suite", "perplexity", "--base-dir", str(tmp_path / "none")], "c4_en/val/part-0-00000.npy"),
         (["--suite", "perplexity", "--text", f"x={tmp_path / 'none'}"], "that exist"),
@@ -246,6 +245,9 @@ def test_bad_command_lines(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
         assert command(str(checkpoint), *arguments, *out) == 2
         assert message in capsys.readouterr().err
     assert command("compare", str(tmp_path), str(tmp_path)) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(str(checkpoint), "--limit", "0", *out)
+    assert "--limit: expected an integer >= 1, got 0" in capsys.readouterr().err
 
 
 def test_the_printed_rows_hang_together() -> None:

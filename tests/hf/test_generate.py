@@ -122,7 +122,7 @@ def test_command_line(checkpoint: Path, capsys: pytest.CaptureFixture[str], monk
     assert script.main([str(checkpoint), "The import", *options]) == 0
     one, two = capsys.readouterr().out.split("--- 2 of 2\n")
     assert one == f"--- 1 of 2\n{first}" and two.startswith("The import") and two != first
-    for wrong in (["--samples", "0", "a"], [], ["a", "--interactive"]):
+    for wrong in ([], ["a", "--interactive"]):
         assert script.main([str(checkpoint), *wrong]) == 2
     assert "expected a text to continue, or else --interactive" in capsys.readouterr().err
 
