@@ -26,13 +26,13 @@ from moda.config.schema import RunConfig
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
-from moda.files import write_json, write_text
+from moda.files import METRICS_FILE, PLAN_FILE, read_metrics, write_json, write_text
+from moda.report import FILES, write_report
 from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import SignalCallback
 from .environment import console, launched_world_size, prepare_environment, set_up_logging
-from .metrics import METRICS_FILE, read_metrics
 from .plan import Plan, make_plan
 from .progress import format_duration
 
@@ -190,6 +190,7 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
         _start_from(config.train.load_path, p, trainer, module)
     if get_rank() == 0:
         write_text(Path(config.log_folder) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        write_json(Path(config.log_folder) / PLAN_FILE, p.sizes())
     if trainer.global_step >= p.steps:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
@@ -283,3 +284,10 @@ def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
     console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
     write_json(folder / "summary.json", {"steps": steps, "seconds": seconds, "metrics": ends})
+    try:
+        write_report([folder], folder)
+        console.print(f"{', '.join(FILES)}: {folder}", soft_wrap=True, highlight=False)
+    except UserError as e:  # without plotly
+        log.info("no report: %s", e)
+    except Exception:  # the run is complete whether it can be drawn or not
+        log.warning("the report could not be made", exc_info=True)

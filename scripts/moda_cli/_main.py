@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "print a run's configuration, sizes, FLOPs, memory and steps",
     "eval": "perplexity and downstream accuracy of checkpoints",
     "compare": "compare two evaluations, with intervals",
+    "report": "tables and charts of runs: losses, speedups, seeds",
     "generate": "continue a text with a checkpoint",
     "export": "write a checkpoint as a Hugging Face folder, or read one back",
     "prepare": "turn text into token files, mirror a data mix, inspect prepared data",
