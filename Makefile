@@ -43,7 +43,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo 'installing into $(VENV): one to three minutes'
 	$(BIN)/pip install -qq --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install -qq --disable-pip-version-check --editable .
+	$(BIN)/pip install -qq --disable-pip-version-check --editable '.[report]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -106,13 +106,14 @@ def chart_data(all_variants: Sequence[Variant]) -> dict[str, Any]:
 
 
 def draw_losses(all_variants: Sequence[Variant], path: Path) -> None:
-    """The training losses, and the first validation set's where there is one, over tokens, FLOPs and time."""
+    """Training losses, and those of the first validation set, over tokens and, of several runs, FLOPs and time."""
     from matplotlib.figure import Figure
 
     runs = [run for v in all_variants for run in v.runs]
     metrics = {"training loss, smoothed": "loss"}
     metrics |= {f"validation loss ({name})": f"eval/{name}/loss" for name in names(runs)[0][:1]}
-    known = [k for k in range(3) if any(np.isfinite(_along(r, r.of("loss")[0])[k]).any() for r in runs)] or [0]
+    columns = range(3) if len(runs) > 1 else range(1)  # of one run all three look alike
+    known = [k for k in columns if any(np.isfinite(_along(r, r.of("loss")[0])[k]).any() for r in runs)] or [0]
     figure = Figure(figsize=(5 * len(known) + 1, 3.8 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), len(known), squeeze=False)
     for row, (title, metric) in zip(axes, metrics.items()):

@@ -207,7 +207,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / METRICS_FILE).is_file() or all((folder / f).is_file() for f in ("config.yaml", "train.log"))
+    return any((folder / name).is_file() for name in (METRICS_FILE, "train.log"))
 
 
 def _by_number(path: Path) -> list[Any]:
