@@ -25,6 +25,7 @@ __all__ = ["COMMANDS", "arguments", "main", "script"]
 COMMANDS = {
     "train": "train a model, or resume its run",
     "plan": "print a run's configuration, sizes, FLOPs, memory and steps",
+    "sweep": "train every run of an ablation sweep",
     "eval": "perplexity and downstream accuracy of checkpoints",
     "compare": "compare two evaluations, with intervals",
     "report": "tables and charts of runs: losses, speedups, seeds",

@@ -46,6 +46,13 @@ def count(text: str) -> int:
     return int(float(text))
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return int(text)
+
+
 def from_arguments(kind: type[T], args: argparse.Namespace, **changes: Any) -> T:
     """A dataclass whose fields are arguments of the same names; ``changes`` come first."""
     given = {**vars(args), **changes}

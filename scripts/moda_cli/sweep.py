@@ -1,0 +1,87 @@
+"""Train every run of a sweep. What is finished is skipped, what is not is resumed, a failed run does not stop the others.
+
+Examples:
+  %(prog)s configs/sweeps/demo.yaml --dry-run
+  %(prog)s configs/sweeps/table6.yaml --data data/mine --gpus 0,1
+  %(prog)s configs/sweeps/table6.yaml --slurm slurm_partition=gpu timeout_min=720 gpus_per_node=1
+"""
+
+import argparse
+
+from ._options import new_parser, positive
+
+RESUME = "its runs have saved; the same command resumes them"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = new_parser(__doc__)
+    p.add_argument("sweep", metavar="SWEEP", help="a YAML file, such as configs/sweeps/demo.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every run")
+    p.add_argument("--data", metavar="FOLDER", help="a folder that `moda prepare` made: every run trains on it")
+    p.add_argument("--gpus", metavar="0,1,...", help="GPUs to use (default: all that are there)")
+    p.add_argument("--gpus-per-run", type=positive, default=1, metavar="N", help="GPUs of one run")
+    p.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs at a time on the same GPUs, or on the CPU"
+    )
+    p.add_argument("--only", metavar="TEXT", help="the runs whose name contains TEXT")
+    p.add_argument("--dry-run", action="store_true", help="print every run with its sizes and time, and exit")
+    p.add_argument(
+        "--slurm", nargs="+", metavar="name=value", help="submit the runs as a Slurm array: submitit's options"
+    )
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.live import Live
+
+    from moda.errors import UserError
+    from moda.sweep import load_sweep
+    from moda.sweep.data import missing_data, prepared
+    from moda.sweep.run import run_sweep, workers
+    from moda.sweep.slurm import submit
+    from moda.sweep.state import state_of
+    from moda.sweep.table import board_table, lines, plan_table
+
+    sweep = load_sweep(args.sweep, [*(prepared(args.data) if args.data else []), *args.overrides])
+    cells = [cell for cell in sweep.cells if args.only is None or args.only in cell.name]
+    if not cells:
+        raise UserError("--only", "part of a run's name", args.only, ", ".join(c.name for c in sweep.cells[:8]))
+    gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus and args.gpus_per_run > len(gpus):
+        raise UserError("--gpus-per-run", f"at most the {len(gpus)} GPUs", args.gpus_per_run)
+    available = workers(gpus, args.jobs, args.gpus_per_run)
+    processes = args.gpus_per_run if args.slurm else available[0].processes
+    table, total = plan_table(cells, {cell.name: state_of(cell) for cell in cells}, processes, len(available))
+    console = Console()
+    console.print(table)
+    console.print(total, highlight=False)
+    missing = missing_data(cells)
+    if missing is not None:
+        hint = "; ".join(
+            filter(None, [missing.hint, f"get it with: {sweep.section.data}" if sweep.section.data else ""])
+        )
+        missing = UserError(missing.key, missing.expected, missing.got, hint or None)
+    if args.dry_run:
+        if missing is not None:
+            console.print(f"data is missing: {missing}", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if missing is not None:
+        raise missing
+    if args.slurm:
+        jobs = submit(cells, sweep.folder / "slurm", args.slurm, processes)
+        console.print(f"submitted {len(jobs)} jobs: {', '.join(jobs)}", highlight=False)
+        return 0
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=2) as live:
+            board = run_sweep(cells, sweep.folder / "logs", available, lambda b: live.update(board_table(b)))
+    else:
+        board = run_sweep(cells, sweep.folder / "logs", available, lines(console))
+        console.print(board_table(board))
+    for name in board.failed:
+        console.print(f"{name} failed: {board.notes[name]}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{len(cells) - len(board.failed)} of {len(cells)} runs are finished: {sweep.folder}", highlight=False
+    )
+    return 1 if board.failed else 0
