@@ -18,7 +18,7 @@ import yaml
 from moda.errors import UserError
 from moda.files import METRICS_FILE, PLAN_FILE, read_json, read_metrics
 
-__all__ = ["Array", "Run", "find_runs"]
+__all__ = ["Array", "Run", "find_runs", "number"]
 
 Array = npt.NDArray[np.float64]
 LAYER = re.compile(r"(.*?)[/._]?(?:layer|block)s?[/._]?(\d{1,6})(.*)")
@@ -36,8 +36,8 @@ class Run:
     """A run folder.
 
     :param name: where it is, as short as is unique in the report.
-    :param settings: the configuration by dotted key. A section that other runs may not have has a value too: the name of its
-        mechanism, or ``given``.
+    :param settings: the configuration by dotted key, empty if it cannot be read. A section that other runs may not have has a
+        value too: the name of its mechanism, or ``given``.
     :param sizes: parameters and FLOPs, as the trainer counted them.
     :param series: by metric: the steps at which it was written and its values, NaN where they were not finite.
     :param state: what a reader must know: finished or not, failed, damaged.
@@ -128,26 +128,31 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
+def number(value: Any) -> float:
+    """A number, NaN for anything else; also for a size that no figure has and sums could not hold."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if abs(number) < 1e100 else math.nan
 
 
 def _array(values: list[Any]) -> Array:
-    """Numbers, NaN for what is none or not finite."""
     try:
-        array = np.array(values, dtype=float)
-        return np.where(np.isfinite(array), array, math.nan).reshape(len(values))
+        array = np.array(values, dtype=float).reshape(len(values))
     except (TypeError, ValueError, OverflowError):  # something that is no number is among them
-        return np.array([_number(v) for v in values])
+        return np.array([number(v) for v in values])
+    return np.where(np.abs(array) < 1e100, array, math.nan)
 
 
 def _tokens_per_step(settings: Mapping[str, Any]) -> float:
-    return _number(settings.get("train.sequence_length")) * _number(settings.get("train.global_batch_size"))
+    return number(settings.get("train.sequence_length")) * number(settings.get("train.global_batch_size"))
 
 
 def _total_steps(settings: Mapping[str, Any]) -> float:
-    steps = _number(settings.get("train.max_steps"))
-    return steps if steps == steps else -(-_number(settings.get("train.max_tokens")) // _tokens_per_step(settings))
+    steps = number(settings.get("train.max_steps"))
+    tokens = number(settings.get("train.max_tokens"))
+    return steps if math.isfinite(steps) else -(-tokens // (_tokens_per_step(settings) or math.nan))
 
 
 def _error(folder: Path) -> str | None:
@@ -162,48 +167,59 @@ def _error(folder: Path) -> str | None:
     return lines[-1][:200] if "Traceback (most recent call last)" in entry else None
 
 
-def _read(folder: Path, name: str) -> Run:
-    notes: list[str] = []
-    settings: dict[str, Any] = {}
+def _settings(folder: Path) -> dict[str, Any]:
+    """The configuration by dotted key; empty if it cannot be read."""
     try:
-        loaded = yaml.load((folder / "config.yaml").read_bytes(), Loader)  # a safe loader
-        settings = dict(_flatten(loaded)) if isinstance(loaded, dict) else {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        pass
-    if not settings:
-        notes.append("config.yaml cannot be read")
-    sizes: dict[str, float] = {}
+        loaded = yaml.load((folder / "config.yaml").read_bytes(), Loader)
+    except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return dict(_flatten(loaded)) if isinstance(loaded, dict) else {}
+
+
+def _sizes(folder: Path) -> dict[str, float]:
     try:
-        sizes = {k: _number(v) for k, v in read_json(folder / PLAN_FILE, "plan").items()}
+        return {name: number(value) for name, value in read_json(folder / PLAN_FILE, "plan").items()}
     except UserError:
-        notes.append(f"no {PLAN_FILE}: parameters and FLOPs unknown")
-    path = folder / METRICS_FILE
-    lines = read_metrics(path) if path.is_file() else []
-    damaged = len(path.read_bytes().splitlines()) - len(lines) if path.is_file() else 0
+        return {}
+
+
+def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Array, Array]]:
     lists: defaultdict[str, tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     for step, line in sorted({line["step"]: line for line in lines}.items()):
         for key, value in line.items():
             if key not in UNUSED:
-                all_steps, values = lists[key]
-                all_steps.append(step)
+                steps, values = lists[key]
+                steps.append(step)
                 values.append(value)
-    series = {key: (_array(all_steps), _array(values)) for key, (all_steps, values) in lists.items()}
-    steps, loss = series.get("loss", (np.empty(0), np.empty(0)))
-    total = _total_steps(settings)
-    finished = len(steps) > 0 and (steps[-1] >= total if total == total else (folder / "summary.json").is_file())
+    return {key: (_array(steps), _array(values)) for key, (steps, values) in lists.items()}
+
+
+def _read(folder: Path, name: str) -> Run:
+    settings, sizes, path = _settings(folder), _sizes(folder), folder / METRICS_FILE
+    lines = read_metrics(path) if path.is_file() else []
+    damaged = len(path.read_bytes().splitlines()) - len(lines) if path.is_file() else 0
+    series = _series(lines)
+    last, total = max((line["step"] for line in lines), default=0), _total_steps(settings)
+    finished = (folder / "summary.json").is_file() and not last < total
     error = None if finished else _error(folder)
-    state = "finished" if finished else f"failed: {error}" if error else "unfinished" if len(steps) else "empty"
-    if len(steps) and not finished:
-        state += f" at step {steps[-1]:,.0f}" + (f" of {total:,.0f}" if total == total else "")
+    state = "finished" if finished else f"failed: {error}" if error else "unfinished" if last else "empty"
+    if last and not finished:
+        state += f" at step {last:,}" + (f" of {total:,.0f}" if math.isfinite(total) else "")
+    notes = [state]
+    steps, loss = series.get("loss", (np.empty(0), np.empty(0)))
     finite = np.isfinite(loss)
     if not finite.all():
         since = steps[np.flatnonzero(finite)[-1] + 1] if finite.any() and not finite[-1] else steps[~finite][0]
-        notes.insert(0, f"loss not finite {'at' if finite[-1] else 'since'} step {since:,.0f}")
-    if len(steps) and not any(key.startswith("eval/") for key in series):
+        notes.append(f"loss not finite {'at' if finite[-1] else 'since'} step {since:,.0f}")
+    if not settings:
+        notes.append("config.yaml cannot be read")
+    if not sizes:
+        notes.append(f"no {PLAN_FILE}: parameters and FLOPs unknown")
+    if last and not any(key.startswith("eval/") for key in series):
         notes.append("no evaluations")
     if damaged:
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} in {METRICS_FILE}")
-    return Run(name, settings, sizes, series, "; ".join([state, *notes]), bool(finished))
+    return Run(name, settings, sizes, series, "; ".join(notes), finished)
 
 
 def _is_run(folder: Path) -> bool:
@@ -221,22 +237,26 @@ def _below(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for child in sorted(folder.iterdir(), key=_by_number):
-        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
+        hidden = child.name.startswith(".") or child.is_symlink() and not _is_run(child)  # a link may lead back
+        if child.is_dir() and not hidden:
             yield from _below(child)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders, each a run's or one with runs below it.
 
-    :raises UserError: for a folder that does not exist or has no run.
+    :raises UserError: for a folder that does not exist, has no run, or cannot be read.
     """
     found: dict[Path, None] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError("folder", "an existing folder", str(folder))
-        runs = list(_below(folder.resolve()))
-        if not runs:
-            raise UserError("folder", f"a run (with {METRICS_FILE}) or a folder of runs", str(folder))
-        found.update(dict.fromkeys(runs))
-    common = Path(os.path.commonpath([p.parent for p in found]))
-    return [_read(p, os.fsencode(p.relative_to(common)).decode("utf-8", "replace")) for p in found]
+    try:
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError("folder", "an existing folder", str(folder))
+            runs = list(_below(folder.resolve()))
+            if not runs:
+                raise UserError("folder", f"a run (with {METRICS_FILE}) or a folder of runs", str(folder))
+            found.update(dict.fromkeys(runs))
+        common = Path(os.path.commonpath([p.parent for p in found]))
+        return [_read(p, os.fsencode(p.relative_to(common)).decode("utf-8", "replace")) for p in found]
+    except OSError as e:
+        raise UserError("folder", "files that can be read", hint=str(e)) from None

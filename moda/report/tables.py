@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 
 from .paper import PAPER_TABLES, PaperTable
-from .runs import Run
+from .runs import Run, number
 from .variants import Estimate, Variant, describe, differences, differing, shown_value, speedup, variants
 
 __all__ = ["Table", "build_tables", "figures", "learning_rates", "markdown_table", "names"]
@@ -49,9 +49,7 @@ class Table:
 
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return (
-        html.escape(text, quote=False).replace("\\", "\\\\").replace("`", "\\`").replace("*", "\\*").replace("[", "\\[")
-    )
+    return re.sub(r"([\\`*\[])", r"\\\1", html.escape(text, quote=False))
 
 
 def figures(runs: Sequence[Run]) -> list[dict[str, float]]:
@@ -73,7 +71,7 @@ def figures(runs: Sequence[Run]) -> list[dict[str, float]]:
             "tokens/s": run.typical("tokens_per_second"),
             "MFU, %": run.typical("mfu_percent"),
             "peak memory, GiB": float(np.nanmax(memory)) if np.isfinite(memory).any() else math.nan,
-            "training time, s": float(run.seconds(steps).sum()),
+            "training time": float(run.seconds(steps).sum()),
         })  # fmt: skip
     return out
 
@@ -87,8 +85,8 @@ def names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 def _cell(heading: str, value: float) -> str:
     if not math.isfinite(value):
         return "–"
-    if heading.endswith(", s"):
-        return str(timedelta(seconds=round(value)))
+    if heading == "training time":
+        return f"{int(value) // 3600}:{int(value) // 60 % 60:02}:{int(value) % 60:02}"
     if heading in ("parameters", "tokens", "FLOPs per token"):
         units = ((1e12, "T"), (1e9, "G" if "FLOP" in heading else "B"), (1e6, "M"), (1e3, "K"))
         size, unit = next(((s, u) for s, u in units if value >= s), (1, ""))
@@ -99,26 +97,18 @@ def _cell(heading: str, value: float) -> str:
 def _shown(e: Estimate, form: str = ".4f", of: int = 1) -> str:
     if not e.n:
         return "–"
-    return (
-        f"{e.mean:{form}}"
-        + (f" ± {e.margin:{form.lstrip('+')}}" if e.n > 1 else "")
-        + (f" ({e.n} of {of})" if e.n < of else "")
-    )
+    margin = f" ± {e.margin:{form.lstrip('+')}}" if e.n > 1 else ""
+    return f"{e.mean:{form}}{margin}" + (f" ({e.n} of {of})" if e.n < of else "")
 
 
 def _runs(runs: Sequence[Run]) -> Table:
     keys = differing(runs)
     values = figures(runs)
     headings = ["run", *(k.removeprefix("model.") for k in keys), *values[0], "state"]
-    rows = [
-        [
-            run.name,
-            *(shown_value(run.settings[k]) if k in run.settings else "" for k in keys),
-            *(_cell(k, v) for k, v in own.items()),
-            run.state,
-        ]
-        for run, own in zip(runs, values)
-    ]
+    rows = []
+    for run, own in zip(runs, values):
+        settings = (shown_value(run.settings[k]) if k in run.settings else "" for k in keys)
+        rows.append([run.name, *settings, *(_cell(k, v) for k, v in own.items()), run.state])
     notes = (
         "Training loss: the mean over the last 5 % of the logged steps. Tokens/s and MFU: medians. "
         "Training time leaves out evaluations, checkpoints and compilation."
@@ -174,7 +164,7 @@ def learning_rates(runs: Sequence[Run]) -> dict[str, dict[float, Estimate]]:
     for group in groups:
         by_rate: dict[float, list[float]] = {}
         for run in group.finished:
-            by_rate.setdefault(float(run.settings.get("optim.lr", math.nan)), []).append(run.final("loss"))
+            by_rate.setdefault(number(run.settings.get("optim.lr")), []).append(run.final("loss"))
         label = describe(group.runs[0], keys) or "all runs"
         out[label] = {rate: Estimate.of(losses) for rate, losses in sorted(by_rate.items())}
     return out if any(len(rates) > 1 for rates in out.values()) else {}

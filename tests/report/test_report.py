@@ -50,7 +50,8 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     (folder / "plan.json").write_text(json.dumps({"parameters": 1_500_000, "flops_per_token": flops}))
-    (folder / "train.log").touch()
+    for name in ("train.log", "summary.json"):
+        (folder / name).touch()
     with (folder / "metrics.jsonl").open("w") as f:
         for step, loss in enumerate(losses, 1):
             line = {"step": step, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "memory_gib": step / 10}
@@ -79,7 +80,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     (row,) = rows(folder).values()
     expected = {
         "parameters": 1.5e6, "FLOPs per token": 100, "tokens": 60 * 32, "training loss": 2.0, "c4 loss": 2.0,
-        "c4 perplexity": math.exp(2), "tokens/s": 64, "peak memory, GiB": 6.0, "training time, s": 30.0,
+        "c4 perplexity": math.exp(2), "tokens/s": 64, "peak memory, GiB": 6.0, "training time": 30.0,
     }  # fmt: skip
     assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
     assert (row["run"], row["state"]) == ("a run", "finished")
@@ -146,13 +147,13 @@ def test_runs_in_every_state_are_shown(tmp_path: Path) -> None:
     log = "2026-01-01 00:00:00,000 ERROR moda: Traceback (most recent call last):\n  File x\nRuntimeError: no more memory\n"
     (failed / "train.log").write_text(f"2026-01-01 00:00:00,000 INFO moda: step 5\n{log}")
     (write_run(tmp_path / "empty", []) / "metrics.jsonl").unlink()
+    (write_run(tmp_path / "killed at the end", falling(4, 0.05), evals={20: 3.0}) / "summary.json").unlink()
     write_run(tmp_path / "diverged", [*falling(4, 0.05, 9), *[None] * 11])
     edited = write_run(tmp_path / "edited", falling(4, 0.05))
     (edited / "config.yaml").write_text("a: [1")
     (edited / "plan.json").write_text("[]")
     line = '{"step": 3, "loss": "low", "lr": [1], "grad_norm": 1e999, "memory_gib": 1' + "0" * 400 + "}\n"
     (edited / "metrics.jsonl").write_text(line + '{"step": 2, "loss": 2}\n\n')
-    (edited / "summary.json").write_text("{}")
     write_report([tmp_path], tmp_path)
     states = {name: row["state"] for name, row in rows(tmp_path).items()}
     assert states == {
@@ -160,6 +161,7 @@ def test_runs_in_every_state_are_shown(tmp_path: Path) -> None:
         "cut": "unfinished at step 11 of 20; 1 damaged line in metrics.jsonl",
         "failed": "failed: RuntimeError: no more memory at step 5 of 20; no evaluations",
         "empty": "empty",
+        "killed at the end": "unfinished at step 20 of 20",
         "diverged": "finished; loss not finite since step 10; no evaluations",
         "edited": "finished; loss not finite since step 3; config.yaml cannot be read; "
         "no plan.json: parameters and FLOPs unknown; no evaluations; 1 damaged line in metrics.jsonl",

@@ -16,10 +16,10 @@ import torch
 from moda.checkpoints import damage, find_resumable
 from moda.config import load_config
 from moda.errors import UserError
+from moda.files import read_metrics
 from moda.report import FILES
 from moda.train import plan
 from moda.train import run as training
-from moda.train.metrics import read_metrics
 from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
 
 
