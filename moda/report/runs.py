@@ -78,9 +78,9 @@ class Run:
     def seconds(self, steps: Array) -> Array:
         """Training time up to these steps: without evaluations, checkpoints and compilation, which speed leaves out."""
         logged, speed = self.of("tokens_per_second")
+        speed = np.where(speed > 0, speed, np.nan)
         if not np.isfinite(speed).any():
             return np.full(len(steps), math.nan)
-        speed = np.where(speed > 0, speed, np.nan)
         ends = np.union1d(logged, steps)
         pace = np.nan_to_num(np.interp(ends, logged, speed), nan=float(np.nanmedian(speed)))
         times = np.cumsum(np.diff(self.tokens(ends), prepend=0) / pace)

@@ -85,8 +85,9 @@ def describe(run: Run, keys: Sequence[str]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A setting as a configuration file has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """A setting as a configuration file has it, shortened."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def variants(runs: Sequence[Run], without: Sequence[str] = ("train.seed",)) -> list[Variant]:
@@ -136,7 +137,7 @@ def _reached(run: Run, loss: float) -> float | None:
     steps, smooth = run.smooth()
     above = np.flatnonzero(~(smooth <= loss))
     if not len(above):
-        return float(steps[0])
+        return float(steps[0]) if len(steps) else None
     i = int(above[-1])
     if i + 1 == len(steps):
         return None
