@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def _curve(run: Run, metric: str) -> tuple[Array, Array]:
 
 def _plain(values: Array) -> list[float | None]:
     """For JSON: five significant digits, null for what is not finite."""
-    return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.tolist()]
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
 def _along(run: Run, steps: Array) -> list[Array]:
@@ -134,6 +135,7 @@ def draw_losses(all_variants: Sequence[Variant], path: Path) -> None:
         for ax, k in zip(row, known):
             ax.set(xlabel=AXES[k], ylabel=title, ylim=_range(curves))
             ax.grid(alpha=0.3)
+            ax.locator_params(axis="x", nbins=5)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if 1 < len(labels) <= 40:
         figure.legend(handles, labels, loc="outside right upper", fontsize="small")

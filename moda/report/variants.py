@@ -98,7 +98,8 @@ def variants(runs: Sequence[Run], without: Sequence[str] = ("train.seed",)) -> l
     keys = [k for k in differing(runs) if k not in without]
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(repr(run.settings.get(k, "")) for k in keys), []).append(run)
+        same = tuple(repr(run.settings.get(k, "")) for k in keys) if run.settings else run.name
+        groups.setdefault(same, []).append(run)
     names = [{re.sub(r"[-_., /]*(train\.)?seed[-_=]?\d+", "", run.name) for run in group} for group in groups.values()]
     if all(len(n) == 1 and "" not in n for n in names) and len(set().union(*names)) == len(names):
         return [Variant(name, group) for (name,), group in zip(names, groups.values())]

@@ -99,7 +99,9 @@ def test_seeds_are_one_variant_and_differences_are_paired(tmp_path: Path) -> Non
         write_run(tmp_path / f"plain-seed{seed}", [plain] * 20, train={"seed": seed})
         write_run(tmp_path / f"moda-seed{seed}", [ours] * 20, train={"seed": seed}, model={"depth": MODA})
     write_run(tmp_path / "moda-seed3", [1.0] * 19, train={"seed": 3}, model={"depth": MODA})  # is not finished
-    groups = variants(find_runs([tmp_path]))
+    (write_run(tmp_path / "unreadable", [1.0] * 20) / "config.yaml").unlink()
+    *groups, unknown = variants(find_runs([tmp_path]))
+    assert unknown.label == "unreadable"
     assert [(g.label, len(g.runs), len(g.finished)) for g in groups] == [("moda", 4, 3), ("plain", 3, 3)]
     base = choose_baseline(groups, None)
     assert base.label == "plain" and choose_baseline(groups, "moda-seed2").label == "moda"
