@@ -52,12 +52,12 @@ def _along(run: Run, steps: Array) -> list[Array]:
 
 
 def _range(curves: Sequence[Array]) -> list[float] | None:
-    """The losses after the first fifth of each run: the beginning would squeeze all that matters."""
-    late = [c[len(c) // 5 :] for c in curves]
-    values = np.concatenate([c[np.isfinite(c)] for c in late]) if late else np.empty(0)
-    if not len(values):
+    """The losses of several runs after the first fifth of each: the beginning would squeeze what tells them apart."""
+    late = np.concatenate([c[len(c) // 5 :] for c in curves]) if len(curves) > 1 else np.empty(0)
+    late = late[np.isfinite(late)]
+    if not len(late):
         return None
-    low, high = float(values.min()), float(np.quantile(values, 0.995))
+    low, high = float(late.min()), float(np.quantile(late, 0.995))
     return [low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3]
 
 
