@@ -1,6 +1,6 @@
 # make train   a virtual environment, everything installed, the demo trained (8 to 12 minutes on two cores)
 # make test    the same environment, then lint, type check and tests
-# make docs    a reference of the Python packages, made from their docstrings, in build/api
+# make docs    a reference of the Python packages, made from their docstrings, in build/api; docs/configuration.md
 #
 # All can be repeated: what is installed is not installed again. On a machine with NVIDIA GPUs: make TORCH='torch>=2.10,<2.14' ...
 
@@ -35,6 +35,7 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/pdoc --docformat restructuredtext --output-directory build/api moda_kernels moda moda_evals
+	$(BIN)/python -m moda.config.reference > docs/configuration.md
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed"'
@@ -44,6 +45,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo 'installing into $(VENV): one to three minutes'
 	$(BIN)/pip install -qq --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install -qq --disable-pip-version-check --editable '.[report]'
+	@echo 'installed. In this and every new shell: source $(BIN)/activate'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

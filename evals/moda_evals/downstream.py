@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moda.errors import UserError
+from moda.progress import Report
 
 from .model import ScoredModel
-from .scoring import Progress, Scores, Span, continuation, score
+from .scoring import Scores, Span, continuation, score
 from .tasks import Question, Task, load_questions
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def evaluate_task(
     batch_tokens: int | None = None,
     truncate: bool = False,
     per_example: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Run a task on a model.
 

@@ -135,6 +135,6 @@ def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:
             eval_on_startup=config.on_start,
             eval_on_finish=config.on_finish,
             eval_duration=Duration.epochs(1),
-            log_interval=50,
+            log_interval=1,
         )
     }

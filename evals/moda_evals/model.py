@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moda.checkpoints import kind_of, load_model, open_checkpoint
+from moda.checkpoints import choose_checkpoint, kind_of, load_model, open_checkpoint
 from moda.config.schema import TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -242,7 +242,12 @@ def _open_huggingface(path: Path, tokenizer: str | None, settings: dict[str, Any
 
     config = read(transformers.AutoConfig).get_text_config()
     section = TokenizerSection(str(path)) if (path / "tokenizer.json").is_file() else None
-    vocab, length = int(config.vocab_size), int(getattr(config, "max_position_embeddings", None) or 2048)
+    vocab: Any
+    length: Any
+    vocab, length = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None) or 2048
+    for name, size in (("vocab_size", vocab), ("max_position_embeddings", length)):
+        if not isinstance(size, int) or size < 1:
+            raise UserError("checkpoint", f"an integer >= 1 for {name} in {path / 'config.json'}", size)
     chosen = _choose_tokenizer(tokenizer, section, vocab)
     return ModelInfo(checkpoint_label(path), str(path), "huggingface", chosen, length, vocab, settings), build
 
@@ -255,7 +260,7 @@ def open_model(path: str, tokenizer: str | None = None, context_length: int | No
 
     :raises UserError: for a folder that is no checkpoint of a known kind.
     """
-    folder = Path(path).expanduser()
+    folder = choose_checkpoint(path)
     if kind_of(folder) in ("export", "huggingface"):
         info, build = _open_huggingface(folder, tokenizer, read_json(folder / "config.json", "checkpoint"))
     else:

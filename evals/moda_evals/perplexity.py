@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from moda.errors import UserError
+from moda.progress import Report
 
 from .model import ModelInfo, ScoredModel
-from .scoring import Progress, Span, score
+from .scoring import Span, score
 from .sets import OpenSet, TokenDocument
 
 _CHUNK = 1 << 20  # tokens whose windows are planned together
@@ -96,7 +97,7 @@ def evaluate_set(
     limit: int | None = None,
     batch_tokens: int | None = None,
     per_example: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Loss of a model on a set.
 

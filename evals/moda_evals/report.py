@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from moda.files import write_text
 from moda.report.tables import markdown_table
 
 from .paper import SOURCE, paper_rows
+from .results import RESULTS, fingerprint, read_results
 from .suites import DOWNSTREAM, SUITES, Suite
 from .tasks import METRICS
+
+log = logging.getLogger(__name__)
 
 
 def _cell(value: float | None, error: float | None = None, scale: float = 1.0) -> str:
@@ -92,7 +96,7 @@ def table(results: Sequence[dict[str, Any]], paper: bool = False) -> Table:
         rows = lines(suite, results, paper)
         if rows:
             out.add_section()
-            out.add_row(f"[bold]{suite.heading}")
+            out.add_row(suite.heading, style="bold")
         for row in rows:
             out.add_row(*row)
     return out
@@ -106,6 +110,18 @@ def markdown(results: Sequence[dict[str, Any]], paper: bool = False) -> str:
         if rows:
             out.append(markdown_table([suite.heading, "n", *_headings(results, paper)], rows))
     return "\n".join([*out, *(f"{note}\n" for note in notes(results, paper))])
+
+
+def tables_of(folder: Path, checkpoint: Path) -> str | None:
+    """The Markdown of a folder's results, or None where it has none or they are of another checkpoint, which is logged."""
+    if not (folder / RESULTS).is_file():
+        return None
+    result = read_results(folder)
+    measured = result.get("measured_with")
+    if not isinstance(measured, dict) or measured.get("checkpoint") != fingerprint(checkpoint):
+        log.warning("%s is left out: it was measured on another checkpoint than %s", folder / RESULTS, checkpoint)
+        return None
+    return markdown([result])
 
 
 def as_csv(results: Sequence[dict[str, Any]]) -> str:

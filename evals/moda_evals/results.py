@@ -14,7 +14,8 @@ from moda.errors import UserError
 from moda.files import read_json, write_json
 
 from .scoring import world
-from .suites import PERPLEXITY, SUITES, Suite
+from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
+from .tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ def check_writable(folder: Path) -> None:
         raise UserError("--output", "a folder that can be written", str(folder), e.strerror) from None
 
 
-def reuse(file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def reuse(
+    suite: Suite, file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """A finished part of an evaluation from its file, or computed on all ranks and written by rank 0.
 
     :param key: all that the figures depend on; the file counts only if it says the same.
@@ -62,7 +65,7 @@ def reuse(file: Path, key: dict[str, Any], fresh: bool, compute: Callable[[], di
             part = read_json(file, file.stem)
         except UserError as e:
             log.warning("measured again: %s", e)
-    if part.get("key") == key and isinstance(part.get("result"), dict):
+    if part.get("key") == key and _is_whole(suite, part.get("result")):
         log.info("%s: already finished", file.stem)
         return part["result"]
     if ranks > 1:
@@ -95,12 +98,24 @@ def merge_earlier(results: dict[str, Any], file: Path) -> None:
     kept = []
     for suite in SUITES:
         entries = {n: e for n, e in earlier[suite.name].items() if n not in results[suite.name]}
+        for name in [n for n, e in entries.items() if suite is DOWNSTREAM and not _same_questions(n, e)]:
+            log.warning("%s: the earlier figures of %s are dropped: its questions have changed", file, name)
+            del entries[name]
         results[suite.name] = {**entries, **results[suite.name]}
         kept += [e["title"] for e in entries.values()]
     skipped = {**earlier["skipped"], **results["skipped"]}
     results["skipped"] = {n: str(why) for n, why in skipped.items() if n not in results["perplexity"]}
     if kept:
         log.info("%s: the earlier figures of %s are kept", file, ", ".join(kept))
+
+
+def _same_questions(name: str, entry: dict[str, Any]) -> bool:
+    """Whether a task's entry is of the questions that it has now, as far as that can be told."""
+    task = TASKS.get(name)
+    try:
+        return task is None or (task.source(), task.metric) == (entry.get("source"), entry["metric"])
+    except UserError:  # its file is gone: what was measured then stays true
+        return True
 
 
 def _is_number(x: Any) -> bool:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 import moda
+from moda.checkpoints import choose_checkpoint
 from moda.errors import UserError, nearest
 from moda.files import write_json, write_text
+from moda.progress import TaskProgress
 
 from .downstream import evaluate_task
 from .model import DTYPES, Build, ModelInfo, ScoredModel, build_model, checkpoint_label, choose_device, open_model
 from .perplexity import Windows, evaluate_set
-from .progress import TaskProgress
 from .results import FORMAT, RESULTS, check_writable, fingerprint, merge_earlier, reuse, stamp
 from .scoring import world
 from .sets import PAPER_SETS, OpenSet, Text, TokenFiles, open_sets, resolve_sets
@@ -166,7 +167,7 @@ def _run(job: _Job, options: Options) -> dict[str, Any]:
             with bar.measure(title) as report:
                 key = {**measured_with, "per_example": options.per_example, **key}
                 file = job.output / "parts" / f"{suite.name}-{name}.json"
-                result = reuse(file, key, options.fresh, partial(compute, progress=report))
+                result = reuse(suite, file, key, options.fresh, partial(compute, progress=report))
             examples = result.pop("examples", None)
             results[suite.name][name] = result
             if rank == 0 and examples is not None:
@@ -198,6 +199,7 @@ def evaluate_all(paths: Sequence[str], options: Options, output: Path) -> list[d
 
     :raises UserError: as :func:`evaluate` does, for any checkpoint before the first is evaluated.
     """
+    paths = [str(choose_checkpoint(path)) for path in paths]
     labels = labels_of([checkpoint_label(Path(path)) for path in paths])
     jobs = [_check(path, options, output / label, label) for path, label in zip(paths, labels)]
     for job in jobs:

@@ -7,7 +7,7 @@ depend on the sequences and the batch size alone, never on the number of ranks, 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,10 @@ import torch.distributed as dist
 from olmo_core.distributed.utils import get_rank, get_world_size
 
 from moda.errors import UserError
+from moda.progress import Report
 
 from .model import MAX_LOGITS, ScoredModel
 from .shared_prefix import Tree, can_share, grow, lay_out
-
-#: Called with tokens done and tokens in all.
-Progress = Callable[[int, int], None]
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -137,11 +135,12 @@ def _plan(trees: Sequence[Tree], positions: Sequence[int], batch_tokens: int, ma
 
 
 def score(
-    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int | None = None, progress: Progress | None = None
+    model: ScoredModel, spans: Sequence[Span], *, batch_tokens: int | None = None, progress: Report | None = None
 ) -> Scores:
     """Score spans, shared among all ranks; every rank gets all results.
 
     :param batch_tokens: tokens in a batch, padding included; :func:`default_batch_tokens` if None.
+    :param progress: told the tokens done and the tokens in all.
 
     :raises UserError: for a model that gives NaN.
     """

@@ -4,11 +4,12 @@ A checkpoint of a run (``stepN``) holds ``config.json``, the weights and the opt
 trainer's state (``train/``) and ``checksums.json``.
 """
 
-from .find import STATE, find_resumable, kind_of
-from .own import OwnCheckpointer, check_own
+from .find import STATE, choose_checkpoint, find_resumable, kind_of
+from .keep import checkpoints_of_run, remove_old
+from .own import OwnCheckpointer, check_own, read_trainer_state, saving_alone
 from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
-from .settings import changed_settings, check_same_model, read_settings
+from .settings import changed_settings, check_same_model, check_same_run, read_settings
 
 __all__ = [
     "CHECKSUMS",
@@ -18,6 +19,9 @@ __all__ = [
     "changed_settings",
     "check_own",
     "check_same_model",
+    "check_same_run",
+    "checkpoints_of_run",
+    "choose_checkpoint",
     "damage",
     "find_resumable",
     "kind_of",
@@ -25,6 +29,9 @@ __all__ = [
     "match_weights",
     "open_checkpoint",
     "read_settings",
+    "read_trainer_state",
     "read_weights",
+    "remove_old",
+    "saving_alone",
     "write_checksums",
 ]

@@ -49,6 +49,24 @@ def find_resumable(save_folder: str) -> Path | None:
     return None
 
 
+def choose_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint or export as it is; of a run's folder its newest whole checkpoint, which is logged.
+
+    :raises UserError: for a run whose checkpoints are all damaged.
+    """
+    folder = Path(path).expanduser()
+    if (folder / CONFIG).is_file() or not steps_of(folder):
+        return folder
+    try:
+        newest = find_resumable(str(folder))
+    except UserError as e:
+        raise UserError("checkpoint", e.expected, e.got) from None
+    if newest is None:
+        return folder  # kind_of says what is there
+    log.info("%s: %s is its newest whole checkpoint", folder, newest.name)
+    return newest
+
+
 def kind_of(folder: Path) -> Kind:
     """What a folder is a checkpoint of: ``moda`` (a run of this project), ``olmo-core`` (a run of OLMo-core's own scripts),
     ``export`` (a Hugging Face folder written by this project) or ``huggingface`` (any other).

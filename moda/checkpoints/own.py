@@ -5,8 +5,13 @@ OLMo-core's loader unpickles the table of contents, every shard and the trainer'
 random state, arrays. A save folder that is a URL is left to OLMo-core: what can write there is trusted.
 """
 
+import contextlib
 import io
 import os
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +68,7 @@ class _Planner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def _read_trainer_state(folder: Path) -> dict[str, Any] | None:
+def read_trainer_state(folder: Path) -> dict[str, Any] | None:
     """This rank's state, or that of rank 0 where more ranks resume than have saved."""
     files = [folder / "train" / f"rank{rank}.pt" for rank in (get_rank(), 0)]
     file = next((f for f in files if f.is_file()), None)
@@ -79,9 +84,30 @@ def _read_trainer_state(folder: Path) -> dict[str, Any] | None:
         raise UserError("checkpoint", f"numbers, strings and tensors alone in {file}", hint=reason) from None
 
 
+@contextlib.contextmanager
+def saving_alone() -> Iterator[None]:
+    """Torch warns at every save and load that a process without others "assumes the intent": it is the intent here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
 @dataclass
 class OwnCheckpointer(Checkpointer):
-    """OLMo-core's checkpointer, with a loader that runs nothing from the folder."""
+    """OLMo-core's checkpointer, with a loader that runs nothing from the folder.
+
+    :param began: when the last save began, on the monotonic clock.
+    """
+
+    began: float = 0.0
+
+    def save(self, *args: Any, **options: Any) -> None:
+        self.began = time.monotonic()
+        super().save(*args, **options)
+
+    def save_async(self, *args: Any, **options: Any) -> Future[None]:
+        self.began = time.monotonic()
+        return super().save_async(*args, **options)
 
     def load(
         self,
@@ -100,7 +126,7 @@ class OwnCheckpointer(Checkpointer):
             options.update(load_trainer_state=load_trainer_state, load_optim_state=load_optim_state)
             return super().load(dir, train_module, **options)
         folder = Path(dir)
-        trainer_state = None if load_trainer_state is False else _read_trainer_state(folder)
+        trainer_state = None if load_trainer_state is False else read_trainer_state(folder)
         if load_trainer_state and trainer_state is None:
             raise UserError("checkpoint", f"the trainer's state in {folder / 'train'}", "none")
         state = train_module.state_dict_to_load(read_table(folder / STATE), optim=load_optim_state)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moda.config.schema import ModelConfig
+from moda.config.schema import ModelConfig, RunConfig
 from moda.errors import UserError
 from moda.files import read_json
 from moda.typed import from_dict, to_dict
@@ -57,7 +57,32 @@ def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
         yield key, a, b
 
 
-def changed_settings(folder: Path, config: Any) -> list[str]:
-    """Settings that were changed since a checkpoint was saved, as ``key: was -> is``."""
+#: Settings that a run keeps, beside those of the model, and why. The data are told by their fingerprint.
+_KEPT = {
+    "optim.name": "its state is that of this optimizer",
+    "train.seed": "it has chosen the initial weights and the order of the data",
+    "train.sequence_length": "the order of the data is one of sequences",
+}
+_HARMLESS = ("description", "train.load_path", "train.save_folder")
+
+
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Refuse to resume with another model or with other settings that could not take effect.
+
+    :raises UserError: naming the first setting that differs.
+    """
+    check_same_model(folder, config.model)
+    hint = "choose another train.save_folder, and train.load_path to start from its weights"
+    for key, before, now in _differences(read_settings(folder), to_dict(config), ""):
+        if key in _KEPT:
+            raise UserError(
+                key, f"{before}, as the run in {folder.parent} was begun with", now, f"{_KEPT[key]}: {hint}"
+            )
+        if key == "train.load_path" and now is not None:
+            raise UserError(key, f"{before or 'null'}, as {folder.parent} has a run that is resumed", now, hint)
+
+
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """Settings that were changed since a checkpoint was saved and now take effect, as ``key: was -> is``."""
     changes = _differences(read_settings(folder), to_dict(config), "")
-    return [f"{key}: {was} -> {now}" for key, was, now in changes if key not in ("train.save_folder", "description")]
+    return [f"{key}: {was} -> {now}" for key, was, now in changes if key not in _HARMLESS]

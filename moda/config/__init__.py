@@ -1,6 +1,6 @@
 """The configuration: one typed schema, YAML files over its defaults, dot-list overrides over those."""
 
-from .load import load_config, read_yaml
+from .load import load_config, read_config, to_yaml
 from .schema import RunConfig
 
-__all__ = ["RunConfig", "load_config", "read_yaml"]
+__all__ = ["RunConfig", "load_config", "read_config", "to_yaml"]

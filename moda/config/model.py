@@ -6,16 +6,20 @@ Exported folders carry a copy of this file: it imports neither torch nor OLMo-co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from moda.depth import DepthMechanism
 from moda.errors import UserError
 from moda.placements import NormPlacement
+from moda.ranges import Count, Positive, Range
+from moda.typed import Section
 
 from .choices import Backend, QKNorm
-from .ranges import above, at_least
 
 __all__ = ["ModelConfig"]
+
+Width = Annotated[int, Range(1, 2**20)]
+Heads = Annotated[int, Range(1, 2**16, unit="heads")]
 
 
 def _reordered() -> NormPlacement:
@@ -23,11 +27,11 @@ def _reordered() -> NormPlacement:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     """``model``: the decoder.
 
     :param d_model: width of the residual stream.
-    :param n_layers: L.
+    :param n_layers: blocks, each with attention and FFN.
     :param n_heads: query heads.
     :param ffn_hidden_size: width of the SwiGLU FFN.
     :param n_kv_heads: key/value heads; ``n_heads`` if null.
@@ -48,35 +52,28 @@ class ModelConfig:
 
     renamed: ClassVar[dict[str, str]] = {"depth_kv": "model.depth: {mechanism: moda, ...}"}
 
-    d_model: int
-    n_layers: int
-    n_heads: int
-    ffn_hidden_size: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    vocab_size: int | None = None
-    pad_vocab_to: int = 1
+    key: ClassVar[str] = "model"
+
+    d_model: Width
+    n_layers: Annotated[int, Range(1, 1000, unit="layers")]
+    n_heads: Heads
+    ffn_hidden_size: Width
+    n_kv_heads: Heads | None = None
+    head_dim: Width | None = None
+    vocab_size: Annotated[int, Range(2, 2**31, unit="tokens")] | None = None
+    pad_vocab_to: Annotated[int, Range(1, 2**20, unit="rows")] = 1
     tie_embeddings: bool = True
     norm_placement: NormPlacement = field(default_factory=_reordered)
     qk_norm: QKNorm = QKNorm.full
     bias: bool = False
-    norm_eps: float = 1e-6
-    rope_theta: int = 500_000
-    init_std: float = 0.02
+    norm_eps: Positive = 1e-6
+    rope_theta: Count = 500_000
+    init_std: Positive = 0.02
     depth: DepthMechanism | None = None
     attention_backend: Backend = Backend.auto
 
     def __post_init__(self) -> None:
-        # Plain values are welcome from Python, as they are from YAML.
-        self.norm_placement = NormPlacement.from_plain(self.norm_placement, "model.norm_placement")
-        if self.depth is not None:
-            self.depth = DepthMechanism.from_plain(self.depth, "model.depth")
-        self.qk_norm, self.attention_backend = QKNorm(self.qk_norm), Backend(self.attention_backend)
-        for name in ("d_model", "n_layers", "n_heads", "ffn_hidden_size", "n_kv_heads", "head_dim", "pad_vocab_to"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        at_least("model.vocab_size", self.vocab_size, 2)
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            above(f"model.{name}", getattr(self, name), 0)
+        super().__post_init__()
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 expected = f"a divisor of model.d_model ({self.d_model})"

@@ -61,8 +61,12 @@ class SeededMixture(NumpyFSLDatasetMixture):
         return self._seed
 
     @property
+    def drawn(self) -> list[int]:
+        return list(self._path_offset_index.values())
+
+    @property
     def fingerprint_fields(self) -> tuple[str, ...]:
-        return (*super().fingerprint_fields, "mixture_seed")
+        return (*super().fingerprint_fields, "mixture_seed", "drawn")  # the order is one of all that is drawn
 
     def _order(self, path: str) -> tuple[int, int, int]:
         """(sequences, step, offset) of a file's order, worked out once per process."""

@@ -8,6 +8,7 @@ the seed alone. Five files that OLMoE-mix-0824 lists twice are in a subset once.
 
 import hashlib
 import logging
+import urllib.error
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,11 +98,16 @@ def load_sizes(
         log.info("asking %s for the sizes of %d files ...", base, len(missing))
         pool = ThreadPoolExecutor(_THREADS)
         try:
+            size_of(
+                f"{base.rstrip('/')}/{missing[0]}"
+            )  # alone: a place that cannot be reached is noticed soon, and once
             for path, size in zip(missing, pool.map(lambda p: size_of(f"{base.rstrip('/')}/{p}"), missing)):
                 known[path] = size
         except Exception as e:  # each kind of storage has its own
             path = next(p for p in missing if p not in known)
-            raise UserError(key, f"a place that has {path}", base, str(e).split("\n")[0]) from None
+            silent = isinstance(e, urllib.error.URLError) and not isinstance(e, urllib.error.HTTPError)
+            expected = "a server that answers" if silent else f"a place that has {path}"
+            raise UserError(key, expected, base, str(e).split("\n")[0]) from None
         finally:
             pool.shutdown(cancel_futures=True)
         write_json(cache, known)

@@ -54,7 +54,11 @@ class TextFile:
 def expand(pattern: str) -> list[str]:
     """The files and folders of a path or glob, in order; a path that exists is never taken for a glob."""
     pattern = os.path.expanduser(pattern)
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if os.path.exists(pattern):
+        return [pattern]
+    folder = next((p for p in Path(pattern).parents if os.path.isdir(p)), Path())  # its name may have [ ] too
+    rest = str(Path(pattern).relative_to(folder))
+    return sorted(str(folder / match) for match in glob.glob(rest, root_dir=folder, recursive=True))
 
 
 def _in_folder(key: str, folder: str, format: str, field: str) -> list[TextFile]:

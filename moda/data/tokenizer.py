@@ -143,10 +143,10 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         config = config.replace(**{k: v for k, v in given.items() if v is not None})
         return Tokenizer(name, config, path, f"hub:{hub}" if path is None else f"sha256:{hash_of(path)}", hub)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path: a name that is too long is no file, not an error
         path = path / "tokenizer.json"
-    looks_local = name.endswith(".json") or name.startswith((".", "/", "~")) or Path(name).exists()
-    if path.is_file():
+    looks_local = name.endswith(".json") or name.startswith((".", "/", "~")) or os.path.exists(name)
+    if os.path.isfile(path):
         return _from_file(name, path, section)
     if looks_local or name.count("/") > 1:
         raise UserError("data.tokenizer", "an existing tokenizer.json or a folder with one", name)

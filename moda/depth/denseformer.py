@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moda.errors import UserError
+from moda.ranges import Count
 
-from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State
+from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -48,13 +47,10 @@ class _Model(DepthModel):
         return h, _Pass(self.averages, self.dilation, h)
 
     def reset_parameters(self) -> None:
-        with torch.no_grad():
-            for weights in self.averages:
-                start = torch.zeros(weights.shape, device=weights.device)
-                start[-1] = 1
-                if isinstance(weights, DTensor):  # FSDP has split it: every rank keeps its part of the same numbers
-                    start = distribute_tensor(start, weights.device_mesh, weights.placements, src_data_rank=None)
-                weights.copy_(start)
+        for weights in self.averages:
+            start = torch.zeros(weights.shape)
+            start[-1] = 1
+            set_start(weights, start)
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,7 @@ class DenseFormer(DepthMechanism):
     source = "arXiv 2402.02622"
     no_weight_decay = ("depth.averages.*",)
 
-    dilation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.dilation < 1:
-            raise UserError("model.depth.dilation", "a number >= 1", self.dilation)
+    dilation: Count = 1
 
     def build_model(self, model: ModelConfig) -> DepthModel:
         return _Model(model.n_layers, self.dilation)

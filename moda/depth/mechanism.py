@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moda.errors import UserError
 from moda.registered import Registered
@@ -33,8 +34,6 @@ from moda_kernels.depth.layout import DepthLayout
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
-
-__all__ = ["AttentionHost", "DepthLayer", "DepthMechanism", "DepthModel", "DepthPass", "Host", "SlotMemory", "State"]
 
 #: Tensors that go into a block and come out of it.
 State = tuple[torch.Tensor, ...]
@@ -116,6 +115,15 @@ class AttentionHost(Protocol):
         ...
 
 
+@torch.no_grad()
+def set_start(parameter: torch.Tensor, start: torch.Tensor) -> None:
+    """Set a parameter to the same values on every rank, whole or split (``DTensor``, under FSDP)."""
+    start = start.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(start)
+
+
 class DepthLayer(nn.Module):
     """A mechanism's part of one block. As it stands it does what a block without a mechanism does.
 
@@ -160,7 +168,7 @@ class DepthLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Set the parameters that are not linears' (those are initialised like every other linear of the model).
 
-        They may be split already (``DTensor``, under FSDP): fill them in place, or distribute what is copied to them.
+        They may be split already (under FSDP): fill them in place (``nn.init``), or use :func:`set_start`.
         """
 
 
@@ -264,6 +272,10 @@ class DepthMechanism(Registered):
     def build_model(self, model: ModelConfig) -> DepthModel:
         """The module of the whole model, on the current default device."""
         return DepthModel()
+
+    def layout(self, n_layers: int) -> DepthLayout | None:
+        """The slots that the layers of a model write and read; None for a mechanism without slots."""
+        return None
 
     def num_params(self, model: ModelConfig) -> int:
         """Parameters that the mechanism adds, counted from its modules."""

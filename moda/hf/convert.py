@@ -14,18 +14,19 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.transformer import TransformerConfig
 
-from moda.checkpoints import STATE, Checkpoint, read_weights
+from moda.checkpoints import STATE, Checkpoint, read_weights, saving_alone
 from moda.config.choices import QKNorm
 from moda.config.model import ModelConfig
 from moda.config.schema import RunConfig
 from moda.data import load_tokenizer
 from moda.errors import UserError
-from moda.files import read_json, write_json, write_text
+from moda.files import check_writable, read_json, write_json, write_text
 from moda.model import ModelTransformerConfig, transformer_config
 from moda.placements import NormPlacement
 from moda.typed import from_dict, to_dict
 
 from .bundle import bundle
+from .card import model_card
 
 __all__ = ["Export", "from_hf", "read_export", "section_of", "to_hf", "write_checkpoint", "write_export"]
 
@@ -173,6 +174,7 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> dict[str
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("OUT", "a new or empty folder", str(out))
+    check_writable("OUT", out, folder=True)
 
 
 def _check_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
@@ -187,10 +189,14 @@ def _check_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> 
             raise UserError("checkpoint", "finite weights", f"{name} with NaN or infinity")
 
 
-def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.float32) -> ModelConfig:
+def write_export(
+    checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.float32, evaluation: str | None = None
+) -> ModelConfig:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`` loads.
 
     The folder appears whole or not at all.
+
+    :param evaluation: tables of the checkpoint's results, for the model card.
 
     :raises UserError: for a folder that is not empty, or a model that cannot be exported.
     """
@@ -210,7 +216,6 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
     scratch.mkdir(parents=True)
     try:
         save_file({n: w.to(dtype) for n, w in weights.items()}, str(scratch / WEIGHTS), metadata={"format": "pt"})
-        (scratch / WEIGHTS).chmod(0o644)
         ids = _write_tokenizer(checkpoint, scratch, length)
         config = {
             "architectures": ["MoDAForCausalLM"],
@@ -223,9 +228,12 @@ def write_export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype = torch.f
             **ids,
         }
         write_json(scratch / "config.json", config)
+        (scratch / WEIGHTS).chmod((scratch / "config.json").stat().st_mode)  # safetensors makes it the owner's alone
         write_json(scratch / "generation_config.json", {"bos_token_id": None, **ids})
         if checkpoint.kind == "moda":
             write_json(scratch / RUN, checkpoint.settings)
+        card = model_card(checkpoint, section, sum(w.numel() for w in weights.values()), config["dtype"], evaluation)
+        write_text(scratch / "README.md", card)
         for name, text in bundle().items():
             write_text(scratch / name, text)
         if out.is_dir():
@@ -290,7 +298,7 @@ def _run_settings(folder: Path, out: Path, export: Export) -> RunConfig:
         "pad_token_id": export.config.get("pad_token_id"),
     }
     data = {"paths": ["none"], "tokenizer": tokenizer}
-    train = {"sequence_length": export.sequence_length, "max_steps": 1, "save_folder": str(out.parent)}
+    train = {"sequence_length": export.sequence_length, "max_steps": 1}
     sections = {"model": to_dict(export.model), "data": data, "train": train}
     return from_dict(RunConfig, {"name": folder.resolve().name, **sections})
 
@@ -312,6 +320,7 @@ def write_checkpoint(folder: Path, out: Path) -> RunConfig:
     out.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
-    save_state_dict(str(out / STATE), state)
+    with saving_alone():
+        save_state_dict(str(out / STATE), state)
     write_json(out / "config.json", to_dict(run))
     return run

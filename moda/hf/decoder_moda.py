@@ -88,6 +88,8 @@ class MoDAAttention(nn.Module):
 class _Steps:
     """The decoding side of :class:`moda.depth.mechanism.AttentionHost`. A slot in the state is a pair ``[B, T, Hk, D]``.
 
+    ``weights``: the last attention's probabilities ``[B, Hq, T, keys + S]``, of the keys and then of the S depth slots.
+
     No module itself: module hooks move their arguments to a device, and must leave the attention where it is.
     """
 
@@ -95,6 +97,7 @@ class _Steps:
         self.attention = attention
         self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.weights: torch.Tensor | None = None
 
     def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return tuple(linear(x) for linear in linears)
@@ -145,11 +148,12 @@ class _Steps:
             depth_k, depth_v = (torch.stack(state[i::2]).to(wide) for i in (0, 1))  # [S, B, T, Hk, D]
             by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
             depth = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
-            weights = torch.cat([logits, depth], dim=-1).softmax(-1)
-            out = torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
-            out = out + torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))
-        else:
-            out = torch.einsum("bkgts,bksd->btkgd", logits.softmax(-1), values.to(wide))
+            logits = torch.cat([logits, depth], dim=-1)
+        weights = logits.softmax(-1)
+        self.weights = weights.flatten(1, 2).to(q.dtype)
+        out = torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))
+        if state:
+            out = out + torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
         return out.flatten(2, 3).to(q.dtype), state
 
     def write_slot(
@@ -211,8 +215,8 @@ class MoDALayer(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,
         cache: Cache | None = None,
-    ) -> tuple[Any, State]:
-        """The stream and the mechanism's state after the block."""
+    ) -> tuple[Any, State, torch.Tensor | None]:
+        """The stream and the mechanism's state after the block, and its attention's ``weights``."""
         steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache}
         for sublayer in ("attention", "feed_forward"):
             norms = [getattr(self, name) for name in self.placement.norm_names(sublayer)]
@@ -223,7 +227,7 @@ class MoDALayer(nn.Module):
                 out, state = self.depth("feed_forward", lambda x: self.mlp(x), steps, x, state, context)
             add = lambda stream, out, name=sublayer: self.depth("add", name, stream, out)  # noqa: E731
             stream = self.placement.combine(stream, out, norms, add)
-        return stream, state
+        return stream, state, steps.weights
 
 
 def causal_mask(
@@ -273,12 +277,14 @@ class DecoderParts:
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         streams: list[Any] | None = None,
+        attentions: list[Any] | None = None,
     ) -> torch.Tensor:
         """Final hidden states ``[B, T, hidden]`` of the new tokens' embeddings ``[B, T, hidden]``.
 
         :param attention_mask: ``[B, past + T]``, 0 for padding (on the left when generating).
         :param position_ids: ``[B, T]``; counted from the cache and the mask if None.
         :param streams: takes the residual stream before every block.
+        :param attentions: takes every block's attention probabilities.
         """
         B, T, _ = embedded.shape
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -294,6 +300,8 @@ class DecoderParts:
             stream, state = forward_pass.enter(i, stream)
             if streams is not None:
                 streams.append(stream)
-            stream, state = layer(stream, state, angles, mask, cache=cache)
+            stream, state, weights = layer(stream, state, angles, mask, cache=cache)
+            if attentions is not None:
+                attentions.append(weights)
             stream = forward_pass.leave(i, stream, state)
         return self.norm(forward_pass.finish(stream))

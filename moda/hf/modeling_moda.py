@@ -62,28 +62,32 @@ class MoDAModel(DecoderParts, MoDAPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of ids ``[B, T]``; with a cache these are the new tokens only.
 
-        ``output_hidden_states`` gives the residual stream before each block and the final norm's output.
+        ``output_hidden_states`` gives the residual stream before each block and the final norm's output, ``output_attentions``
+        each layer's probabilities ``[B, Hq, T, keys + S]``, whose last S columns are the depth slots that the layer reads.
 
-        :raises ValueError: for ``output_attentions``, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        :raises ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
         del kwargs
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MoDAModel: expected exactly one of input_ids and inputs_embeds")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("MoDAModel: output_attentions is not supported")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         streams: list[Any] | None = [] if output_hidden_states else None
-        hidden = self.run(embedded, attention_mask, position_ids, past_key_values if use_cache else None, streams)
+        attentions: list[Any] | None = [] if output_attentions else None
+        cache = past_key_values if use_cache else None
+        hidden = self.run(embedded, attention_mask, position_ids, cache, streams, attentions)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,  # type: ignore[arg-type]
             past_key_values=past_key_values if use_cache else None,  # type: ignore[arg-type]
             hidden_states=None if streams is None else (*streams, hidden),  # type: ignore[arg-type]
+            attentions=None if attentions is None else tuple(attentions),
         )
 
 
@@ -150,5 +154,6 @@ class MoDAForCausalLM(MoDAPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return out.to_tuple() if return_dict is False else out

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from moda.errors import UserError
-from moda.files import write_text
+from moda.files import check_writable, write_text
 
 from .charts import chart_data, draw_losses
 from .runs import Run, find_runs
@@ -45,8 +45,10 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
 
     :param baseline: the variant or run that the others are compared with; by default the first without a depth mechanism.
 
-    :raises UserError: for a folder without runs, an unknown baseline, or without plotly; nothing is written then.
+    :raises UserError: for folders without runs, an unknown baseline, a place that cannot be written, and without plotly. Nothing
+        is written then.
     """
+    check_writable("--out", out / FILES[0])
     runs = find_runs(folders)
     all_variants = variants(runs)
     base = choose_baseline(all_variants, baseline)
@@ -56,17 +58,12 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     title = str(runs[0].settings.get("name", runs[0].name)) if len(runs) == 1 else f"{len(runs)} runs"
     data = json.dumps(chart_data(all_variants), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    try:
-        draw_losses(all_variants, out / "loss.png")
-        write_text(out / "report.csv", _csv(runs))
-        heading = f"# {html.escape(title, quote=False)}\n\n![Loss](loss.png)\n\n"
-        write_text(out / "report.md", heading + "\n".join(t.markdown() for t in tables))
-        body = "\n".join(t.html() for t in tables)
-        write_text(
-            out / "report.html", page.substitute(title=html.escape(title), tables=body, data=data, plotly=plotly)
-        )
-    except OSError as e:
-        raise UserError("--out", "a folder that can be written", str(out), str(e)) from None
+    draw_losses(all_variants, out / "loss.png")
+    write_text(out / "report.csv", _csv(runs))
+    heading = f"# {html.escape(title, quote=False)}\n\n![Loss](loss.png)\n\n"
+    write_text(out / "report.md", heading + "\n".join(t.markdown() for t in tables))
+    body = "\n".join(t.html() for t in tables)
+    write_text(out / "report.html", page.substitute(title=html.escape(title), tables=body, data=data, plotly=plotly))
 
 
 def _csv(runs: Sequence[Run]) -> str:

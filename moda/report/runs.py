@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ __all__ = ["Array", "Run", "find_runs", "number"]
 
 Array = npt.NDArray[np.float64]
 LAYER = re.compile(r"(.*?)[/._]?(?:layer|block)s?[/._]?(\d{1,6})(.*)")
-UNUSED = {"step", "tokens", "perplexity", "data_loading_percent", "eta_seconds"}
+UNUSED = {"step", "perplexity", "data_loading_percent", "eta_seconds"}
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -70,7 +70,13 @@ class Run:
         return self.series.get(metric, (np.empty(0), np.empty(0)))
 
     def tokens(self, steps: Array) -> Array:
-        return steps * _tokens_per_step(self.settings)
+        """Tokens up to these steps: those logged, in a line between them; by the configuration where none are."""
+        logged, seen = self.of("tokens")
+        known = np.isfinite(seen) & (logged > 0)
+        if not known.any():
+            return steps * _tokens_per_step(self.settings)
+        x, y = np.append(0, logged[known]), np.append(0, seen[known])
+        return np.interp(steps, x, y) + np.maximum(steps - x[-1], 0) * y[-1] / x[-1]
 
     def flops(self, steps: Array) -> Array:
         return self.tokens(steps) * self.sizes.get("flops_per_token", math.nan)
@@ -149,12 +155,6 @@ def _tokens_per_step(settings: Mapping[str, Any]) -> float:
     return number(settings.get("train.sequence_length")) * number(settings.get("train.global_batch_size"))
 
 
-def _total_steps(settings: Mapping[str, Any]) -> float:
-    steps = number(settings.get("train.max_steps"))
-    tokens = number(settings.get("train.max_tokens"))
-    return steps if math.isfinite(steps) else -(-tokens // (_tokens_per_step(settings) or math.nan))
-
-
 def _error(folder: Path) -> str | None:
     """The last line of the traceback that the log ends with, if it does."""
     log = folder / "train.log"
@@ -195,31 +195,34 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Array, Array]
 
 
 def _read(folder: Path, name: str) -> Run:
-    settings, sizes, path = _settings(folder), _sizes(folder), folder / METRICS_FILE
+    path = folder / METRICS_FILE
     lines = read_metrics(path) if path.is_file() else []
     damaged = len(path.read_bytes().splitlines()) - len(lines) if path.is_file() else 0
-    series = _series(lines)
-    last, total = max((line["step"] for line in lines), default=0), _total_steps(settings)
-    finished = (folder / "summary.json").is_file() and not last < total
+    run = Run(name, _settings(folder), _sizes(folder), _series(lines), "", False)
+    last = max((line["step"] for line in lines), default=0)
+    steps, tokens = (number(run.settings.get(f"train.max_{unit}")) for unit in ("steps", "tokens"))
+    short = last < steps or run.tokens(np.array([number(last)]))[0] < tokens * (1 - 1e-6)  # tokens are logged rounded
+    finished = (folder / "summary.json").is_file() and not short
     error = None if finished else _error(folder)
     state = "finished" if finished else f"failed: {error}" if error else "unfinished" if last else "empty"
     if last and not finished:
-        state += f" at step {last:,}" + (f" of {total:,.0f}" if math.isfinite(total) else "")
+        end = f"{steps:,.0f}" if math.isfinite(steps) else f"{tokens:,.0f} tokens" if math.isfinite(tokens) else ""
+        state += f" at step {last:,}" + (f" of {end}" if end else "")
     notes = [state]
-    steps, loss = series.get("loss", (np.empty(0), np.empty(0)))
+    at, loss = run.of("loss")
     finite = np.isfinite(loss)
     if not finite.all():
-        since = steps[np.flatnonzero(finite)[-1] + 1] if finite.any() and not finite[-1] else steps[~finite][0]
+        since = at[np.flatnonzero(finite)[-1] + 1] if finite.any() and not finite[-1] else at[~finite][0]
         notes.append(f"loss not finite {'at' if finite[-1] else 'since'} step {since:,.0f}")
-    if not settings:
+    if not run.settings:
         notes.append("config.yaml cannot be read")
-    if not sizes:
+    if not run.sizes:
         notes.append(f"no {PLAN_FILE}: parameters and FLOPs unknown")
-    if last and not any(key.startswith("eval/") for key in series):
+    if last and not any(key.startswith("eval/") for key in run.series):
         notes.append("no evaluations")
     if damaged:
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} in {METRICS_FILE}")
-    return Run(name, settings, sizes, series, "; ".join(notes), finished)
+    return replace(run, state="; ".join(notes), finished=finished)
 
 
 def _is_run(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from moda.config import RunConfig, load_config, read_yaml
+from moda.config import RunConfig, load_config, read_config
 from moda.errors import UserError, nearest
 from moda.typed import from_dict
 
@@ -254,7 +254,7 @@ def load_sweep(path: str | Path, typed: Sequence[str] = ()) -> Sweep:
     from .match import equalise
 
     path = Path(path)
-    section = from_dict(SweepSection, read_yaml(path))
+    section = from_dict(SweepSection, read_config(path))
     for pair in typed:
         if pair.partition("=")[0] in _OWN:
             raise UserError("override", "keys that a sweep does not set itself", pair)

@@ -47,7 +47,7 @@ def estimate_seconds(cells: Sequence[Cell]) -> tuple[dict[str, float], str]:
 
 def _duration(seconds: float) -> str:
     """Days alone where there are more than two: an estimate."""
-    return format_duration(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+    return format_duration(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} d"
 
 
 def plan_table(cells: Sequence[Cell], states: Mapping[str, State], processes: int, at_a_time: int) -> tuple[Table, str]:
@@ -57,23 +57,24 @@ def plan_table(cells: Sequence[Cell], states: Mapping[str, State], processes: in
     """
     seconds, source = estimate_seconds(cells)
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "parameters", "FLOPs/token", "tokens", "memory", "time", "state"):
+    for heading in ("run", "params M", "GFLOP", "tokens M", "GiB", "time", "state"):
         justify: Literal["left", "right"] = "left" if heading in ("run", "state") else "right"
-        table.add_column(heading, justify=justify, no_wrap=heading != "state")
+        table.add_column(heading, justify=justify, no_wrap=heading != "run", overflow="fold")
     for cell in cells:
         plan = make_plan(cell.config, processes)
         table.add_row(
-            Text(cell.name), f"{model_of(cell.config).num_counted_params / 1e6:,.2f} M",
-            f"{plan.flops_per_token / 1e9:,.3g} G", f"{tokens_of(cell.config) / 1e6:,.1f} M",
-            f"{sum(estimate_memory(plan).values()) / 2**30:,.1f} GiB", _duration(seconds[cell.name]),
-            Text("; ".join(filter(None, [states[cell.name].kind, cell.changed]))),
+            Text(cell.name), f"{model_of(cell.config).num_counted_params / 1e6:,.2f}",
+            f"{plan.flops_per_token / 1e9:,.3g}", f"{tokens_of(cell.config) / 1e6:,.1f}",
+            f"{sum(estimate_memory(plan).values()) / 2**30:,.1f}", _duration(seconds[cell.name]),
+            states[cell.name].kind,
         )  # fmt: skip
     left = sum(seconds[cell.name] for cell in cells if states[cell.name].kind != "finished")
     tokens = sum(tokens_of(cell.config) for cell in cells)
     total = f"{len(cells)} runs, {tokens:,} tokens; {_duration(left)} of training left"
     if at_a_time > 1:
         total += f", {_duration(left / at_a_time)} with {at_a_time} runs at a time"
-    return table, f"{total} (estimate: {source})"
+    changed = [f"{cell.name}: {cell.changed}" for cell in cells if cell.changed]
+    return table, "\n".join([*changed, f"{total} (estimate: {source})"])
 
 
 def _kind(board: Board, name: str) -> str:

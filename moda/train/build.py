@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,19 @@ from olmo_core.data import NumpyDataLoaderConfig
 from olmo_core.data.data_loader import NumpyDataLoaderBase
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import is_distributed
+from olmo_core.io import is_url
 from olmo_core.nn.transformer import Transformer
-from olmo_core.optim import AdamWConfig, CosWithWarmup, OptimConfig, OptimGroupOverride, SkipStepAdamWConfig
+from olmo_core.optim import (
+    AdamWConfig,
+    CosWithWarmup,
+    OptimConfig,
+    OptimGroupOverride,
+    SkipStepAdamWConfig,
+    SkipStepOptimizer,
+)
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback, GPUMemoryMonitorCallback
+from olmo_core.train.callbacks import Callback, ConfigSaverCallback, GPUMemoryMonitorCallback
+from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from olmo_core.train.callbacks.speed_monitor import get_device_peak_flops_per_second
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
@@ -32,9 +40,9 @@ from moda.data import TrainingData
 from moda.errors import UserError
 from moda.typed import to_dict
 
-from .callbacks import ChecksumCallback, SignalCallback, SpeedCallback, WandB
+from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
-from .plan import Plan
+from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
 from .validation import ValidationConfig
 
@@ -51,7 +59,21 @@ def _optimizer(plan: Plan, model: Transformer) -> OptimConfig:
         eps=o.eps,
         weight_decay=o.weight_decay,
         group_overrides=[OptimGroupOverride(params=undecayed, opts={"weight_decay": 0.0})],
+        fixed_fields=("initial_lr", "betas", "eps", "weight_decay"),  # what a checkpoint does not bring back
     )
+
+
+class CosineOverTokens(CosWithWarmup):
+    """A warm-up in steps, then a cosine that ends with the run's budget of tokens.
+
+    The whole run has as many steps as its budget has batches of the mean size so far: where the batch size changes on resuming,
+    the learning rate goes on from where it was.
+    """
+
+    def set_lr(self, group: dict[str, Any], trainer: Trainer) -> float | torch.Tensor:
+        assert trainer.max_tokens is not None
+        self.t_max = trainer.max_tokens * trainer.global_step / trainer.global_train_tokens_seen  # type: ignore[assignment]
+        return super().set_lr(group, trainer)
 
 
 def _data_parallel(plan: Plan, half: bool) -> TransformerDataParallelConfig | None:
@@ -89,12 +111,13 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
+    schedule = CosWithWarmup if c.train.max_tokens is None else CosineOverTokens
     built = TransformerTrainModuleConfig(
         rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
         optim=_optimizer(plan, model),
         max_grad_norm=c.optim.max_grad_norm,
-        scheduler=CosWithWarmup(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
+        scheduler=schedule(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
         compile_model=compiled,
         dp_config=_data_parallel(plan, half),
         tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
@@ -144,29 +167,33 @@ def _peak_flops(device: torch.device) -> int | None:
 def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule, loader: Any) -> Trainer:
     """The trainer with all its callbacks."""
     c = plan.config
+    remote = is_url(c.save_folder)
     callbacks: dict[str, Callback] = {
         "progress": ProgressCallback(
             metrics_log_interval=c.logging.interval,
-            total_steps=plan.steps,
             devices=plan.world_size,
             folder=c.log_folder,
         ),
-        "checkpointer": CheckpointerCallback(
+        "checkpointer": TimedCheckpointer(
             save_interval=c.checkpoint.interval,
             ephemeral_save_interval=c.checkpoint.ephemeral_interval,
             pre_train_checkpoint=False,
             save_async=c.checkpoint.save_async,
-            max_checkpoints=c.checkpoint.keep,
+            # In a folder they are removed by the callback below, which tells by what each checkpoint says of itself.
+            max_checkpoints=c.checkpoint.keep if remote else None,
+            remove=CheckpointRemovalStrategy.ephemeral_only if remote else CheckpointRemovalStrategy.never,
         ),
         "config_saver": ConfigSaverCallback(save_data_paths=True),
-        "checksums": ChecksumCallback(),
+        "seal": SealCallback(keep=c.checkpoint.keep),
         "composition": CompositionCallback(folder=c.log_folder, drawn=data.drawn, labels=data.labels),
         "signals": SignalCallback(),
         "speed": SpeedCallback(device_peak_flops_per_second=_peak_flops(module.device)),
     }
+    if isinstance(module.optim, SkipStepOptimizer):
+        callbacks["skip_step"] = SkipStepCallback()
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
-    if data.validation is not None:
+    if data.validation is not None and (c.eval.interval is not None or c.eval.on_start or c.eval.on_finish):
         callbacks["validation"] = ValidationConfig(
             data.validation, c.eval.interval, c.eval.on_start, c.eval.on_finish, c.eval.max_batches
         )
@@ -178,14 +205,14 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
             entity=w.entity,
             group=w.group,
             tags=w.tags,
-            cancel_check_interval=10**9 if os.environ.get("WANDB_MODE") == "offline" else None,
+            cancel_check_interval=None if wandb_needs_key() else 10**9,
         )
     trainer = TrainerConfig(
         save_folder=c.save_folder,
         work_dir=str(Path(c.data.work_dir) / "trainer"),
         checkpointer=CheckpointerConfig(save_overwrite=True),
         save_overwrite=True,
-        max_duration=Duration.steps(plan.steps),
+        max_duration=Duration.steps(plan.steps) if c.train.max_tokens is None else Duration.tokens(c.train.max_tokens),
         metrics_collect_interval=c.logging.interval,
         cancel_check_interval=1 if plan.world_size == 1 else 5,
         callbacks=callbacks,

@@ -6,34 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from olmo_core.distributed.utils import get_rank
-from olmo_core.io import is_url
 from olmo_core.train.callbacks import Callback
 
 from moda.data.mixture import Drawn
 from moda.files import write_json
 
+from .environment import on_first_rank
+
 COMPOSITION_FILE = "data.json"
 _BLOCK = 1 << 22
 
 
-def count_drawn(loader: Any, labels: list[str], steps: int) -> dict[str, int]:
-    """Tokens of each source in the first ``steps`` batches, counted from the loader's own order. All ranks must call it.
+def count_drawn(loader: Any, labels: list[str], tokens: int) -> dict[str, int]:
+    """Tokens of each source in the first ``tokens`` of training, counted from the loader's own order. All ranks must call it.
 
     :param loader: OLMo-core's loader of fixed-length sequences. It is left as it is.
     :param labels: the source of every path of its dataset.
     """
     dataset = loader.dataset
-    per_batch = loader.global_batch_size // dataset.sequence_length
+    sequences = tokens // dataset.sequence_length
     ends = np.array([end for _, end in dataset.offsets], dtype=np.int64)
     names = list(dict.fromkeys(labels))
     of_path = np.array([names.index(label) for label in labels], dtype=np.int64)
     counts = np.zeros(len(names), dtype=np.int64)
     ordered = copy.copy(loader)
-    for epoch in range(1, -(-steps // loader.total_batches) + 1):
+    for epoch in range(1, -(-sequences // loader.total_size) + 1):
         ordered.reshuffle(epoch)  # a file in the work folder, written when the epoch began
-        batches = min(steps - (epoch - 1) * loader.total_batches, loader.total_batches)
-        order = ordered.get_global_indices()[: batches * per_batch]
+        order = ordered.get_global_indices()[: min(sequences - (epoch - 1) * loader.total_size, loader.total_size)]
         for start in range(0, len(order), _BLOCK):  # a 400B-token run has 98 million sequences
             paths = np.searchsorted(ends, order[start : start + _BLOCK], side="right")
             counts += np.bincount(of_path[paths], minlength=len(names))
@@ -54,19 +53,17 @@ class CompositionCallback(Callback):
     labels: list[str] = field(default_factory=list)
 
     def _write(self, trained: dict[str, int]) -> None:
-        if get_rank() != 0 or is_url(self.folder):
-            return
         total = sum(d.tokens or 0 for d in self.drawn)
         content: dict[str, Any] = {"dataset": [d.describe(total) for d in self.drawn]}
         if trained:
             tokens = sum(trained.values())
             shares = {name: {"tokens": n, "share": n / tokens} for name, n in trained.items()}
             content["trained_on"] = {"steps": self.step, "tokens": tokens, "sources": shares}
-        write_json(Path(self.folder) / COMPOSITION_FILE, content)
+        on_first_rank(lambda: write_json(Path(self.folder) / COMPOSITION_FILE, content))
 
     def pre_train(self) -> None:
         self._write({})
 
     def post_train(self) -> None:
         if self.step > 0:
-            self._write(count_drawn(self.trainer.data_loader, self.labels, self.step))
+            self._write(count_drawn(self.trainer.data_loader, self.labels, self.trainer.global_train_tokens_seen))

@@ -50,11 +50,15 @@ class MetricsFile:
         self._start = 0  # where in the file the last line begins
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after ``step`` (and a line cut short by a kill)."""
-        if not self.path.is_file():
-            return
-        with writing(self.path) as f:
-            f.writelines(json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step)
+        """Forget what was written after ``step`` (and a line cut short by a kill); what comes for ``step`` joins its line."""
+        kept: dict[int, dict[str, Any]] = {}
+        for line in read_metrics(self.path) if self.path.exists() else []:
+            if line["step"] <= step:
+                kept.setdefault(line["step"], {}).update(line)
+        with writing(self.path, "wb") as f:
+            for line in kept.values():
+                self._last, self._start = line, f.tell()
+                f.write((json.dumps(line) + "\n").encode())
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Write a step's figures; those that come later for the same step (an evaluation, say) join its line.

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
+import torch
+
+from moda.config.choices import Backend
+from moda.config.names import own_folder
 from moda.config.schema import Checkpointing, DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
@@ -63,7 +68,7 @@ class Plan:
             rows += t.model.depth.describe(t.model)
         rows += [
             ("training FLOPs per token (attention counted half)", f"{self.flops_per_token / 1e9:,.3f} G"),
-            ("forward FLOPs per sequence as in the paper's Table 3", f"{self.paper_forward_flops / 1e12:,.4g} T"),
+            ("forward FLOPs per sequence (paper's Table 3)", f"{self.paper_forward_flops / 1e12:,.4g} T"),
             ("tokens per step", f"{train.tokens_per_step:,}"),
             ("steps", f"{self.steps:,}"),
             ("tokens in all", f"{self.steps * train.tokens_per_step:,}"),
@@ -81,6 +86,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     :raises UserError: naming the key.
     """
     train, parallel = config.train, config.parallel
+    own_folder("train.save_folder", config.save_folder, remote=True)
+    own_folder("data.work_dir", config.data.work_dir)
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
     transformer = transformer_config(config.model, tokenizer.config.vocab_size)
@@ -103,11 +110,24 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
             raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    backend = config.model.attention_backend
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):
+        hint = "its kernels need a CUDA device, and this machine has none"
+        raise UserError("model.attention_backend", "auto or reference here", backend.value, hint)
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install -e '.[wandb]'")
+    if config.logging.wandb.enabled and wandb_needs_key() and not os.environ.get("WANDB_API_KEY"):
+        hint = "export WANDB_API_KEY=..., or WANDB_MODE=offline, which needs none"
+        raise UserError("logging.wandb.enabled", "false without the variable WANDB_API_KEY", True, hint)
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
     return Plan(config, tokenizer, transformer, world_size)
+
+
+def wandb_needs_key() -> bool:
+    """Whether Weights & Biases sends anything anywhere (``WANDB_MODE``)."""
+    return os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
 
 
 def estimate_memory(plan: Plan) -> dict[str, float]:

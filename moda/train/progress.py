@@ -9,12 +9,16 @@ from typing import Any
 
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import ConsoleLoggerCallback
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
-from .environment import console
+from .callbacks import SpeedCallback
+from .environment import console, on_first_rank
 from .metrics import MetricsFile, select
 
 log = logging.getLogger(__name__)
+_INTERVAL = 10.0  # seconds between two lines about something else than steps
 
 #: Figures of a step in the order in which a line shows them.
 _FORMATS = {
@@ -39,65 +43,73 @@ def step_line(step: int, total: int, f: dict[str, float]) -> str:
     return " | ".join(parts)
 
 
+class _ETA(ProgressColumn):
+    """Counts down to the moment at which the run ends at its present pace."""
+
+    def render(self, task: Task) -> Text:
+        end = task.fields["end"]
+        return Text("" if end is None else f"ETA {format_duration(max(0.0, end - time.monotonic()))}")
+
+
 @dataclass
 class ProgressCallback(ConsoleLoggerCallback):
     """Shows, logs and writes the figures of a run.
 
-    :param total_steps: steps of the whole run.
     :param devices: ranks that train.
     """
 
-    total_steps: int = 0
     devices: int = 1
     folder: str = ""
+    total_steps: int = 0
     _file: Any = None
     _shown: dict[str, float] = field(default_factory=dict)
     _bar: Any = None
     _task: Any = None
-    _times: dict[int, float] = field(default_factory=dict)
-    _first_step: int | None = None
+    _figures: str = ""
+    _spoke: float = 0.0
 
     def pre_train(self) -> None:
+        self.total_steps = self.trainer.max_steps or 0
+        self._file = MetricsFile(self.folder)
+        on_first_rank(lambda: self._file.rewind(self.step if self.trainer.checkpoint_loaded else -1))
+        self._spoke = time.monotonic()
         if get_rank() != 0:
             return
-        self._file = MetricsFile(self.folder)
-        self._file.rewind(self.step if self.trainer.checkpoint_loaded else -1)
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}"),
+                _ETA(Column(no_wrap=True)),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=console,
             )
-            self._task = self._bar.add_task("training", total=self.total_steps, completed=self.step, figures="")
+            begun = {"completed": self.step, "figures": "", "end": None}
+            self._task = self._bar.add_task("training", total=self.total_steps, **begun)
             self._bar.start()
 
-    def pre_step(self, batch: dict[str, Any]) -> None:
-        if self._first_step is None:
-            self._first_step = self.step
-            self._times[self.step - 1] = time.monotonic()
-
     def post_step(self) -> None:
-        self._times[self.step] = time.monotonic()
         if self.trainer.device.type == "cpu":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             self.trainer.record_metric("system/memory_gib", peak * (1 if sys.platform == "darwin" else 1024) / 2**30)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.step)
+            eta = self._eta(self.step)
+            end = None if eta is None else time.monotonic() + eta
+            self._bar.update(self._task, completed=self.step, end=end, figures=self._figures)
+
+    def busy(self, what: str, done: int, total: int) -> None:
+        """Show how far something between two steps is: on the bar, or in a line now and then."""
+        if self._bar is not None:
+            self._bar.update(self._task, figures=f"{what}: {done}/{total}")
+        elif time.monotonic() - self._spoke > _INTERVAL:
+            self._spoke = time.monotonic()
+            log.info("step %d | %s: %d of %d batches", self.step, what, done, total)
 
     def _eta(self, step: int) -> float | None:
-        """Seconds that the remaining steps take at the pace of the last ones; the first step is slower and left out."""
-        for old in sorted(self._times)[:-100]:  # metrics of a step may come some steps after it
-            del self._times[old]
-        done = sorted(s for s in self._times if s <= step)[-51:]
-        if self._first_step is not None and len(done) > 2 and done[0] < self._first_step:
-            done = done[1:]
-        if len(done) < 2:
-            return None
-        pace = (self._times[done[-1]] - self._times[done[0]]) / (done[-1] - done[0])
-        return pace * (self.total_steps - step)
+        """Seconds that the remaining steps take at the pace of the last ones."""
+        speed = self.trainer.callbacks["speed"]
+        assert isinstance(speed, SpeedCallback)
+        return None if speed.pace is None else speed.pace * (self.total_steps - step)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() != 0:
@@ -122,9 +134,12 @@ class ProgressCallback(ConsoleLoggerCallback):
         if "loss" in figures and self._should_log_metrics(step):
             line = step_line(step, self.total_steps, {**self._shown, **figures})
             log.info(line)
+            self._spoke = time.monotonic()
             if self._bar is not None:
-                *rest, last = line.split(" | ")[1:]
-                self._bar.update(self._task, figures=" | ".join([last, *rest]))  # a narrow terminal keeps the ETA
+                self._figures = " | ".join(
+                    line.split(" | ")[1 : None if eta is None else -1]
+                )  # the ETA has its own column
+                self._bar.update(self._task, figures=self._figures)
 
     def close(self) -> None:
         if self._bar is not None:

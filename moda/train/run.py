@@ -1,43 +1,52 @@
 """``train``: one run from its configuration to its last checkpoint, resumed where it stopped."""
 
+import contextlib
 import logging
 import math
+import re
+import shutil
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from olmo_core.distributed.utils import broadcast_object, get_rank, is_distributed
+from olmo_core.data.data_loader import NumpyDataLoaderBase
+from olmo_core.distributed.utils import get_rank, is_distributed
 from olmo_core.exceptions import OLMoConfigurationError, OLMoEnvironmentError
 from olmo_core.io import is_url
 from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device
-from omegaconf import OmegaConf
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from moda.checkpoints import STATE, changed_settings, check_own, check_same_model, find_resumable, match_weights
-from moda.config.schema import RunConfig
+from moda.checkpoints import (
+    STATE,
+    changed_settings,
+    check_own,
+    check_same_model,
+    check_same_run,
+    find_resumable,
+    match_weights,
+    saving_alone,
+)
+from moda.config import RunConfig, to_yaml
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
-from moda.files import METRICS_FILE, PLAN_FILE, read_metrics, write_json, write_text
+from moda.files import LOCK, METRICS_FILE, PLAN_FILE, locked, read_json, read_metrics, write_json, write_text
 from moda.report import FILES, write_report
-from moda.typed import to_dict
 
 from .build import build_data_loader, build_train_module, build_trainer
-from .callbacks import SignalCallback
-from .environment import console, launched_world_size, prepare_environment, set_up_logging
+from .callbacks import ClockCallback, SignalCallback
+from .environment import LOG_FILE, console, launched_world_size, on_first_rank, prepare_environment, set_up_logging
 from .plan import Plan, make_plan
 from .progress import format_duration
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def plan(config: RunConfig) -> Plan:
 
 def print_plan(p: Plan) -> None:
     """The resolved configuration and what it comes to (``--dry-run``)."""
-    console.print(OmegaConf.to_yaml(OmegaConf.create(to_dict(p.config))), highlight=False, markup=False, end="")
+    console.print(to_yaml(p.config), highlight=False, markup=False, end="")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in p.rows():
         table.add_row(name, value)
@@ -87,9 +96,9 @@ def _print_data(p: Plan) -> None:
         console.print("data: text, tokenized at the first start")
         return
     whole = sum(d.tokens or 0 for d in drawn)
-    table = Table(title="data", title_justify="left")
-    for heading in ("source", "files", "tokens there", "tokens in the dataset", "share", "times through"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+    table = Table(title="data", title_justify="left", box=None, pad_edge=False)
+    for heading in ("source", "files", "tokens there", "in the dataset", "share", "times"):
+        table.add_column(heading, justify="left" if heading == "source" else "right", overflow="fold")
     for d in drawn:
         if d.tokens is None or not d.available:
             row = ("not asked (remote)", "", "", "")
@@ -98,31 +107,14 @@ def _print_data(p: Plan) -> None:
         table.add_row(d.name, f"{d.files:,}", *row)
     console.print(table)
     if whole:
-        console.print(f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset", highlight=False)
-
-
-def _on_first_rank(work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, on every rank. A mistake of the user's that it raises is raised on every rank.
-
-    :param work: returns something small that can be sent to the other ranks.
-    """
-    result: T | None = None
-    error: tuple[Any, ...] | None = None
-    if get_rank() == 0:
-        try:
-            result = work()
-        except UserError as e:
-            error = (e.key, e.expected, e.got, e.hint)
-    result, error = broadcast_object((result, error))
-    if error is not None:
-        raise UserError(*error)
-    return result  # type: ignore[return-value]
+        times = f"the run's {total:,} tokens are {total / whole:.2f} times through the dataset"
+        console.print(times, highlight=False, soft_wrap=True)
 
 
 def _prepare_data(p: Plan) -> TrainingData:
     """Check and, for text, tokenize the data: rank 0 first, the others once it is there."""
     built: list[TrainingData] = []
-    _on_first_rank(lambda: built.append(_build(p)))
+    on_first_rank(lambda: built.append(_build(p)), "data")
     return built[0] if built else _build(p)
 
 
@@ -150,31 +142,53 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
     """
     p = plan(config)
     try:
-        Path(config.log_folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError("train.save_folder", "a folder that can be written", config.log_folder, str(e)) from None
-    prepare_environment(config.train.seed)
-    set_up_logging(config.log_folder)
-    try:
-        return _train(p, extra_callbacks)
+        prepare_environment(config.train.seed)
+        with contextlib.ExitStack() as held:
+            on_first_rank(lambda: held.enter_context(_run_folder(Path(config.log_folder))))
+            if get_rank() != 0:
+                set_up_logging(config.log_folder)
+            held.enter_context(saving_alone())
+            return _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
+    except RuntimeError as e:
+        diverged = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(e))
+        if diverged is None:
+            raise
+        hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
+        raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
     finally:
         teardown_training_environment()
 
 
+@contextlib.contextmanager
+def _run_folder(folder: Path) -> Iterator[None]:
+    """The run's folder with its log, kept to this run. One that was made for a run that is refused does not stay.
+
+    :raises UserError: if another run is in it, or it cannot be written.
+    """
+    made = not folder.exists()
+    with locked(folder, "train.save_folder", "run"):
+        set_up_logging(str(folder))
+        try:
+            yield
+        except (OLMoConfigurationError, OLMoEnvironmentError, UserError):
+            if made and {path.name for path in folder.iterdir()} <= {LOCK, LOG_FILE}:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
 def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     config = p.config
-    started = time.monotonic()
-    checkpoint = _on_first_rank(lambda: _choose_checkpoint(config))
+    clock = ClockCallback()
+    checkpoint = on_first_rank(lambda: _choose_checkpoint(config))
     data = _prepare_data(p)
     device = get_default_device()
     log.info(
-        "%s: %s parameters, %s tokens per step, %s steps, %d process%s on %s",
+        "%s: %s parameters, %s tokens per step, %d process%s on %s",
         config.name,
         f"{p.transformer.num_counted_params:,}",
         f"{config.train.tokens_per_step:,}",
-        f"{p.steps:,}",
         p.world_size,
         "" if p.world_size == 1 else "es",
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -182,25 +196,30 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     module = build_train_module(p, device)
     loader = build_data_loader(p, data, module)
     trainer = build_trainer(p, data, module, loader)
-    for name, callback in (extra_callbacks(p, trainer) if extra_callbacks is not None else {}).items():
+    extra = extra_callbacks(p, trainer) if extra_callbacks is not None else {}
+    for name, callback in {"clock": clock, **extra}.items():
         trainer.add_callback(name, callback)
     if checkpoint is not None:
         _resume(trainer, checkpoint, config)
     elif config.train.load_path is not None:
         _start_from(config.train.load_path, p, trainer, module)
-    if get_rank() == 0:
-        write_text(Path(config.log_folder) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-        write_json(Path(config.log_folder) / PLAN_FILE, p.sizes())
-    if trainer.global_step >= p.steps:
+    done = {"step": trainer.global_step, "tokens": trainer.global_train_tokens_seen, "epoch": trainer.epoch}
+    if complete := trainer.max_duration.due(**done):
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
+        on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", to_yaml(config)))
+        on_first_rank(lambda: write_json(Path(config.log_folder) / PLAN_FILE, p.sizes()))
         if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
             trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()
-    if get_rank() == 0:
-        _summarise(config, trainer.global_step, time.monotonic() - started)
+    on_first_rank(lambda: _summarise(config, trainer.global_step, clock.seconds, complete))
     signals = trainer.callbacks["signals"]
     assert isinstance(signals, SignalCallback)
+    if signals.received is not None:
+        checkpoint = f"{config.save_folder}/step{trainer.global_step}"
+        log.info(
+            "%s: stopped at step %d of %d, saved in %s", signals.received.name, trainer.global_step, p.steps, checkpoint
+        )
     return Outcome(trainer.global_step, signals.received)
 
 
@@ -216,25 +235,36 @@ def _choose_checkpoint(config: RunConfig) -> str | None:
     if source is not None and not is_url(source):
         if not (Path(source) / STATE / ".metadata").is_file():
             raise UserError("train.load_path", f"the folder of a checkpoint (with {STATE}/)", source)
-        check_same_model(Path(source), config.model)
+        if checkpoint is not None:
+            check_same_run(checkpoint, config)
+        else:
+            check_same_model(Path(source), config.model)
     return None if checkpoint is None else source
 
 
 def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
     """Resume from a checkpoint of this run, naming changed settings.
 
-    :raises UserError: if the run was begun with other data.
+    :raises UserError: if the run was begun with other data, or with batches that cannot go on where they ended.
     """
     try:
         trainer.load_checkpoint(checkpoint, load_trainer_state=True, load_optim_state=True)
     except RuntimeError as e:
         if "fingerprint" not in str(e):
             raise
-        raise UserError(
-            "data", f"the data that the run in {config.save_folder} was begun with", "other data",
-            "choose another train.save_folder, and train.load_path to start from its weights",
-        ) from None  # fmt: skip
-    log.info("resuming from %s", checkpoint)
+        hint = "choose another train.save_folder, and train.load_path to start from its weights"
+        if config.data.mixture is not None:
+            hint = f"a mixture is drawn for the length of its run; {hint}"
+        expected = f"the data that the run in {config.save_folder} was begun with"
+        raise UserError("data", expected, "other data", hint) from None
+    loader = trainer.data_loader
+    assert isinstance(loader, NumpyDataLoaderBase)
+    if loader.tokens_processed % loader.global_batch_size:
+        seen = loader.tokens_processed // config.train.sequence_length
+        expected = f"a divisor of the {seen} sequences of this epoch that {checkpoint} has seen"
+        hint = "otherwise some of them would be read again"
+        raise UserError("train.global_batch_size", expected, config.train.global_batch_size, hint)
+    log.info("resuming from %s: %d of %d steps are done", checkpoint, trainer.global_step, trainer.max_steps)
     for change in changed_settings(Path(checkpoint), config):
         log.warning("setting changed since the checkpoint: %s", change)
 
@@ -251,7 +281,7 @@ def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrain
         trainer.load_checkpoint(source, load_trainer_state=False, load_optim_state=False)
     else:
         weights: dict[str, Any] = {}
-        _on_first_rank(lambda: weights.update(match_weights(Path(source), p.transformer.build(init_device="meta"))))
+        on_first_rank(lambda: weights.update(match_weights(Path(source), p.transformer.build(init_device="meta"))))
         # Not strict: of a tied pair only the embedding is there. match_weights has compared all names.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)
         set_model_state_dict(module.model, weights, options=options)
@@ -262,28 +292,41 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _summarise(config: RunConfig, steps: int, seconds: float) -> None:
-    """Losses and perplexities before and after, time, and where everything is."""
+def _summarise(config: RunConfig, steps: int, seconds: float, complete: bool) -> None:
+    """Losses and perplexities before and after, time, and where everything is.
+
+    :param complete: the run was complete already. A summary of these steps is then left as it is.
+    """
     folder = Path(config.log_folder)
+    file = folder / "summary.json"
+    before: dict[str, Any] = {}
+    if complete:
+        with contextlib.suppress(UserError):
+            before = read_json(file, "summary")
+    if written := before.get("steps") == steps and isinstance(before.get("seconds"), float):
+        seconds = before["seconds"]
     metrics = folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
-    ends: dict[str, tuple[float, float] | None] = {}
+    ends: dict[str, tuple[float, float | None]] = {}  # None where the last step has no figure: an earlier one is stale
     for key in ["loss", *sorted({k for line in lines for k in line if k.startswith("eval/") and k.endswith("/loss")})]:
-        values = [line[key] for line in lines if line.get(key) is not None]
-        ends[key] = (values[0], values[-1]) if values else None
+        values = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+        if values:
+            ends[key] = values[min(values)], values.get(steps)
     table = Table(title=f"{config.name}: {steps} steps in {format_duration(seconds)}", title_justify="left")
     for heading in ("validation", "loss before", "after", "perplexity before", "after", "fall"):
         table.add_column(heading, justify="left" if heading == "validation" else "right", no_wrap=True)
-    for key, losses in ends.items():
-        if losses is not None:
-            name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
-            perplexities = [_perplexity(loss) for loss in losses]
-            row = (*(f"{x:.3f}" for x in losses), *(f"{x:,.1f}" for x in perplexities))
-            table.add_row(name, *row, f"{_perplexity(losses[0] - losses[1]):,.1f}x")
+    for key, (first, last) in ends.items():
+        name = "training batch" if key == "loss" else key.removeprefix("eval/").removesuffix("/loss")
+        row = [f"{first:.3f}", "", f"{_perplexity(first):,.1f}", "", ""]
+        if last is not None:
+            row[1], row[3] = f"{last:.3f}", f"{_perplexity(last):,.1f}"
+            row[4] = f"{_perplexity(first - last):,.1f}x"
+        table.add_row(name, *row)
     console.print(table)
     console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
-    write_json(folder / "summary.json", {"steps": steps, "seconds": seconds, "metrics": ends})
+    if not written:
+        write_json(file, {"steps": steps, "seconds": seconds, "metrics": ends})
     try:
         write_report([folder], folder)
         console.print(f"{', '.join(FILES)}: {folder}", soft_wrap=True, highlight=False)

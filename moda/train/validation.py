@@ -1,6 +1,6 @@
 """Validation in the training loop: every set by itself, to its last document, whatever the number of ranks."""
 
-import time
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from olmo_core.data import DataCollator, NumpyDatasetConfig, NumpyPaddedFSLDataset, TextDataLoaderBase
 from olmo_core.distributed.utils import all_reduce_value, get_rank, get_world_size
-from olmo_core.eval import LMEvaluator
+from olmo_core.eval import Evaluator, LMEvaluator
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback, CallbackConfig, EvaluatorCallback
 
-from .callbacks import SpeedCallback
+from .callbacks import between_steps
+from .progress import ProgressCallback
+
+log = logging.getLogger(__name__)
 
 
 class TimedEvaluator(EvaluatorCallback):
@@ -24,15 +27,15 @@ class TimedEvaluator(EvaluatorCallback):
     _evaluated_at: int | None = None
 
     def perform_eval(self, prefix: str = "eval") -> None:
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
-        began = time.perf_counter()
-        super().perform_eval(prefix)
+        with between_steps(self.trainer):
+            super().perform_eval(prefix)
         self._evaluated_at = self.step
-        spent = time.perf_counter() - began
-        for callback in self.trainer.callbacks.values():
-            if isinstance(callback, SpeedCallback):
-                callback.leave_out(spent)
+
+    def _log_progress(self, evaluator: Evaluator, eval_step: int) -> None:
+        progress = self.trainer.callbacks["progress"]
+        assert isinstance(progress, ProgressCallback)
+        what = "validation" if isinstance(evaluator, NextTokenEvaluator) else f"evaluation ({evaluator.display_name})"
+        progress.busy(what, eval_step, evaluator.total_batches or 0)
 
     def post_train(self) -> None:
         stopped = all_reduce_value(  # the ranks may learn of it at different times, and all must do the same here
@@ -115,6 +118,7 @@ class ValidationConfig(CallbackConfig):
     def build(self, trainer: Trainer) -> Callback:
         dataset, loader = self.dataset.build(), trainer.data_loader
         assert isinstance(dataset, NumpyPaddedFSLDataset) and isinstance(loader, TextDataLoaderBase)
+        log.info("indexing the validation data; done once")
         dataset.prepare()
         group = trainer.dp_process_group
         batches = ValidationBatches(
@@ -128,4 +132,5 @@ class ValidationConfig(CallbackConfig):
             eval_interval=self.interval,
             eval_on_startup=self.on_start,
             eval_on_finish=self.on_finish,
+            log_interval=1,
         )

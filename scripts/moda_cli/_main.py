@@ -4,7 +4,8 @@ A command is a module of this package with ``parser()``, its arguments, and ``ru
 ``run`` may import torch: ``--help`` is instant, and ``run`` first sets the environment variables that torch reads when it is
 imported. ``RESUME`` says what to do after an interruption.
 
-Exit codes: 0 success, 1 a bug or no memory, 2 bad input, 130 interrupted, 141 closed pipe; ``train`` adds 128 + signal.
+Exit codes: 0 success, 1 a bug or no memory, 2 bad input, or a file or disk that fails, 130 interrupted, 141 closed pipe;
+``train`` adds 128 + signal.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -19,6 +21,8 @@ from collections.abc import Callable, Sequence
 
 from moda import __version__
 from moda.errors import UserError, nearest
+
+from ._missing import missing
 
 __all__ = ["COMMANDS", "arguments", "main", "script"]
 
@@ -33,11 +37,11 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face folder, or read one back",
     "prepare": "turn text into token files, mirror a data mix, inspect prepared data",
     "bench": "measure kernels, training, evaluation and data preparation",
+    "visualize": "show what checkpoints attend to, over the sequence and over depth",
     "draw": "draw what a query of a MoDA layer sees, or what layers read",
 }
 
 NO_BUGS = {
-    "ModuleNotFoundError": "a package is not installed",
     "MemoryError": "out of memory",
     "OutOfMemoryError": "out of GPU memory",
 }
@@ -96,6 +100,8 @@ def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError("command", "one that exists", command, nearest(command, COMMANDS))
+        for word in argv:
+            _check_word(word)
         args = arguments(command, argv, name)
         return importlib.import_module(f"moda_cli.{command}").run(args)
     except UserError as e:
@@ -110,30 +116,74 @@ def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
     except BrokenPipeError:  # `moda plan ... | head`; nothing more can be printed, not even when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as e:  # may happen in any one process, so each speaks
-        _report(e)
+    except SystemExit:
+        raise
+    except BaseException as e:  # torch's CheckpointException is no Exception; any process may fail, so each speaks
+        return _report(e)
+
+
+def _check_word(word: str) -> None:
+    """Refuse what no file name or text can hold, before anything stumbles over it.
+
+    And ``--option=--``, of which argparse makes an empty list.
+    """
+    if re.fullmatch(r"--?[\w-]+=--", word):
+        raise UserError("argument", "a value after the equals sign", word)
+    try:
+        if b"\0" not in os.fsencode(word):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise UserError("argument", "valid text without NUL characters", repr(word))
+
+
+def _failed_file(error: BaseException | None) -> OSError | None:
+    """The error of a file or disk that an error was raised for, through however many layers."""
+    seen: list[BaseException | None] = [None]
+    while error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            return error
+        for inner, _ in getattr(error, "failures", {}).values():  # torch's CheckpointException, by rank
+            if (found := _failed_file(inner)) is not None:
+                return found
+        assert error is not None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _report(error: BaseException) -> int:
+    """One line about an unexpected error; the traceback goes to the run's log, or to a file if the process has none.
+
+    :returns: the exit code: 2 where a file or disk failed, which is no bug.
+    """
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "moda").startswith("moda"):
+        print(missing(error), file=sys.stderr)
         return 1
-
-
-def _report(error: Exception) -> None:
-    """One line about an unexpected error; the traceback goes to the run's log, or to a file if the process has none."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
     logs = [h for h in files if h.baseFilename != os.devnull]
+    failed = _failed_file(error)
+    where = ""
     if os.environ.get("MODA_TRACEBACK", "0") != "0":
         print(trace, end="", file=sys.stderr)
         where = "above"
     elif logs:
         logs[0].handle(logging.LogRecord("moda", logging.ERROR, __file__, 0, trace, None, None))
         where = logs[0].baseFilename
-    else:
+    elif failed is None:
         with tempfile.NamedTemporaryFile("w", prefix="moda-", suffix=".log", delete=False) as f:
             f.write(trace)
         where = f"{f.name}, or set MODA_TRACEBACK=1"
-    what = NO_BUGS.get(type(error).__name__, "this is a bug")
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    print(f"error: {what}{rank}: {type(error).__name__}: {reason} (traceback: {where})", file=sys.stderr)
+    if failed is not None:
+        name = os.fsdecode(failed.filename) if isinstance(failed.filename, (str, bytes)) else "file or disk"
+        what = str(UserError(name + rank, "a file, folder or disk that can be used", failed.strerror))
+    else:
+        reason = (str(error).strip() or "no message").splitlines()[0][:500]
+        what = f"{NO_BUGS.get(type(error).__name__, 'this is a bug')}{rank}: {type(error).__name__}: {reason}"
+    print(f"error: {what}" + (f" (traceback: {where})" if where else ""), file=sys.stderr)
+    return 1 if failed is None else 2
 
 
 def _all_commands(whole: bool) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from moda.files import check_writable
 from moda_kernels.benchmarks import registry
 
 MODULES = (
@@ -21,4 +22,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    for name in ("out", "output"):
+        if given := getattr(args, name, None):
+            path = Path(given)
+            check_writable(f"--{name}", path if path.suffix else path / "results.csv")
     return registry.run(args)

@@ -6,9 +6,11 @@ Examples:
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from moda.errors import UserError
+from moda.files import PLOTS, check_writable
 
 from ._options import new_parser
 
@@ -39,6 +41,7 @@ def _draw_reads(axes: Any, arguments: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_writable("output", Path(args.output), PLOTS)
     import matplotlib
 
     matplotlib.use("Agg")

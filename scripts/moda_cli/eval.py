@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moda.errors import UserError
+from moda.ranges import Count
 
-from ._options import add_model_options, from_arguments, new_parser
+from ._options import add_model_options, from_arguments, new_parser, number
 
 RESUME = "the same command continues with the tasks that are left"
 
@@ -27,9 +28,11 @@ def parser() -> argparse.ArgumentParser:
     p = new_parser(__doc__)
     p.add_argument("checkpoint", nargs="+", help="folder of a checkpoint")
     p.add_argument("--suite", choices=["perplexity", "downstream", "all"], default="all", help="what to measure")
-    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of a task, documents of a set")
+    p.add_argument(
+        "--limit", type=number(Count), metavar="N", help="only the first N questions of a task, documents of a set"
+    )
     text = "tokens per batch (default: 32768 on a GPU, 4096 on a CPU)"
-    p.add_argument("--batch-size", type=int, metavar="TOKENS", dest="batch_tokens", help=text)
+    p.add_argument("--batch-size", type=number(Count), metavar="TOKENS", dest="batch_tokens", help=text)
     add = p.add_argument_group("downstream tasks").add_argument
     add("--tasks", nargs="+", metavar="TASK", help="default: the paper's ten and MMLU cloze")
     add("--truncate", action="store_true", help="cut prompts longer than the context from the left")
@@ -40,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     add("--skip-missing", action="store_true", help="leave out sets whose data is absent")
     add("--text", action="append", default=[], metavar="NAME=PATH", help="text of your own, by domain")
     add("--token-files", action="append", default=[], metavar="NAME=GLOB", help="token files of your own")
-    add("--window", type=int, metavar="N", help="tokens per window (default: the context, at most 4096)")
-    add("--stride", type=int, metavar="N", help="tokens between windows (default: half a window)")
+    add("--window", type=number(Count), metavar="N", help="tokens per window (default: the context, at most 4096)")
+    add("--stride", type=number(Count), metavar="N", help="tokens between windows (default: half a window)")
     add("--head", action="store_true", help="only each document's first window, as validation in training does")
     add = p.add_argument_group("results").add_argument
     add("--output", default="results/eval", metavar="FOLDER", help="folder of the results")
@@ -66,7 +69,9 @@ def _join() -> tuple[int, str | None]:
     """Join the other processes of torchrun; this process's rank and device."""
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    from moda.train.environment import launched_world_size
+
+    if launched_world_size() == 1:
         return 0, None
     torch.distributed.init_process_group("gloo")  # only results are exchanged, which are on the CPU
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rich.console import Console
 
+    from moda.progress import AboveBars
     from moda_evals.report import notes, table, write_reports
     from moda_evals.run import Options, evaluate_all
 
@@ -86,15 +92,16 @@ def run(args: argparse.Namespace) -> int:
         text=_by_name("--text", args.text), token_files=_by_name("--token-files", args.token_files),
         tasks=args.tasks and tuple(args.tasks), sets=args.sets and tuple(args.sets),
     )  # fmt: skip
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("moda_evals").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars()])
+    for name in ("moda", "moda_evals"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.ERROR)
     output = Path(args.output)
     results = evaluate_all(args.checkpoint, options, output)
     if rank == 0:
         labels = [result["model"]["label"] for result in results]
         for label, result in zip(labels, results):
             write_reports([result], output / label, args.paper)
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         console.print(table(results, args.paper))
         for note in notes(results, args.paper):
             console.print(note, highlight=False)

@@ -8,7 +8,9 @@ Examples:
 
 import argparse
 
-from ._options import new_parser, positive
+from moda.ranges import Count
+
+from ._options import new_parser, number
 
 RESUME = "its runs have saved; the same command resumes them"
 
@@ -19,9 +21,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every run")
     p.add_argument("--data", metavar="FOLDER", help="a folder that `moda prepare` made: every run trains on it")
     p.add_argument("--gpus", metavar="0,1,...", help="GPUs to use (default: all that are there)")
-    p.add_argument("--gpus-per-run", type=positive, default=1, metavar="N", help="GPUs of one run")
+    p.add_argument("--gpus-per-run", type=number(Count), default=1, metavar="N", help="GPUs of one run")
     p.add_argument(
-        "--jobs", type=positive, default=1, metavar="N", help="runs at a time on the same GPUs, or on the CPU"
+        "--jobs", type=number(Count), default=1, metavar="N", help="runs at a time on the same GPUs, or on the CPU"
     )
     p.add_argument("--only", metavar="TEXT", help="the runs whose name contains TEXT")
     p.add_argument("--dry-run", action="store_true", help="print every run with its sizes and time, and exit")

@@ -8,6 +8,10 @@ Examples:
 
 import argparse
 import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 from ._options import add_config_arguments, new_parser
 
@@ -35,4 +39,17 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(plan(config))
         return 0
-    return train(config, downstream_callbacks).exit_code
+    outcome = train(config, downstream_callbacks)
+    if outcome.stopped_by is not None and os.environ.get("RANK", "0") == "0":
+        print(f"to continue: {_typed()}")
+    return outcome.exit_code
+
+
+def _typed() -> str:
+    """The command that was given, as far as a process can tell."""
+    program, *rest = sys.argv
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"the same torchrun command, with {shlex.join([program, *rest])}"
+    if Path(program).suffix == ".py":
+        return shlex.join(["python", program, *rest])
+    return shlex.join(["moda" if program == shutil.which("moda") else program, *rest])

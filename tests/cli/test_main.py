@@ -1,5 +1,6 @@
 """``moda COMMAND``: names, help, errors and exit codes."""
 
+import errno
 import logging
 import os
 import pickle
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import moda_cli
 from moda import __version__
 from moda.errors import UserError
+from moda.train.environment import launched_world_size
 from moda_cli import train
 from moda_cli._main import COMMANDS, arguments
 from tests.tiny import ROOT, command, environment, write_config
@@ -162,9 +165,10 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(
             torch.OutOfMemoryError("tried to allocate 8 GiB"),
             "error: out of GPU memory: OutOfMemoryError: tried to alloc",
         ),
-        (ModuleNotFoundError("No module named 'x'"), "error: a package is not installed: ModuleNotFoundError: No mod"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "error: x is not installed in this Python ("),
+        (ModuleNotFoundError("No module named 'regex'", name="regex"), "pip install -e '.[data]'"),
     ],
-    ids=["memory", "package"],
+    ids=["memory", "package", "extra"],
 )
 def test_what_is_no_bug(
     error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -173,6 +177,14 @@ def test_what_is_no_bug(
     monkeypatch.setenv("MODA_TRACEBACK", "1")
     assert moda_cli.main(["train", "x.yaml"]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_a_python_without_the_project_says_what_to_activate() -> None:
+    line = [sys.executable, "-S", str(ROOT / "scripts" / "train.py"), "x.yaml"]  # -S: without site-packages
+    alone = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    done = subprocess.run(line, env=alone, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: moda is not installed") and ".venv/bin/activate" in done.stderr
 
 
 def test_a_closed_pipe_is_no_bug(tmp_path: Path) -> None:
@@ -233,3 +245,67 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         line = f"{script}\nCOMP_WORDS=({words}); COMP_CWORD=3; _shtab_moda; echo ${{COMPREPLY[@]}}"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
         assert done.stdout == "--plot\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (["compare", "nowhere", "nowhere", "--plot", "/proc/x.png"], "--plot"),
+        (["compare", "nowhere", "nowhere", "--plot", "x.docx"], "--plot"),
+        (["compare", "nowhere", "nowhere", "--output", "/proc/x/y.md"], "--output"),
+        (["compare", "nowhere", "nowhere", "--output", "."], "--output"),
+        (["prepare", "inspect", "nowhere", "--plot", "/proc/x.svg"], "--plot"),
+        (["draw", "/proc/x.png", "--config", "nowhere.yaml"], "output"),
+        (["bench", "data", "--out", "/proc/x.csv", "--text", "nowhere"], "--out"),
+        (["bench", "eval", "nowhere.yaml", "--output", "/proc/x.csv"], "--output"),
+    ],
+    ids=" ".join,
+)
+def test_where_it_goes_is_checked_first(words: list[str], key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it is made from does not exist either: that would be found later."""
+    assert moda_cli.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {key}: expected a ")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "run/step4/x.distcp")
+
+
+def within(inner: BaseException) -> RuntimeError:
+    error = RuntimeError("writing failed")
+    error.__cause__ = inner
+    return error
+
+
+@pytest.mark.parametrize("error", [FULL, within(FULL), CheckpointException("write", {0: (FULL, None)})])  # type: ignore[dict-item]
+def test_a_full_disk_is_no_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", raising(error))
+    monkeypatch.delenv("MODA_TRACEBACK", raising=False)
+    assert moda_cli.main(["train", "x.yaml"]) == 2
+    expected = "run/step4/x.distcp: expected a file, folder or disk that can be used, got No space left on device"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE", ">= 1", "two"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE", ">= 1", "0"]),
+        ({"RANK": "-1"}, ["RANK", ">= 0", "-1"]),
+        ({"LOCAL_RANK": "x", "RANK": "0"}, ["LOCAL_RANK", "x"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK", "less than WORLD_SIZE (2)"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR", "torchrun sets it"]),
+    ],
+)
+def test_variables_of_the_launcher(
+    variables: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched_world_size() == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        launched_world_size()
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from moda.config import load_config
+from moda.config.names import folder_name, own_folder
 from moda.data import build_training_data, load_tokenizer
 from moda.errors import UserError
 from moda.train.plan import make_plan
@@ -22,7 +24,7 @@ CASES: list[tuple] = [
     ("model.depth.key_nrom=writer", ["model.depth.key_nrom", "did you mean 'key_norm'?"]),
     ("model.d_model=wide", ["model.d_model", "an integer", "wide"]),
     ("model.n_layers=2.5", ["model.n_layers", "an integer", "2.5"]),
-    ("model.n_layers=0", ["model.n_layers", ">= 1", "0"]),
+    ("model.n_layers=0", ["model.n_layers", "from 1 to 1000", "0"]),
     ("model.tie_embeddings=maybe", ["model.tie_embeddings", "true or false", "maybe"]),
     ("model.norm_placement=sandwich", ["model.norm_placement", "pre, post, reordered, peri", "sandwich"]),
     ("model.depth.attention=null", ["model.depth.attention", "reuse, project"]),
@@ -52,11 +54,15 @@ CASES: list[tuple] = [
     ("optim.warmup_steps=12", ["optim.warmup_steps", "less than the run's 12 steps", "12"]),
     ("train.microbatch_size=3", ["train.microbatch_size", "a divisor of train.global_batch_size (4)", "3"]),
     ("train.max_tokens=1000", ["train.max_tokens", "exactly one of train.max_tokens and train.max_steps", "both"]),
-    ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
+    ("train.save_folder=a/../..", ["train.save_folder", "a folder of its own", "a/../.."]),
+    ("data.work_dir=.", ["data.work_dir", "a folder of its own"]),
+    ("name=..", ["name", "a name for a folder", "'..'"]),
+    ("train.seed=-1", ["train.seed", "from 0 to 4294967295", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
     ("parallel.tensor=2", ["parallel.tensor", "1 with this model.depth", "2"]),
     ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
+    ("parallel={prefetch: 1, activation_checkpointing: full}", ["parallel.prefetch", "0 with", "full", "FSDP"]),
     ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
     ("data.mix=OLMoE-mix-0824", ["data", "one of data.mix, data.paths, data.mixture, data.text and data.source", "mix, text"]),
     ("data.validation_fraction=1.5", ["data.validation_fraction", "between 0 and 1", "1.5"]),
@@ -86,6 +92,31 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
         assert word in text, text
 
 
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", ".run", "a/b", "a\\b", "~", "a\0", "a\n", "\ud800", " a", "x" * 201]
+)
+def test_names_that_are_no_folders(name: str) -> None:
+    with pytest.raises(UserError, match="^name: expected a name for a folder"):
+        folder_name("name", name)
+
+
+@pytest.mark.parametrize(
+    "folder", [" ", "", ".", "..", "a/..", "a/../..", "/", "~", "~/run", "$HOME", "a\0", "file:///a", "http://a/b"]
+)
+def test_folders_that_no_run_may_have_for_its_own(folder: str) -> None:
+    with pytest.raises(UserError, match="^train.save_folder: expected a folder"):
+        own_folder("train.save_folder", os.path.expandvars(folder), remote=True)
+
+
+def test_good_names_and_folders() -> None:
+    for name in ("moda_1.5b", "caf\u00e9 2", "x" * 200):
+        folder_name("name", name)
+    for folder in ("runs/a", "../a", "/nowhere/a", "s3://bucket/a", "a b #2"):
+        own_folder("train.save_folder", folder, remote=True)
+    with pytest.raises(UserError, match="^data.work_dir: expected a folder, got s3://bucket/a"):
+        own_folder("data.work_dir", "s3://bucket/a")
+
+
 def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -93,6 +124,25 @@ def test_wandb_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPat
     )
     text = message(folder, "logging.wandb.enabled=true")
     assert "logging.wandb.enabled" in text and "pip install" in text
+
+
+def test_wandb_needs_a_key_unless_it_is_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *names: True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "WANDB_MODE=offline" in message(folder, "logging.wandb.enabled=true")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "x")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            make_plan(load_config(write_config(folder), ["logging.wandb.enabled=true"]), 1)
+
+
+@pytest.mark.parametrize("backend", ["fused", "split"])
+def test_kernels_need_a_gpu(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    text = message(folder, f"model.attention_backend={backend}")
+    assert text.startswith(f"model.attention_backend: expected auto or reference here, got {backend} (its kernels need")
 
 
 def test_batch_not_divisible_by_ranks(folder: Path) -> None:

@@ -109,9 +109,9 @@ def test_other_options_than_the_unfinished_one(tmp_path: Path, documents: list[s
 
 
 def _hold(partial: str, held: Any) -> None:
-    from moda.data.prepare.run import _locked
+    from moda.files import locked
 
-    with _locked(Path(partial)):
+    with locked(Path(partial), "output", "preparation"):
         held.set()
         time.sleep(60)
 

@@ -209,3 +209,13 @@ def test_documents_have_no_special_tokens_but_their_end(tmp_path: Path) -> None:
     ids = document_ids(tokenizer, text)
     assert ids[-1] == eos and eos not in ids[:-1] and bos not in ids
     assert loaded.decode(ids[:-1]) == text and tokenizer.load().encode(text).ids[0] == bos
+
+
+def test_brackets_in_a_path_that_exists_are_no_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "runs [old]" / "a"
+    folder.mkdir(parents=True)
+    for name in ("1.txt", "2.txt", "[x].txt"):
+        (folder / name).write_text(name)
+    assert texts(folder) == texts(folder / "*.txt") == ["1.txt", "2.txt", "[x].txt"]
+    assert texts(folder / "[x].txt") == ["[x].txt"] and texts(folder / "[12].txt") == ["1.txt", "2.txt"]
+    assert texts(tmp_path / "runs [old]" / "**" / "[1].txt") == ["1.txt"]

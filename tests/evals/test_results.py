@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+import moda_cli
 from moda.errors import UserError
 from moda_evals import run as evals_run
 from moda_evals.compare import compare, comparison_table, markdown, plot, remarks
+from moda_evals.model import checkpoint_label
 from moda_evals.report import notes
 from moda_evals.results import read_results
 from moda_evals.run import Options, evaluate, evaluate_all
+from moda_evals.tasks import TASKS, JsonlTask
 from tests.small_checkpoint import run_config, save_checkpoint
 
 
@@ -59,6 +64,49 @@ def test_earlier_results_of_other_settings(
     save_checkpoint(folder, run_config(tokenizer_file), seed=9)
     other = evaluate(str(folder), options, tmp_path / "out")
     assert not other["downstream"] and "checkpoint " in caplog.text
+
+
+def test_earlier_figures_of_a_task_whose_questions_have_changed(
+    checkpoint: Path, text: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    file = tmp_path / "capitals.jsonl"
+    file.write_text('{"context": "France:", "choices": [" Paris", " Rome"], "label": 0}\n')
+    monkeypatch.setitem(TASKS, "capitals", JsonlTask("capitals", "Capitals", "acc", "", file))
+    evaluate(str(checkpoint), Options(suite="downstream", tasks=("capitals",)), tmp_path / "out")
+    perplexity = Options(suite="perplexity", text=text, window=32)
+    assert set(evaluate(str(checkpoint), perplexity, tmp_path / "out")["downstream"]) == {"capitals"}
+    file.write_text('{"context": "Italy:", "choices": [" Paris", " Rome"], "label": 1}\n')
+    assert not evaluate(str(checkpoint), perplexity, tmp_path / "out")["downstream"]
+    assert "the earlier figures of capitals are dropped: its questions have changed" in caplog.text
+
+
+def test_an_export_has_a_model_card_with_the_results_of_its_checkpoint(
+    checkpoint: Path, whole: dict, tmp_path: Path, caplog
+) -> None:
+    (tmp_path / checkpoint_label(checkpoint)).mkdir()
+    file = tmp_path / checkpoint_label(checkpoint) / "results.json"
+    file.write_text(json.dumps(whole))
+    assert moda_cli.main(["export", str(checkpoint), str(tmp_path / "a"), "--results", str(tmp_path)]) == 0
+    card = (tmp_path / "a" / "README.md").read_text()
+    parameters = sum(w.numel() for w in load_file(tmp_path / "a" / "model.safetensors").values())
+    for row in (
+        "| training steps | 10 |",
+        f"| parameters | {parameters:,} (float32) |",
+        "| depth slots | 4 (2.0 read per layer) |",
+    ):
+        assert row in card
+    assert (
+        "trust_remote_code=True" in card
+        and "COPA" in card
+        and f"{whole['perplexity']['mine']['perplexity']:.2f}" in card
+    )
+    assert str(checkpoint.parent) not in card  # no path of the machine that trained
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+    file.write_text(json.dumps({**whole, "measured_with": {"checkpoint": "another"}}))
+    assert moda_cli.main(["export", str(checkpoint), str(tmp_path / "b"), "--results", str(tmp_path)]) == 0
+    assert "Evaluation" not in (tmp_path / "b" / "README.md").read_text() and "is left out" in caplog.text
 
 
 def test_sets_with_different_windows_have_no_average_and_say_so(whole: dict) -> None:

@@ -318,8 +318,27 @@ def test_a_static_cache_and_hidden_states() -> None:
         assert len(out.hidden_states) == 5
         torch.testing.assert_close(out.hidden_states[0], exported.model.embed_tokens(IDS))
         torch.testing.assert_close(exported.lm_head(out.hidden_states[-1]), out.logits)
-        with pytest.raises(ValueError, match="output_attentions is not supported"):
-            exported(IDS, output_attentions=True)
+
+
+def test_attention_weights_of_the_sequence_and_of_the_depth_slots() -> None:
+    """They give the attention's output: of layer l, over its own values and those of the same token in layers 0 to l - 1."""
+    _, exported = pair(config_of(depth=dict(mechanism="moda", attention="reuse", ffn=False)))
+    values: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for layer in exported.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda m, a, out: values.append(out.unflatten(-1, (2, 8))))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: outputs.append(a[0].unflatten(-1, (4, 8))))
+    with torch.no_grad():
+        attentions = exported(IDS, output_attentions=True).attentions
+        again = exported(IDS[:, :1], output_attentions=True, output_hidden_states=True)
+    assert [tuple(w.shape) for w in attentions] == [(2, 4, 9, 9 + layer) for layer in range(4)]
+    assert len(again.attentions) == 4 and len(again.hidden_states) == 5
+    for layer, weights in enumerate(attentions):
+        wide = [v.repeat_interleave(2, dim=2) for v in values[: layer + 1]]
+        found = torch.einsum("bhts,bshd->bthd", weights[..., :9], wide[layer])
+        for s in range(layer):
+            found = found + weights[..., 9 + s].transpose(1, 2)[..., None] * wide[s]
+        torch.testing.assert_close(found, outputs[layer], rtol=0, atol=TOLERANCE)
 
 
 def test_the_loss_counts_the_labels_of_all_accumulation_steps() -> None:

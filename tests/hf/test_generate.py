@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import pydoc_data.topics
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import tokenizers
 import torch
 from transformers import DynamicCache
 
-from moda.checkpoints import load_model, open_checkpoint
+from moda.checkpoints import choose_checkpoint, load_model, open_checkpoint, write_checksums
 from moda.config.schema import TokenizerSection
 from moda.data import load_tokenizer
 from moda.errors import UserError
@@ -104,12 +106,49 @@ def test_text_comes_in_whole_characters(checkpoint: Path) -> None:
     assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces) and len(pieces) > 5
 
 
-def test_command_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.main([str(checkpoint), "The import", "--max-new-tokens", "5", "--seed", "1"]) == 0
-    assert capsys.readouterr().out.startswith("The import")
+    first = capsys.readouterr().out
+    assert first.startswith("The import")
     assert script.main([str(checkpoint), "", "--max-new-tokens", "5"]) == 2
     assert "at least one token" in capsys.readouterr().err
+    assert script.main([str(checkpoint), "The import", "--max-new-tokens", "400", "--temperature", "0"]) == 0
+    assert "stopped before 400: the context of 48 tokens is full" in capsys.readouterr().err
+    options = ["--max-new-tokens", "5", "--seed", "1", "--samples", "2"]
+    assert script.main([str(checkpoint), "The import", *options]) == 0
+    one, two = capsys.readouterr().out.split("--- 2 of 2\n")
+    assert one == f"--- 1 of 2\n{first}" and two.startswith("The import") and two != first
+    for wrong in (["--samples", "0", "a"], [], ["a", "--interactive"]):
+        assert script.main([str(checkpoint), *wrong]) == 2
+    assert "expected a text to continue, or else --interactive" in capsys.readouterr().err
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"The import\n\n{'long ' * 99}\nof"))
+    assert script.main([str(checkpoint), "--interactive", "--max-new-tokens", "5", "--seed", "1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(first + "of") and "error: prompt: expected fewer tokens" in shown.err
+
+
+def test_a_run_folder_is_its_newest_whole_checkpoint(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for step in (2, 10, 11):
+        shutil.copytree(checkpoint, tmp_path / "run" / f"step{step}")
+    with pytest.raises(UserError, match="it has step2, step10, step11"):  # none was finished
+        load_decoder(tmp_path / "run", CPU)
+    for step in (2, 10):
+        (tmp_path / "run" / f"step{step}" / ".metadata.json").write_text("{}")
+        (tmp_path / "run" / f"step{step}" / "train").mkdir()
+        (tmp_path / "run" / f"step{step}" / "train" / "rank0.pt").write_bytes(b"")
+        write_checksums(tmp_path / "run" / f"step{step}")
+    load_decoder(tmp_path / "run", CPU)
+    assert f"{tmp_path / 'run'}: step10 is its newest whole checkpoint" in caplog.text
+    (tmp_path / "run" / "step10" / "config.json").write_text("{}")
+    assert choose_checkpoint(tmp_path / "run").name == "step2"
+    (tmp_path / "run" / "step2" / "config.json").unlink()
+    with pytest.raises(UserError, match="checkpoint: expected a whole checkpoint"):
+        choose_checkpoint(tmp_path / "run")

@@ -87,6 +87,20 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     assert "| tokens/s | 64 |" in (folder / "report.md").read_text()
 
 
+def test_tokens_are_those_seen_where_the_batch_size_was_changed(tmp_path: Path) -> None:
+    """32 tokens per step to step 10, then 64; one step's figure is missing."""
+    folder = write_run(tmp_path / "run", [1.0] * 15, train={"max_steps": None, "max_tokens": 640})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"tokens": 32 * line["step"] + 32 * max(line["step"] - 10, 0)} for line in lines]
+    del lines[0]["tokens"], lines[13]["tokens"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = find_runs([folder])
+    assert run.finished and list(run.tokens(np.array([1.0, 10, 14, 15]))) == [32, 320, 576, 640]
+    assert run.seconds(np.array([10.0, 15]))[1] == 10.0  # at 64 tokens/s
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-2]))
+    assert find_runs([folder])[0].state == "unfinished at step 13 of 640 tokens; no evaluations"
+
+
 def test_student_t() -> None:
     for n, t in ((2, 12.7062), (3, 4.3027), (11, 2.2281), (61, 2.0003)):
         values = np.arange(n, dtype=float)

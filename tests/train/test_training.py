@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from moda.files import read_metrics
 from moda.report import FILES
 from moda.train import plan
 from moda.train import run as training
-from tests.tiny import STEPS, command, environment, make_text, run, weights, write_config
+from tests.tiny import ROOT, STEPS, command, environment, make_text, run, weights, write_config
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -45,8 +46,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_and_signal(config: Path, run_folder: Path, after_step: int, number: signal.Signals) -> int:
-    """Start training, send a signal once ``after_step`` has been reported, and return the exit code."""
-    process = subprocess.Popen(command(config), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start training, send a signal once ``after_step`` has been reported, and return the exit code.
+
+    What it prints goes to ``printed`` beside the configuration.
+    """
+    printed = config.with_name("printed").open("w")
+    process = subprocess.Popen(command(config), env=environment(), stdout=printed, stderr=printed)
     try:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
@@ -81,6 +86,8 @@ def test_a_whole_run_leaves_what_it_says(whole: Path) -> None:
         assert "no report: plotly" in printed
     else:
         assert all((folder / name).stat().st_size > 0 for name in FILES) and "could not" not in printed
+    assert [f"saved {folder / f'step{n}'} in " in printed for n in (4, 8, 12)] == [True] * 3
+    assert "Warning" not in printed and "torch.distributed" not in printed
     assert all(damage(p) is None for p in folder.glob("step*"))
 
 
@@ -88,26 +95,34 @@ def test_a_report_that_fails_is_logged(
     whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(training, "write_report", lambda *_: 1 / 0)
-    training._summarise(load_config(whole / "tiny.yaml"), STEPS, 1.0)
+    training._summarise(load_config(whole / "tiny.yaml"), STEPS, 1.0, complete=True)
     assert "the report could not be made" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, eval=dict(on_start=True, on_finish=True))
+    config = write_config(tmp_path, eval=dict(on_start=True, on_finish=True), checkpoint=dict(interval=2, keep=2))
     assert start_and_signal(config, tmp_path / "run", 6, signal.SIGKILL) == -signal.SIGKILL
     resumed = run(config)
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.stdout + resumed.stderr
     assert_same_weights(tmp_path / "run" / f"step{STEPS}", whole / "run" / f"step{STEPS}")
     assert losses(tmp_path) == losses(whole)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(STEPS + 1))  # one line per step, though it was evaluated again when it resumed
+    assert sorted(p.name for p in (tmp_path / "run").glob("*step*")) == ["step10", "step12"]  # those of both sessions
 
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, eval=dict(on_start=True))
     assert start_and_signal(config, tmp_path / "run", 5, signal.SIGTERM) == 128 + signal.SIGTERM
     newest = find_resumable(str(tmp_path / "run"))
     assert newest is not None and newest.name not in ("step4", "step8", f"step{STEPS}"), (
         "the step it stopped at is saved"
     )
+    printed = (tmp_path / "printed").read_text()
+    assert f"SIGTERM: stopped at step {newest.name[4:]} of {STEPS}, saved in {newest}" in printed
+    assert f"to continue: python {ROOT}/scripts/train.py {config}" in printed
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    assert metrics["loss"][1] is not None and metrics["eval/text/loss"][1] is None  # validation is of step 0
     victim = max((newest / "model_and_optim").glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -144,6 +159,9 @@ def test_changes_since_the_run_was_begun_are_told_and_other_data_is_refused(whol
     shutil.copytree(whole / "run" / "step8", tmp_path / "run" / "step8")
     resumed = run(config, "optim.weight_decay=0.05")
     assert resumed.returncode == 0 and "optim.weight_decay: 0.1 -> 0.05" in resumed.stdout, resumed.stdout
+    theirs = weights(whole / "run" / f"step{STEPS}")
+    ours = weights(tmp_path / "run" / f"step{STEPS}")
+    assert not torch.equal(ours["model.lm_head.w_out.weight"], theirs["model.lm_head.w_out.weight"])
     shutil.rmtree(tmp_path / "run" / f"step{STEPS}")
     make_text(tmp_path / "text", 20)
     refused = run(config)
@@ -202,6 +220,8 @@ PARALLEL = {
     "tensor": ["parallel.tensor=2", "model.depth=null"],
     "fsdp, value residual": ["model.depth.mechanism=value_residual"],
     "fsdp, denseformer": ["model.depth.mechanism=denseformer"],
+    "fsdp, mhc": ["model.depth.mechanism=mhc"],
+    "fsdp, attention residuals": ["model.depth.mechanism=attention_residuals", "model.norm_placement=pre"],
 }
 
 
@@ -258,3 +278,15 @@ def test_wandb_gets_the_names_of_the_metrics_file(monkeypatch: pytest.MonkeyPatc
         {"loss": 0.0, "eval/c4/loss": 1.0, "eval/c4/perplexity": 2.0, "eval/downstream/copa/accuracy": 3.0,
          "throughput/device/BPS": 4.0, "at": 3}
     ]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    """One line says at which step; no checkpoint of that step or later is kept."""
+    config = write_config(tmp_path, optim=dict(lr=1e25, warmup_steps=0), checkpoint=dict(interval=1))
+    done = run(config)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: training: expected a finite loss, got (nan|inf) at step 2 \(a smaller optim\.lr .*\)", error
+    )
+    assert [p.name for p in (tmp_path / "run").glob("step*")] == ["step1"]

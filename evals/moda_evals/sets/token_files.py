@@ -1,6 +1,5 @@
 """Documents of flat token files, as OLMo-core reads them."""
 
-import glob
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moda.data.text import expand
 from moda.data.token_files import looks_like, token_dtype
 from moda.errors import UserError
 
@@ -61,8 +61,7 @@ class TokenFiles(DocumentSet):
     patterns: tuple[str, ...]
 
     def open(self, model: ModelInfo, base_dir: str | None = None) -> OpenSet:
-        globs = [str(Path(pattern).expanduser()) for pattern in self.patterns]
-        paths = [Path(p) for pattern in globs for p in sorted(glob.glob(pattern, recursive=True))]
+        paths = [Path(path) for pattern in self.patterns for path in expand(pattern)]
         if not paths:
             raise MissingData(self.name, "token files that exist", ", ".join(self.patterns))
         return open_token_files(self, paths, model)

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 AXES = {"T": "sequence length T", "G": "query heads to a key/value head, G", "S": "depth slots S"}
 COLOURS = {
@@ -12,13 +13,14 @@ COLOURS = {
     "fused": "tab:red",
     "split": "tab:purple",
 }
+_NO_DEPTH = ("cudnn", "flash", "triton")  # attention to the sequence alone
 #: The row of the T sweep that is also a point of the other two.
 SHARED = {"T": "16384", "G": "8", "S": "64"}
 
 
 def draw_sweeps(path: Path) -> list[Path]:
     """One PNG for each sweep: milliseconds of forward + backward (median, bars from the 20th to the 80th percentile), and
-    their ratio to cuDNN attention without depth. Dashed: attention without depth."""
+    their ratio to cuDNN attention without depth. Dashed, and so named in the legend: attention without depth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,13 +44,14 @@ def draw_sweeps(path: Path) -> list[Path]:
                 [m - float(r["p20_ms"]) for m, r in zip(y, points)],
                 [float(r["p80_ms"]) - m for m, r in zip(y, points)],
             ]
-            style = "--" if name in ("cudnn", "flash", "triton") else "-"
-            left.errorbar(x, y, yerr=spread, fmt="o" + style, ms=4, capsize=2, label=name, color=COLOURS[name])
+            style, depth = ("--", "no depth") if name in _NO_DEPTH else ("-", "with depth")
+            look: dict[str, Any] = {"ms": 4, "label": f"{name}, {depth}", "color": COLOURS[name]}
+            left.errorbar(x, y, yerr=spread, fmt="o" + style, capsize=2, **look)
             ratios = [(a, float(r["over_cudnn"])) for a, r in zip(x, points) if r["over_cudnn"]]
             if name not in ("cudnn", "reference"):
-                right.plot(*zip(*ratios), "o" + style, ms=4, color=COLOURS[name], label=name)
+                right.plot(*zip(*ratios), "o" + style, **look)
         floor = [r for r in lines.get("fused", []) if r["floor_ms"]]
-        left.plot([int(r[axis]) for r in floor], [float(r["floor_ms"]) for r in floor], ":k", label="floor")
+        left.plot([int(r[axis]) for r in floor], [float(r["floor_ms"]) for r in floor], ":k", label="floor of fused")
         ticks = sorted({int(r[axis]) for r in chosen})
         for ax in (left, right):
             ax.set_xscale("log", base=2)

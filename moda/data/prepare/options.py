@@ -1,21 +1,18 @@
 """The options of a preparation, checked when they are read."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from moda.config.load import read_yaml
+from moda.config.load import read_config
 from moda.config.schema import TokenizerSection
 from moda.data.formats import AUTO, FORMATS
 from moda.errors import UserError, nearest
-from moda.typed import from_dict
+from moda.ranges import Range, Tokens
+from moda.typed import Section, from_dict
 
 
 class Policy(str, Enum):
@@ -35,13 +32,11 @@ class ExecutorKind(str, Enum):
     slurm = "slurm"
 
 
-def _at_least_one(key: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(key, "an integer >= 1", value)
+Small = Annotated[int, Range(1, 10_000)]
 
 
 @dataclass
-class SourceOptions:
+class SourceOptions(Section):
     """``sources.NAME``. A plain string or list is its ``path``.
 
     :param path: files, folders and globs; or the name or folder of a Hugging Face dataset.
@@ -54,15 +49,18 @@ class SourceOptions:
     :param shards: tasks that share it.
     """
 
+    key: ClassVar[str] = "sources"
+
     path: str | list[str]
     format: str = AUTO
     field: str = "text"
     config: str | None = None
     split: str | None = None
     streaming: bool = False
-    shards: int | None = None
+    shards: Annotated[int, Range(1, 2**20, unit="tasks")] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = [AUTO, *FORMATS]
         if self.format not in known:
             raise UserError("sources.format", f"one of {', '.join(known)}", self.format, nearest(self.format, known))
@@ -78,7 +76,6 @@ class SourceOptions:
             if len(self.path) != 1:
                 raise UserError("sources.path", "one dataset", self.path)
             self.split = self.split or "train"
-        _at_least_one("sources.shards", self.shards)
 
     @property
     def in_files(self) -> bool:
@@ -87,20 +84,23 @@ class SourceOptions:
 
 
 @dataclass
-class MinHashOptions:
-    """``minhash``: a pair of documents whose word n-grams overlap by s is found with probability 1-(1-s^hashes)^buckets."""
+class MinHashOptions(Section):
+    """``minhash``: a pair of documents whose word n-grams overlap by s is found with probability 1-(1-s^hashes)^buckets.
 
-    n_grams: int = 5
-    buckets: int = 14
-    hashes_per_bucket: int = 8
+    :param n_grams: words in an n-gram.
+    :param buckets: groups of hashes, each of which can find a pair.
+    :param hashes_per_bucket: hashes in a group, all of which must be equal.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("n_grams", "buckets", "hashes_per_bucket"):
-            _at_least_one(f"minhash.{name}", getattr(self, name))
+    key: ClassVar[str] = "minhash"
+
+    n_grams: Small = 5
+    buckets: Small = 14
+    hashes_per_bucket: Small = 8
 
 
 @dataclass
-class PrepareOptions:
+class PrepareOptions(Section):
     """A preparation: text in, token files and a manifest out.
 
     :param output: the folder to make. It appears when everything is there; until then there is ``OUTPUT.partial``.
@@ -109,6 +109,7 @@ class PrepareOptions:
     :param validation_fraction: share of the documents held out, by a hash of their text.
     :param shard_tokens: tokens in a shard, at most (a longer document is a shard by itself).
     :param task_bytes: input that a task reads; null: a 256th of all input, from 2 MiB to 256 MiB.
+    :param minhash: how near is nearly equal.
     :param dedup: ``exact`` (equal text) or ``minhash`` (nearly equal text), over all sources.
     :param bad_input: what invalid UTF-8 or JSON, a missing field or a broken file leads to.
     :param empty: what a document without text leads to.
@@ -121,19 +122,20 @@ class PrepareOptions:
     output: str
     sources: dict[str, SourceOptions | str | list[str]]
     tokenizer: TokenizerSection | str = "dolma2"
-    validation_fraction: float = 0.005
-    shard_tokens: int = 1 << 27
-    task_bytes: int | None = None
+    validation_fraction: Annotated[float, Range(0, 1, below=True)] = 0.005
+    shard_tokens: Tokens = 1 << 27
+    task_bytes: Annotated[int, Range(1, unit="bytes")] | None = None
     dedup: Dedup = Dedup.none
     minhash: MinHashOptions = field(default_factory=MinHashOptions)
     bad_input: Policy = Policy.error
     empty: Policy = Policy.skip
     executor: ExecutorKind = ExecutorKind.local
-    workers: int | None = None
+    workers: Annotated[int, Range(1, 2**16, unit="processes")] | None = None
     ray_address: str | None = None
     slurm: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sources:
             raise UserError("sources", "at least one source (sources.NAME=PATH)")
         for name, given in self.sources.items():
@@ -142,10 +144,6 @@ class PrepareOptions:
             self.sources[name] = given if isinstance(given, SourceOptions) else SourceOptions(given)
         if isinstance(self.tokenizer, str):
             self.tokenizer = TokenizerSection(self.tokenizer)
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError("validation_fraction", "a number from 0 to below 1", self.validation_fraction)
-        for key in ("shard_tokens", "task_bytes", "workers"):
-            _at_least_one(key, getattr(self, key))
         missing = {"time", "partition"} - set(self.slurm or {})
         if self.executor == ExecutorKind.slurm and missing:
             raise UserError("slurm", f"a value for {' and '.join(sorted(missing))}", self.slurm)
@@ -165,15 +163,4 @@ def load_options(path: str | None, overrides: Sequence[str]) -> PrepareOptions:
 
     :raises UserError: naming the key that is wrong.
     """
-    if path is not None:
-        data: Mapping[str, Any] = read_yaml(path, overrides)
-    else:
-        for pair in overrides:
-            if "=" not in pair:
-                raise UserError("argument", "key=value, or one YAML file first", pair)
-        try:
-            plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-        except (OmegaConfBaseException, YAMLError) as e:
-            raise UserError("argument", "key=value with a YAML value", " ".join(str(e).split())) from None
-        data = cast(Mapping[str, Any], plain)
-    return from_dict(PrepareOptions, data)
+    return from_dict(PrepareOptions, read_config(path, overrides))

@@ -1,13 +1,11 @@
 """A preparation from its options to the finished folder: plan, lock, stages, shards, manifest, rename."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from moda.data.manifest import MANIFEST, read_manifest
 from moda.data.token_files import token_dtype
 from moda.data.tokenizer import Tokenizer, load_tokenizer
 from moda.errors import UserError
-from moda.files import read_json, write_json
+from moda.files import LOCK, locked, read_json, write_json
 from moda.typed import to_dict
 
 from . import dedup
@@ -57,23 +55,9 @@ class Preparation:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Keep a second preparation out of a folder. The lock goes with the process, however that ends."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = (partial / ".lock").open("a+")
-    except OSError as e:
-        raise UserError("output", f"a folder that can be written ({partial})", hint=str(e)) from None
-    with handle:
+    """Keep a second preparation out of a folder, and say so where the disk is full."""
+    with locked(partial, "output", "preparation"):
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by child processes
-        except (BlockingIOError, PermissionError):
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            raise UserError("output", f"no other preparation in {partial}", owner, "wait for it to end") from None
-        try:
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
             yield
         except OSError as e:
             raise disk_full(e, partial) or e from None
@@ -229,7 +213,7 @@ def _finish(partial: Path, out: Path) -> None:
     partial.rename(out)
     for path in (old, out / STATE):
         shutil.rmtree(path, ignore_errors=True)
-    (out / ".lock").unlink(missing_ok=True)
+    (out / LOCK).unlink(missing_ok=True)
 
 
 def prepare(
@@ -245,7 +229,7 @@ def prepare(
 
     :raises UserError: naming what is wrong; a finished output is untouched.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     started = time.monotonic()
     assert not isinstance(options.tokenizer, str)
     tokenizer = load_tokenizer(options.tokenizer)
@@ -265,7 +249,7 @@ def prepare(
             return _already_there(out, plan)
         if restart:
             for path in partial.iterdir():
-                if path.name != ".lock":
+                if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         state = partial / STATE
         _open_plan(state, plan, tasks)

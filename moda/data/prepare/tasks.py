@@ -103,7 +103,7 @@ def make_tasks(options: PrepareOptions) -> tuple[list[Task], dict[str, dict[str,
         filled = target
         for path, (format, size) in files[name].items():
             for piece in FORMATS[format].pieces(path, size, target):
-                if filled + piece.size > target:
+                if not groups or filled + piece.size > target:
                     groups.append([])
                     filled = 0
                 groups[-1].append(piece)

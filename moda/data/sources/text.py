@@ -22,6 +22,7 @@ from moda.data.token_files import token_dtype
 from moda.data.tokenizer import Tokenizer, encode_batch, load_encoder
 from moda.errors import UserError
 from moda.files import write_json, writing
+from moda.progress import Report, TaskProgress
 
 from .base import DataSource, Request, Selection
 
@@ -52,11 +53,14 @@ def split(documents: list[Document], fraction: float) -> dict[str, list[Document
     }
 
 
-def _write_tokens(documents: list[Document], folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
+def _write_tokens(
+    documents: list[Document], folder: Path, tokenizer: Tokenizer, report: Report
+) -> dict[str, dict[str, int]]:
     """One file of tokens per label, every document ended by eos; what each holds."""
     encoder, config = load_encoder(tokenizer.location), tokenizer.config
     dtype = token_dtype(config.vocab_size)
     summary: dict[str, dict[str, int]] = {}
+    done = 0
     for label in sorted({d.label for d in documents}):
         chosen = [d for d in documents if d.label == label]
         counts: Counter[str] = Counter(documents=len(chosen), bytes=sum(len(d.text.encode()) for d in chosen))
@@ -69,6 +73,8 @@ def _write_tokens(documents: list[Document], folder: Path, tokenizer: Tokenizer)
                         raise UserError("data.tokenizer.vocab_size", expected, config.vocab_size)
                     f.write(tokens.astype(dtype).tobytes())
                     counts["tokens"] += len(tokens)
+                    done += 1
+                report(done, len(documents))
         summary[label] = dict(counts)
     return summary
 
@@ -80,8 +86,10 @@ def _build(documents: list[Document], folder: Path, tokenizer: Tokenizer, fracti
     try:
         dtype = str(token_dtype(tokenizer.config.vocab_size))
         manifest: dict[str, Any] = {"tokenizer": tokenizer.describe(), "dtype": dtype}
-        for name, part in split(documents, fraction).items():
-            manifest[name] = _write_tokens(part, scratch / name, tokenizer)
+        with TaskProgress("tokenizing") as bar:
+            for name, part in split(documents, fraction).items():
+                with bar.measure(f"{name} ({len(part):,} documents)") as report:
+                    manifest[name] = _write_tokens(part, scratch / name, tokenizer, report)
         write_json(scratch / MANIFEST, manifest)
         try:
             scratch.replace(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moda.errors import UserError
+from moda.ranges import Count
 
 from .policy import SlotPolicy
 
@@ -17,11 +17,7 @@ class Recent(SlotPolicy):
     """
 
     name = "recent"
-    n: int
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError("model.depth.read.recent", "a number >= 1", self.n)
+    n: Count
 
     def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
         end = layer * kinds

@@ -1,22 +1,33 @@
-"""How far an evaluation is: a bar with an ETA on a terminal, plain lines elsewhere."""
+"""How far something long is: a bar with an ETA on a terminal, plain lines elsewhere."""
 
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 
-from .scoring import Progress as Report
-
 log = logging.getLogger(__name__)
+
+#: Called with what is done and what there is in all.
+Report = Callable[[int, int], None]
 
 _INTERVAL = 10.0  # seconds between two lines
 
 
+class AboveBars(logging.StreamHandler):
+    """Writes to what stderr is at the moment: above the bars while there are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 class TaskProgress(Progress):
-    """One bar per task; ``title`` is the checkpoint's label, ``enabled`` False on all ranks but the first."""
+    """One bar per task, described by ``title`` and its name; ``enabled`` is False on all ranks but the first."""
 
     def __init__(self, title: str, *, enabled: bool = True, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -32,7 +43,7 @@ class TaskProgress(Progress):
     def measure(self, name: str) -> Iterator[Report]:
         """Report a task's progress through the function that this gives."""
         started = last = time.monotonic()
-        bar = self.add_task(f"{self._label}: {name}", total=None)
+        bar = self.add_task(escape(f"{self._label}: {name}"), total=None)
 
         def report(done: int, total: int) -> None:
             nonlocal last

@@ -1,0 +1,149 @@
+"""Hyper-connections (arXiv 2409.19606): n residual streams, mixed before and after each sublayer.
+
+With the streams H ``[n, d]`` of a token, a sublayer T, and the matrices of its connection (the paper's Eq. 2 to 5)
+
+    h = A_m^T H        H' = A_r^T H + B^T T(h)
+
+A_m ``[n, 1]`` says what the sublayer reads, A_r ``[n, n]`` how the streams mix, B ``[1, n]`` where its output goes. Static, they
+are parameters; dynamic (Eq. 10 to 13), each has a part that the streams give:
+
+    A = s_a tanh(norm(H) W_a) + A        B = s_b tanh(norm(H) W_b)^T + B
+
+All streams begin as the embedding, and their sum goes to the final norm. At the start W is zero, A_r the identity, B ones and
+A_m reads stream k mod n in sublayer k, which is a plain residual stream. The paper also scales the initial weights of output
+projections by the square root of n; the model's own initialisation stays here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from moda.ranges import Count
+
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, set_start
+
+if TYPE_CHECKING:
+    from moda.config.model import ModelConfig
+
+EPS = 1e-6
+
+
+class _Connection(nn.Module):
+    """The connection of one sublayer: ``alpha`` is A_m beside A_r."""
+
+    def __init__(self, n: int, d_model: int, dynamic: bool, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.alpha = nn.Parameter(torch.empty(n, 1 + n))
+        self.beta = nn.Parameter(torch.empty(n))
+        self.weight = nn.Parameter(torch.empty(d_model, n + 2)) if dynamic else None
+        self.scales = nn.Parameter(torch.empty(2)) if dynamic else None
+        self.reset_parameters()
+
+    def matrices(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[n, B, T, 1 + n]`` and B ``[n, B, T]`` for streams ``[n, B, T, d]``, in fp32 or above."""
+        wide = torch.promote_types(streams.dtype, torch.float32)
+        alpha, beta = self.alpha.to(wide)[:, None, None], self.beta.to(wide)[:, None, None]
+        if self.weight is not None and self.scales is not None:
+            unit = F.rms_norm(streams.to(wide), streams.shape[-1:], eps=EPS)
+            given = torch.tanh(unit @ self.weight.to(wide))
+            s_alpha, s_beta = self.scales.to(wide)
+            alpha, beta = alpha + s_alpha * given[..., :-1], beta + s_beta * given[..., -1]
+        return alpha, beta
+
+    def read(self, streams: torch.Tensor) -> torch.Tensor:
+        """What the sublayer receives, ``[B, T, d]``."""
+        alpha, _ = self.matrices(streams)
+        return (alpha[..., :1] * streams).sum(0).to(streams.dtype)
+
+    def write(self, streams: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The streams after the sublayer gave ``out`` ``[B, T, d]``."""
+        alpha, beta = self.matrices(streams)
+        mixed = torch.einsum("i...j,i...d->j...d", alpha[..., 1:], streams.to(alpha.dtype))
+        return (mixed + beta[..., None] * out).to(streams.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        n = len(self.beta)
+        start = torch.eye(n, 1 + n).roll(1, dims=1)
+        start[self.first % n, 0] = 1
+        set_start(self.alpha, start)
+        nn.init.ones_(self.beta)
+        if self.weight is not None and self.scales is not None:
+            nn.init.zeros_(self.weight)
+            nn.init.constant_(self.scales, 0.01)
+
+
+class StreamsLayer(DepthLayer):
+    """A block's two connections, each a module with ``read`` and ``write``."""
+
+    def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.connections = nn.ModuleDict({"attention": attention, "feed_forward": feed_forward})
+
+    def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
+        return self.connections[sublayer].read(stream)  # type: ignore[operator]
+
+    def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
+        return self.connections[sublayer].write(stream, out)  # type: ignore[operator]
+
+
+class _Pass(DepthPass):
+    def finish(self, stream: Any) -> torch.Tensor:
+        return stream.sum(0)
+
+
+class StreamsModel(DepthModel):
+    """Copies the embedding into n streams ``[n, B, T, d]`` and ends with their sum."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
+        return h.expand(self.n, *h.shape).contiguous(), _Pass()
+
+
+def streams_memory(model: ModelConfig, streams: int, tokens: int, element_size: int) -> dict[str, float]:
+    """Bytes of the streams that the backward pass needs: before and after each sublayer, besides the plain one."""
+    return {"residual streams": 2.0 * model.n_layers * streams * tokens * model.d_model * element_size}
+
+
+@dataclass(frozen=True)
+class HyperConnections(DepthMechanism):
+    """Several residual streams with learned connections.
+
+    :param streams: n, the expansion rate.
+    :param dynamic: whether the connections also depend on the streams.
+    """
+
+    name = "hyper_connections"
+    source = "arXiv 2409.19606"
+    no_weight_decay = ("*.depth.connections.*.alpha", "*.depth.connections.*.beta", "*.depth.connections.*.scales")
+
+    streams: Count = 4
+    dynamic: bool = True
+
+    def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
+        return StreamsLayer(*(_Connection(self.streams, model.d_model, self.dynamic, 2 * index + i) for i in (0, 1)))
+
+    def build_model(self, model: ModelConfig) -> DepthModel:
+        return StreamsModel(self.streams)
+
+    def forward_flops_per_token(self, model: ModelConfig) -> int:
+        n = self.streams
+        mixing = 2 * n * (n + 2) * model.d_model
+        projection = 2 * (n - 1) * (n + 2) * model.d_model if self.dynamic else 0  # of all streams but the counted one
+        return 2 * model.n_layers * (mixing + projection)
+
+    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        return streams_memory(model, self.streams, tokens, element_size)
+
+    def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
+        kind = "dynamic" if self.dynamic else "static"
+        return [("residual streams", f"{self.streams}, {kind} connections")]

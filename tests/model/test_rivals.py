@@ -1,0 +1,178 @@
+"""Mechanisms at the residual stream against lists of tensors written out from their papers' equations, in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from olmo_core.nn.transformer import TransformerActivationCheckpointingMode
+
+from moda.config import load_config
+from moda.errors import UserError
+from moda.model import transformer_config
+from tests.model.test_against_plain import SMALL, TOLERANCE, build
+from tests.plain_model import PlainDecoder, rms
+from tests.test_extending import known_everywhere
+from tests.tiny import ROOT
+
+Weights = dict[str, torch.Tensor]
+SUBLAYERS = ("attention", "feed_forward")
+
+
+def placed(decoder: PlainDecoder, sublayer: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """A sublayer's output in pre- and peri-norm, its norms included."""
+    f = decoder.attention if sublayer == "attention" else decoder.ffn
+    out = f(rms(x, decoder.p[f"blocks.{layer}.{sublayer}_norm.weight"]), layer)
+    return rms(out, decoder.p[f"blocks.{layer}.post_{sublayer}_norm.weight"]) if decoder.placement == "peri" else out
+
+
+def hyper_connections(d: PlainDecoder, ids: torch.Tensor, n: int, dynamic: bool) -> torch.Tensor:
+    streams = [d.p["embeddings.weight"][ids]] * n
+    for layer in range(d.n_layers):
+        for sublayer in SUBLAYERS:
+            name = f"blocks.{layer}.depth.connections.{sublayer}"
+            a = [[d.p[f"{name}.alpha"][i, j] for j in range(1 + n)] for i in range(n)]
+            b = [d.p[f"{name}.beta"][i] for i in range(n)]
+            if dynamic:
+                s_a, s_b = d.p[f"{name}.scales"]
+                given = [torch.tanh(rms(h, None) @ d.p[f"{name}.weight"]) for h in streams]
+                a = [[a[i][j] + s_a * given[i][..., j, None] for j in range(1 + n)] for i in range(n)]
+                b = [b[i] + s_b * given[i][..., 1 + n, None] for i in range(n)]
+            out = placed(d, sublayer, layer, sum(a[i][0] * streams[i] for i in range(n)))  # type: ignore[arg-type]
+            streams = [sum(a[i][1 + j] * streams[i] for i in range(n)) + b[j] * out for j in range(n)]  # type: ignore[misc]
+    return sum(streams)  # type: ignore[return-value]
+
+
+def mhc(d: PlainDecoder, ids: torch.Tensor, n: int, iterations: int) -> torch.Tensor:
+    streams = [d.p["embeddings.weight"][ids]] * n
+    for layer in range(d.n_layers):
+        for sublayer in SUBLAYERS:
+            p = {key: d.p[f"blocks.{layer}.depth.connections.{sublayer}.{key}"] for key in ("phi", "b", "gates")}
+            given = rms(torch.cat(streams, -1), None) @ p["phi"]
+            pre = torch.sigmoid(p["gates"][0] * given[..., :n] + p["b"][:n])
+            post = 2 * torch.sigmoid(p["gates"][1] * given[..., n : 2 * n] + p["b"][n : 2 * n])
+            m = torch.exp(p["gates"][2] * given[..., 2 * n :] + p["b"][2 * n :]).reshape(*ids.shape, n, n)
+            for _ in range(iterations):
+                m = m / m.sum(-2, keepdim=True)
+                m = m / m.sum(-1, keepdim=True)
+            out = placed(d, sublayer, layer, sum(pre[..., i, None] * streams[i] for i in range(n)))  # type: ignore[arg-type]
+            streams = [
+                sum(m[..., j, i, None] * streams[i] for i in range(n)) + post[..., j, None] * out  # type: ignore[misc]
+                for j in range(n)
+            ]
+    return sum(streams)  # type: ignore[return-value]
+
+
+def attention_residuals(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tensor:
+    length = 1 if blocks is None else 2 * d.n_layers // blocks
+
+    def attend(values: list[torch.Tensor], name: str) -> torch.Tensor:
+        keys = torch.stack([rms(v, d.p[f"{name}.gain"]) for v in values])
+        p = torch.einsum("d,nbtd->nbt", d.p[f"{name}.query"], keys).softmax(0)
+        return torch.einsum("nbt,nbtd->btd", p, torch.stack(values))
+
+    finished, outputs = [d.p["embeddings.weight"][ids]], []
+    for layer in range(d.n_layers):
+        for sublayer in SUBLAYERS:
+            values = finished + ([sum(outputs)] if outputs else [])  # type: ignore[list-item]
+            x = attend(values, f"blocks.{layer}.depth.readers.{sublayer}")
+            outputs.append(placed(d, sublayer, layer, x))
+            if len(outputs) == length:
+                finished.append(sum(outputs))  # type: ignore[arg-type]
+                outputs = []
+    return attend(finished, "depth.reader")
+
+
+CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
+    "hyper-connections": (dict(mechanism="hyper_connections", streams=3), hyper_connections, (3, True)),
+    "one stream": (dict(mechanism="hyper_connections", streams=1), hyper_connections, (1, True)),
+    "static": (dict(mechanism="hyper_connections", streams=4, dynamic=False), hyper_connections, (4, False)),
+    "mhc": (dict(mechanism="mhc", streams=3, iterations=5), mhc, (3, 5)),
+    "attention residuals": (dict(mechanism="attention_residuals"), attention_residuals, (None,)),
+    "blocks": (dict(mechanism="attention_residuals", blocks=4), attention_residuals, (4,)),
+    "one block": (dict(mechanism="attention_residuals", blocks=1), attention_residuals, (1,)),
+}
+
+
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case: str, placement: str) -> None:
+    depth, plain, options = CASES[case]
+    net = build(placement, depth)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 7), generator=generator)
+    logits = net(ids)
+    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    (logits * weights).sum().backward()
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+    leaves["lm_head.w_out.weight"] = leaves["embeddings.weight"]
+    sizes = {k: SMALL[k] for k in ("n_layers", "n_heads", "n_kv_heads", "head_dim")}
+    decoder = PlainDecoder(leaves, placement=placement, head_norm=False, depth=None, **sizes)
+    truth = rms(plain(decoder, ids, *options), leaves["lm_head.norm.weight"]) @ leaves["lm_head.w_out.weight"].T
+    (truth * weights).sum().backward()
+    assert (logits - truth).abs().max() < TOLERANCE * truth.abs().max()
+    for name, p in net.named_parameters():
+        grad = leaves[name].grad
+        if grad is None:  # of a mapping that cannot matter: with one stream Sinkhorn gives 1
+            assert p.grad is None or p.grad.abs().max() < TOLERANCE, name
+            continue
+        assert p.grad is not None and (p.grad - grad).abs().max() <= TOLERANCE * grad.abs().max().clamp(min=1.0), name
+
+
+@pytest.mark.parametrize(
+    "depth", [dict(mechanism="hyper_connections"), dict(mechanism="mhc")], ids=lambda d: d["mechanism"]
+)
+def test_several_streams_begin_as_a_plain_one(depth: dict[str, Any]) -> None:
+    shape = ["model.n_layers=3", "model.d_model=32", "model.ffn_hidden_size=48", "model.vocab_size=61"]
+    ids = torch.arange(12).reshape(2, 6)
+    logits = []
+    for mechanism in ("null", f"{{mechanism: {depth['mechanism']}}}"):
+        config = load_config(ROOT / "configs" / "moda_demo.yaml", [*shape, f"model.depth={mechanism}"])
+        net = transformer_config(config.model).build()
+        net.init_weights(max_seq_len=16, device=torch.device("cpu"))
+        logits.append(net(ids))
+    close = 1e-3 if depth["mechanism"] == "hyper_connections" else 2e-2  # norms' eps; H_res is near the identity
+    torch.testing.assert_close(logits[1], logits[0], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    "overrides, error",
+    [
+        (["model.depth={mechanism: hyper_connections, streams: 0}"], "model.depth.streams"),
+        (["model.depth={mechanism: mhc, iterations: 0}"], "model.depth.iterations"),
+        (["model.depth={mechanism: attention_residuals, blocks: 3}"], "a divisor of the 8 sublayers"),
+        (["model.depth={mechanism: attention_residuals}", "model.norm_placement=post"], "leaves the stream .*got post"),
+        (["model.depth={mechanism: mhc, dynamic: true}"], "it is an option of hyper_connections"),
+    ],
+)
+def test_what_cannot_be(overrides: list[str], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        load_config(ROOT / "configs" / "moda_demo.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [
+        "hyper_connections",
+        "hyper_connections, dynamic: false",
+        "mhc",
+        "attention_residuals",
+        "attention_residuals, blocks: 2",
+    ],
+)
+def test_known_everywhere(depth: str) -> None:
+    known_everywhere([f"model.depth={{mechanism: {depth}}}"], depth.split(",")[0])
+
+
+@pytest.mark.parametrize("case", ["hyper-connections", "mhc", "blocks"])
+def test_activation_checkpointing(case: str) -> None:
+    net, other = build("pre", CASES[case][0]), build("pre", CASES[case][0])
+    other.apply_activation_checkpointing(mode=TransformerActivationCheckpointingMode.full)
+    ids = torch.arange(14).reshape(2, 7)
+    grads = []
+    for model in (net, other):
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for ours, truth in zip(*grads):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
