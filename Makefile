@@ -44,7 +44,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo 'installing into $(VENV): one to three minutes'
 	$(BIN)/pip install -qq --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install -qq --disable-pip-version-check --editable .
+	$(BIN)/pip install -qq --disable-pip-version-check --editable '.[report]'
 	@echo 'installed. In this and every new shell: source $(BIN)/activate'
 	touch $@
 

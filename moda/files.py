@@ -17,11 +17,16 @@ from typing import IO, Any
 
 from moda.errors import UserError
 
-__all__ = ["LOCK", "PLOTS", "check_writable", "locked", "read_json", "write_json", "write_text", "writing"]
+__all__ = [
+    "LOCK", "METRICS_FILE", "PLAN_FILE", "PLOTS", "check_writable", "locked", "read_json", "read_metrics", "write_json",
+    "write_text", "writing",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+#: Of a run folder: the figures of each step, and what the model comes to.
+METRICS_FILE, PLAN_FILE = "metrics.jsonl", "plan.json"
 PLOTS = (".png", ".svg", ".pdf")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -142,3 +147,20 @@ def read_json(path: Path, key: str, kind: type = dict) -> Any:
         expected = "an object" if kind is dict else "a list" if kind is list else kind.__name__
         raise UserError(key, f"{expected} in {path}", type(data).__name__)
     return data
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without those that were cut short or damaged."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = json.loads(f"[{','.join(texts)}]")  # all at once takes half the time
+    except (ValueError, RecursionError):
+        lines = [_line(text) for text in texts]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
+def _line(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
 
 #: Starts processes that have imported everything already, which takes most of the time of a run this small.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop"])
+FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
 
 
 def _train(arguments: list[str], variables: dict[str, str], printed: tuple[str, str]) -> None:

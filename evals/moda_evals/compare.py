@@ -16,9 +16,9 @@ from rich.table import Table
 
 from moda.errors import UserError
 from moda.files import writing
+from moda.report.tables import markdown_table
 
 from .paper import paper_rows
-from .report import markdown_table
 from .suites import DOWNSTREAM, PERPLEXITY, SUITES, Suite
 
 _SEED = 0

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from moda.files import write_text
+from moda.report.tables import markdown_table
 
 from .paper import SOURCE, paper_rows
 from .results import RESULTS, fingerprint, read_results
@@ -99,12 +100,6 @@ def table(results: Sequence[dict[str, Any]], paper: bool = False) -> Table:
         for row in rows:
             out.add_row(*row)
     return out
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns but the first are aligned to the right."""
-    rule = "|---" + "|---:" * (len(headings) - 1) + "|"
-    return "\n".join(["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
 def markdown(results: Sequence[dict[str, Any]], paper: bool = False) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 from moda.checkpoints.find import steps_of
 from moda.config import load_config
 from moda.errors import UserError
-from moda.files import read_json
-from moda.train.metrics import METRICS_FILE, read_metrics
+from moda.files import METRICS_FILE, read_json, read_metrics
 from moda.typed import to_dict
 
 from .spec import Cell

@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moda.files import writing
-
-METRICS_FILE = "metrics.jsonl"
+from moda.files import METRICS_FILE, read_metrics, writing
 
 # OLMo-core's names of what a step reports, and ours.
 _NAMES = {
@@ -80,16 +78,3 @@ class MetricsFile:
             f.truncate()
             f.flush()
             os.fsync(f.fileno())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without those that were cut short or damaged."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines

@@ -47,6 +47,16 @@ class Plan:
         """Forward FLOPs of one sequence as the paper's Table 3 counts them (full attention square)."""
         return self.transformer.paper_forward_flops(self.config.train.sequence_length)
 
+    def sizes(self) -> dict[str, int]:
+        """What a report says of the model, by name (``plan.json``)."""
+        length = self.config.train.sequence_length
+        return {
+            "parameters": self.transformer.num_counted_params,
+            "flops_per_token": self.flops_per_token,
+            "forward_flops": self.paper_forward_flops,
+            "forward_flops_causal": self.transformer.paper_forward_flops(length, causal=True),
+        }
+
     def rows(self) -> list[tuple[str, str]]:
         """What ``--dry-run`` prints below the configuration."""
         t, train = self.transformer, self.config.train

@@ -37,12 +37,12 @@ from moda.config import RunConfig, to_yaml
 from moda.data import TrainingData, build_training_data
 from moda.data.sources import preview
 from moda.errors import UserError
-from moda.files import LOCK, locked, read_json, write_json, write_text
+from moda.files import LOCK, METRICS_FILE, PLAN_FILE, locked, read_json, read_metrics, write_json, write_text
+from moda.report import FILES, write_report
 
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import ClockCallback, SignalCallback
 from .environment import LOG_FILE, console, launched_world_size, on_first_rank, prepare_environment, set_up_logging
-from .metrics import METRICS_FILE, read_metrics
 from .plan import Plan, make_plan
 from .progress import format_duration
 
@@ -208,6 +208,7 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
         log.info("this run is complete at step %d: nothing to do", trainer.global_step)
     else:
         on_first_rank(lambda: write_text(Path(config.log_folder) / "config.yaml", to_yaml(config)))
+        on_first_rank(lambda: write_json(Path(config.log_folder) / PLAN_FILE, p.sizes()))
         if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
             trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()
@@ -326,3 +327,10 @@ def _summarise(config: RunConfig, steps: int, seconds: float, complete: bool) ->
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
     if not written:
         write_json(file, {"steps": steps, "seconds": seconds, "metrics": ends})
+    try:
+        write_report([folder], folder)
+        console.print(f"{', '.join(FILES)}: {folder}", soft_wrap=True, highlight=False)
+    except UserError as e:  # without plotly
+        log.info("no report: %s", e)
+    except Exception:  # the run is complete whether it can be drawn or not
+        log.warning("the report could not be made", exc_info=True)

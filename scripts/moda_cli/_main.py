@@ -32,6 +32,7 @@ COMMANDS = {
     "sweep": "train every run of an ablation sweep",
     "eval": "perplexity and downstream accuracy of checkpoints",
     "compare": "compare two evaluations, with intervals",
+    "report": "tables and charts of runs: losses, speedups, seeds",
     "generate": "continue a text with a checkpoint",
     "export": "write a checkpoint as a Hugging Face folder, or read one back",
     "prepare": "turn text into token files, mirror a data mix, inspect prepared data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -14,8 +15,12 @@ import pytest
 import torch
 
 from moda.checkpoints import damage, find_resumable
+from moda.config import load_config
 from moda.errors import UserError
-from moda.train.metrics import read_metrics
+from moda.files import read_metrics
+from moda.report import FILES
+from moda.train import plan
+from moda.train import run as training
 from tests.tiny import ROOT, STEPS, command, environment, make_text, run, weights, write_config
 
 
@@ -73,9 +78,25 @@ def test_a_whole_run_leaves_what_it_says(whole: Path) -> None:
     assert (folder / "config.yaml").is_file() and (folder / "train.log").stat().st_size > 0
     printed = (whole / "printed").read_text()
     assert "perplexity before" in printed and str(folder) in printed
+    sizes = json.loads((folder / "plan.json").read_text())
+    tied = {name: t for name, t in weights(folder / f"step{STEPS}").items() if "lm_head.w_out" not in name}
+    assert sizes["parameters"] == sum(t.numel() for t in tied.values())
+    assert sizes == plan(load_config(whole / "tiny.yaml")).sizes()
+    if importlib.util.find_spec("plotly") is None:
+        assert "no report: plotly" in printed
+    else:
+        assert all((folder / name).stat().st_size > 0 for name in FILES) and "could not" not in printed
     assert [f"saved {folder / f'step{n}'} in " in printed for n in (4, 8, 12)] == [True] * 3
     assert "Warning" not in printed and "torch.distributed" not in printed
     assert all(damage(p) is None for p in folder.glob("step*"))
+
+
+def test_a_report_that_fails_is_logged(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "write_report", lambda *_: 1 / 0)
+    training._summarise(load_config(whole / "tiny.yaml"), STEPS, 1.0, complete=True)
+    assert "the report could not be made" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
