@@ -27,6 +27,8 @@ def _name(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_name(a) for a in args)
     if origin in (list, tuple):
+        if args and args[0] not in plain:
+            return f"a list, each {_name(args[0])}"
         return f"a list of {_name(args[0]).removeprefix('a ').removeprefix('an ')}s" if args else "a list"
     if origin is dict:
         return "a mapping"

@@ -43,7 +43,8 @@ PLACEMENTS: dict[str, Callable] = {
 class PlainDecoder:
     """A decoder of the parameters ``p``; one object computes one forward pass.
 
-    :param depth: MoDA's attention, ffn, key_norm, rope and slots (the most recent that are read, or None for all), or None.
+    :param depth: MoDA's attention, ffn, key_norm, rope and, unless all slots are read, ``reads``: a function of the layer and
+        the kinds of slots; or None.
     :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
     """
 
@@ -109,10 +110,9 @@ class PlainDecoder:
 
     def seen(self, layer: int) -> list[Slot]:
         """The slots that a layer reads."""
-        if self.depth is not None and "reads" in self.depth:  # a function of the layer and the kinds of slots
-            return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
-        window = self.depth and self.depth["slots"]
-        return self.slots if window is None else self.slots[max(0, len(self.slots) - window) :]
+        if self.depth is None or "reads" not in self.depth:
+            return self.slots
+        return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
 
     def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         name = f"blocks.{layer}.attention"

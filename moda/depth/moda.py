@@ -231,7 +231,9 @@ class MoDA(DepthMechanism):
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
             raise UserError("model.depth.key_norm", "none where model.qk_norm is none", self.key_norm.value)
-        self.layout(model.n_layers)  # refuses slots that cannot be
+        if model.n_layers > 1 and not self.layout(model.n_layers).n_slots:  # also refuses slots that cannot be
+            hint = None if self.ffn else "there are no FFN slots: model.depth.ffn is false"
+            raise UserError("model.depth.read", "a policy that reads some slot", self.read.to_plain(), hint)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)

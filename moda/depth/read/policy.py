@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import textwrap
 from typing import Any, ClassVar
 
 from moda.errors import UserError
@@ -19,6 +21,13 @@ class SlotPolicy(Registered):
     """
 
     family = "slot policy"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1. A policy may ask for more slots than there are: it reads those that exist."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"model.depth.read.{self.name}.{field.name}", "a number >= 1", value)
 
     def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
         """The slots that a layer reads, increasing, each below ``layer * kinds`` (what earlier layers could write).
@@ -58,8 +67,8 @@ class SlotPolicy(Registered):
         axes.set(
             xlabel="slot",
             ylabel="reading layer",
-            title=self.describe(),
             xlim=(-1, n_layers * kinds),
             ylim=(n_layers, -1),
         )
+        axes.set_title(textwrap.fill(self.describe(), 48), fontsize=10)
         axes.legend(loc="upper right", frameon=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moda.errors import UserError
-
 from .policy import SlotPolicy
 
 
@@ -18,10 +16,6 @@ class Recent(SlotPolicy):
 
     name = "recent"
     n: int
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError("model.depth.read.recent", "a number >= 1", self.n)
 
     def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
         end = layer * kinds
