@@ -190,6 +190,7 @@ class TrainConfig:
     :param max_steps: stop after this many steps.
     :param save_folder: checkpoints, logs and metrics; ``runs/<name>`` if null. A run found there is resumed.
     :param load_path: a checkpoint to start from when the save folder has none.
+    :param load_other_reads: whether ``load_path`` may have been trained under another slot policy (``model.depth.read``).
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
     """
 
@@ -201,6 +202,7 @@ class TrainConfig:
     seed: int = 0
     save_folder: str | None = None
     load_path: str | None = None
+    load_other_reads: bool = False
     compile: bool | None = None
 
     def __post_init__(self) -> None:

@@ -246,16 +246,26 @@ class MoDA(DepthMechanism):
         return 4 * model.n_heads * model.head_dim * self.layout(model.n_layers).slots_read
 
     def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        layout = self.layout(model.n_layers)
+        rows = layout.n_slots + layout.gradient_rows
+        return {"depth keys, values and their gradients": float(rows * tokens * self._pair(model, element_size))}
+
+    @staticmethod
+    def _pair(model: ModelConfig, element_size: int) -> int:
+        """Bytes of one token's keys and values in one slot."""
         assert model.n_kv_heads is not None and model.head_dim is not None
-        slots = self.layout(model.n_layers).n_slots
-        slot = element_size * tokens * model.n_kv_heads * model.head_dim
-        return {"depth keys, values and their gradients": 4.0 * slots * slot}
+        return 2 * element_size * model.n_kv_heads * model.head_dim
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         layout = self.layout(model.n_layers)
         return [
             ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
             ("a layer reads", self.read.describe()),
+            (
+                "rows of the depth buffers",
+                f"{layout.n_slots} and {layout.gradient_rows} for gradients; in evaluation {len(set(layout.rows))}",
+            ),
+            ("bytes of slots read per token, forward (bf16)", f"{layout.slots_read * self._pair(model, 2):,}"),
             ("parameters of depth projections", f"{self.num_params(model):,}"),
         ]
 

@@ -173,7 +173,11 @@ class _Slots:
 
     def leave(self, layer: int, state: State) -> None:
         written = [self.layout.written_slot(layer, kind) for kind in range(self.layout.kinds)]
-        new = state[2 * len(self.layout.read_slots(layer)) :]
+        read = self.layout.read_slots(layer)
+        new = state[2 * len(read) :]
+        for slot in read:
+            if self.layout.last_reader(slot) == layer:
+                del self.slots[slot]
         for i, slot in enumerate(slot for slot in written if slot is not None):
             self.slots[slot] = new[2 * i : 2 * i + 2]
 

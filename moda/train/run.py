@@ -215,7 +215,8 @@ def _choose_checkpoint(config: RunConfig) -> str | None:
     if source is not None and not is_url(source):
         if not (Path(source) / STATE / ".metadata").is_file():
             raise UserError("train.load_path", f"the folder of a checkpoint (with {STATE}/)", source)
-        check_same_model(Path(source), config.model)
+        other_reads = checkpoint is None and config.train.load_other_reads
+        check_same_model(Path(source), config.model, other_reads=other_reads)
     return None if checkpoint is None else source
 
 

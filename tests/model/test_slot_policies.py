@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Mode
 
 from moda.config.model import ModelConfig
 from moda.depth.read import SlotPolicy
 from moda.errors import UserError
-from moda.model import transformer_config
+from moda.model import transformer, transformer_config
+from moda_kernels import DepthStream
 from tests.model.test_against_plain import DEPTH, SMALL, build, check
 
 #: What each of five layers reads where layers can write two slots, attention and FFN: layer 2 can read slots 0 to 3.
@@ -37,6 +40,43 @@ def test_logits_and_gradients(name: str, attention: str) -> None:
     net = build("post", {"mechanism": "moda", "attention": attention, "read": read}, n_layers=5)
     reads = {"reads": lambda layer, kinds: expected[layer]}
     check(net, "post", {**DEPTH, "attention": attention, **reads}, n_layers=5)
+
+
+#: Rows of keys with their gradients in training, and of keys in evaluation, of the five layers above.
+ROWS = {
+    "all": (16, 8), "recent-1": (5, 1), "recent-3": (11, 3), "first_recent": (16, 3), "stride-3": (12, 4), "attention": (8, 4),
+    "ffn": (8, 4), "blocks-2": (16, 4), "union": (16, 4), "intersect": (6, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[DepthStream] = []
+
+    class Kept(DepthStream):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(transformer, "DepthStream", Kept)
+    net = build("post", {"mechanism": "moda", "read": READS[name][0]}, n_layers=5)
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 7))
+    logits = net(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids), logits, rtol=0, atol=1e-9)
+    logits.sum().backward()
+
+    def size(stream: DepthStream) -> int:
+        tensors = [x.untyped_storage() for x in (stream.k, stream.v, stream.grad_k, stream.grad_v) if x is not None]
+        return sum({x.data_ptr(): x.nbytes() for x in tensors}.values())
+
+    training, evaluation = ROWS[name]
+    row = 8 * 14 * 2 * 8  # bytes of a number, tokens, Hk, D
+    assert [size(stream) for stream in streams] == [2 * training * row, 2 * evaluation * row]
+    model = net.config.model
+    assert model.depth.memory(model, 14, 8) == {"depth keys, values and their gradients": 2.0 * training * row}
+    name, told = model.depth.describe(model)[2]
+    assert name == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
 
 
 def test_policies_without_ffn_slots() -> None:
@@ -74,3 +114,13 @@ def test_a_policy_that_reads_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="model.depth.read: expected a policy that reads some slot"):
         ModelConfig(**SMALL, depth={"mechanism": "moda", "read": apart})
     ModelConfig(**{**SMALL, "n_layers": 1}, depth=depth)  # one layer has nothing to read
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mode=Mode.full), dict(mode=Mode.selected_modules, modules=["blocks.*.attention"])]
+)
+def test_checkpointing_where_gradients_take_rows_of_keys(options: dict[str, Any]) -> None:
+    read, expected = READS["recent-3"]
+    net = build("post", {"mechanism": "moda", "read": read}, n_layers=5)
+    net.apply_activation_checkpointing(**options)
+    check(net, "post", {**DEPTH, "reads": lambda layer, kinds: expected[layer]}, n_layers=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 from dataclasses import dataclass
 
 ATTENTION = 0
@@ -54,8 +55,48 @@ class DepthLayout:
 
     @property
     def n_slots(self) -> int:
-        """S of the buffers."""
+        """How many slots are written."""
         return len(self._slot_of)
+
+    @functools.cached_property
+    def _readers(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The first and the last layer that reads each slot."""
+        reads = [(slot, layer) for layer, slots in enumerate(self._read_slots) for slot in slots]
+        return dict(reversed(reads)), dict(reads)
+
+    def last_reader(self, slot: int) -> int:
+        """The last layer that reads a slot."""
+        return self._readers[1][slot]
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """The buffer row of each slot in a pass without a backward: a row is used again once its slot has had its last reader."""
+        rows: list[int] = [0] * self.n_slots
+        free: list[int] = []
+        used = 0
+        for layer, read in enumerate(self._read_slots):
+            for slot in read:
+                if self.last_reader(slot) == layer:
+                    heapq.heappush(free, rows[slot])
+            for kind in range(self.kinds):
+                if (written := self.written_slot(layer, kind)) is not None:
+                    if not free:
+                        free, used = [used], used + 1
+                    rows[written] = heapq.heappop(free)
+        return tuple(rows)
+
+    @functools.cached_property
+    def gradient_rows(self) -> int:
+        """Rows that the gradients of keys (and of values) need beside the keys' own rows, one for each slot.
+
+        Backward, slot s has a gradient from its last reader on. It can have the row of slot s + n, whose keys no layer has left
+        to read, if all readers of s + n come after the last one of s. The smallest such n is worth it if it saves half of the
+        rows: they are allocated with the keys, in the forward pass. Else it is the number of slots.
+        """
+        first, last = self._readers
+        slots = self.n_slots
+        fits = (n for n in range(1, slots // 2 + 1) if all(first[s + n] > last[s] for s in range(slots - n)))
+        return next(fits, slots)
 
     def read_slots(self, layer: int) -> tuple[int, ...]:
         """The slots that a layer reads, in increasing order."""

@@ -1,7 +1,9 @@
 """The depth stream: the depth keys and values of one forward pass, and in the backward pass their gradients.
 
 A stream owns two buffers ``[S, B, T, Hk, D]`` (K and V, slot-major) and, once a backward pass has begun, two gradient
-buffers of the same shape. Layers write slots and read those that the layout names:
+buffers of the same shape. They are no larger than the layout needs: in a pass that begins without gradients (evaluation) rows
+are used again once their slots have been read for the last time, and in the backward pass gradients take the rows of keys and
+values that nothing reads any more, where that fits. Layers write slots and read those that the layout names:
 
     stream = DepthStream(layout)                  one per forward pass, never per module
     order = stream.start()                        a tensor without elements that carries autograd's order
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +70,8 @@ class _KeepAlive(torch.autograd.Function):
 class DepthStream:
     """Depth keys, values and their gradients for one forward pass.
 
-    Buffers are allocated at the first write, in its shape, dtype and device; gradient buffers at the first read's backward.
+    Buffers are allocated at the first write, in its shape, dtype and device; gradient buffers of their own at the first read's
+    backward.
 
     :param layout: which slots are written and read.
     :param backend: the operator's backend, as in :func:`moda_kernels.moda_attention`.
@@ -83,7 +87,9 @@ class DepthStream:
         self.v: Tensor | None = None
         self.grad_k: Tensor | None = None
         self.grad_v: Tensor | None = None
-        self._written = [False] * layout.n_slots
+        #: The buffer row of each slot, and the slot that each row holds.
+        self._rows: Sequence[int] = range(layout.n_slots)
+        self._held: dict[int, int] = {}
         self._has_gradient = [False] * layout.n_slots
         self._differentiated: set[int] = set()
         self._deferral: Deferral | None = None
@@ -95,37 +101,47 @@ class DepthStream:
         self.layer_rows: tuple[Tensor, ...] = rows.unbind(0)
 
     def start(self, device: torch.device | None = None) -> Tensor:
-        """The first ``order``: shape ``[0]``, fp32, requiring a gradient while autograd is on."""
+        """The first ``order``: shape ``[0]``, fp32, requiring a gradient while autograd is on.
+
+        While it is off, the pass keeps nothing for a backward pass, which is then refused.
+        """
+        if not torch.is_grad_enabled():
+            self._rows = self.layout.rows
         anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
         return _KeepAlive.apply(anchor, self)
 
     def write(self, slot: int, k: Tensor, v: Tensor) -> None:
         """Fill a slot with ``[B, T, Hk, D]`` keys and values; a slot already written is left as it is."""
-        if self._written[slot]:
+        row = self._rows[slot]
+        if self._held.get(row) == slot:
             return
         if self.k is None or self.v is None:
-            self.k = torch.empty((self.layout.n_slots, *k.shape), dtype=k.dtype, device=k.device)
+            rows = max(self._rows) + 1
+            if self._rows is not self.layout.rows and self.layout.gradient_rows < rows:
+                rows += self.layout.gradient_rows
+            self.k = torch.empty((rows, *k.shape), dtype=k.dtype, device=k.device)
             self.v = torch.empty_like(self.k)
-        _copy(self.k[slot], k)
-        _copy(self.v[slot], v)
-        self._written[slot] = True
+        _copy(self.k[row], k)
+        _copy(self.v[row], v)
+        self._held[row] = slot
 
     def inputs(
         self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None
     ) -> tuple[Inputs, tuple[int, ...] | None]:
-        """What a layer's attention reads, and which slots of the depth tensors these are: None for all of them.
+        """What a layer's attention reads, and which rows of the depth tensors these are: None for all of them.
 
-        A run of slots comes as views of the buffers, any other list as the whole buffers and the slots' numbers.
+        A run of rows comes as views of the buffers, any other list as the whole buffers and the rows' numbers.
         """
         slots = self.layout.read_slots(layer)
         if not slots:
             return Inputs(q, k, v), None
-        if self.k is None or self.v is None or not all(self._written[s] for s in slots):
-            missing = [s for s in slots if not self._written[s]]
+        missing = [s for s in slots if self._held.get(self._rows[s]) != s]
+        if missing or self.k is None or self.v is None:
             raise RuntimeError(f"depth stream: slots {missing} are read before they are written")
-        run = as_run(slots)
+        rows = tuple(sorted(self._rows[s] for s in slots))
+        run = as_run(rows)
         if run is None:
-            return Inputs(q, k, v, self.k, self.v, q_depth), slots
+            return Inputs(q, k, v, self.k, self.v, q_depth), rows
         return Inputs(q, k, v, self.k[slice(*run)], self.v[slice(*run)], q_depth), None
 
     def problem(
@@ -144,6 +160,8 @@ class DepthStream:
 
     def begin_backward(self, layer: int) -> None:
         """Note that a layer's read is being differentiated, which may happen once."""
+        if self._rows is self.layout.rows:
+            raise RuntimeError("depth stream: a forward pass that began without gradients has no backward pass")
         if layer in self._differentiated:
             raise RuntimeError(
                 f"depth stream: the backward pass of layer {layer} ran twice over one forward pass; "
@@ -170,9 +188,10 @@ class DepthStream:
 
     def _gradients(self, slots: tuple[int, ...]) -> DepthGradients:
         """The whole gradient buffers; ``slots`` are about to be stored into or added to."""
-        assert self.k is not None
+        assert self.k is not None and self.v is not None
         if self.grad_k is None or self.grad_v is None:
-            self.grad_k, self.grad_v = torch.empty_like(self.k), torch.empty_like(self.k)
+            shared = len(self.k) - self.layout.n_slots
+            self.grad_k, self.grad_v = (x[shared:] if shared else torch.empty_like(x) for x in (self.k, self.v))
         new = [i for i, slot in enumerate(slots) if not self._has_gradient[slot]]
         first, end = (new[0], new[-1] + 1) if new else (0, 0)
         if len(new) < end - first:  # new slots on both sides of others: give the new ones a value to add to
