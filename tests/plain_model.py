@@ -44,7 +44,7 @@ class PlainDecoder:
     """A decoder of the parameters ``p``; one object computes one forward pass.
 
     :param depth: MoDA's attention, ffn, key_norm, rope and, unless all slots are read, ``reads``: a function of the layer and
-        the kinds of slots; or None.
+        the kinds of slots; and ``top``: how many of the largest logits stay; or None.
     :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
     """
 
@@ -140,6 +140,10 @@ class PlainDecoder:
                         key = rotate(key[:, :, None], self.theta)[:, :, 0]
                 s = torch.cat([s, (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(D)], dim=-1)
                 values.append(depth_v[:, :, kv])
+            top = None if self.depth is None else self.depth.get("top")
+            if top is not None and len(values) > top:
+                least = s[..., T:].sort(-1, descending=True).values[..., top - 1, None]
+                s = torch.cat([s[..., :T], s[..., T:].masked_fill(s[..., T:] < least, -math.inf)], dim=-1)
             w = s.softmax(-1)
             out[:, :, head] = w[..., :T] @ v[:, :, kv] + sum(
                 w[..., T + i, None] * value for i, value in enumerate(values)

@@ -97,6 +97,7 @@ class _Layer(DepthLayer):
     def __init__(self, mechanism: MoDA, model: ModelConfig, index: int) -> None:
         super().__init__()
         layout = mechanism.layout(model.n_layers)
+        self.top = mechanism.read.kept
         self.key_norm, self.rotated = mechanism.key_norm, mechanism.rope == DepthRoPE.same_position
         self.writes_attention = layout.written_slot(index, ATTENTION) is not None
         assert model.n_kv_heads is not None and model.head_dim is not None
@@ -119,7 +120,7 @@ class _Layer(DepthLayer):
         q, k = attention.rotate(q, k, context)
         if reader and q_depth is None:
             q_depth = self._times_gain(attention, q)
-        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context)
+        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context, self.top)
         if self.writes_attention:
             if self.attention_slot is not None:
                 k, v = self._project(attention, x, self.attention_slot, context)
@@ -235,6 +236,10 @@ class MoDA(DepthMechanism):
             hint = None if self.ffn else "there are no FFN slots: model.depth.ffn is false"
             raise UserError("model.depth.read", "a policy that reads some slot", self.read.to_plain(), hint)
 
+        if self.read.kept is not None and model.attention_backend.value not in ("auto", "reference"):
+            expected = f"auto or reference with model.depth.read: {self.read.name}"
+            raise UserError("model.attention_backend", expected, model.attention_backend.value)
+
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)
 
@@ -243,18 +248,23 @@ class MoDA(DepthMechanism):
 
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         assert model.head_dim is not None
-        return 4 * model.n_heads * model.head_dim * self.layout(model.n_layers).slots_read
+        return 2 * model.n_heads * model.head_dim * sum(self._tensors_read(model))
+
+    def _tensors_read(self, model: ModelConfig) -> tuple[int, int]:
+        """Keys and values that a token reads in all layers."""
+        read = [len(slots) for slots in self.layout(model.n_layers).reads]
+        return sum(read), sum(n if self.read.kept is None else min(n, self.read.kept) for n in read)
 
     def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
         layout = self.layout(model.n_layers)
-        rows = layout.n_slots + layout.gradient_rows
-        return {"depth keys, values and their gradients": float(rows * tokens * self._pair(model, element_size))}
+        rows = layout.training.total
+        return {"depth keys, values and their gradients": 2.0 * rows * tokens * self._width(model) * element_size}
 
     @staticmethod
-    def _pair(model: ModelConfig, element_size: int) -> int:
-        """Bytes of one token's keys and values in one slot."""
+    def _width(model: ModelConfig) -> int:
+        """Numbers of one token's keys (and of its values) in one slot."""
         assert model.n_kv_heads is not None and model.head_dim is not None
-        return 2 * element_size * model.n_kv_heads * model.head_dim
+        return model.n_kv_heads * model.head_dim
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         layout = self.layout(model.n_layers)
@@ -263,9 +273,12 @@ class MoDA(DepthMechanism):
             ("a layer reads", self.read.describe()),
             (
                 "rows of the depth buffers",
-                f"{layout.n_slots} and {layout.gradient_rows} for gradients; in evaluation {len(set(layout.rows))}",
+                f"{layout.training.total} with those of gradients; in evaluation {len(set(layout.rows))}",
             ),
-            ("bytes of slots read per token, forward (bf16)", f"{layout.slots_read * self._pair(model, 2):,}"),
+            (
+                "slot bytes read per token (bf16)",
+                f"{2 * sum(self._tensors_read(model)) * self._width(model):,}",
+            ),
             ("parameters of depth projections", f"{self.num_params(model):,}"),
         ]
 

@@ -130,6 +130,7 @@ class _Steps:
         q_depth: torch.Tensor | None,
         state: State,
         context: Mapping[str, Any],
+        top: int | None = None,
     ) -> tuple[torch.Tensor, State]:
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if context["cache"] is not None:
@@ -145,6 +146,8 @@ class _Steps:
             depth_k, depth_v = (torch.stack(state[i::2]).to(wide) for i in (0, 1))  # [S, B, T, Hk, D]
             by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
             depth = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
+            if top is not None and top < len(depth_k):
+                depth = depth.masked_fill(depth < depth.topk(top).values[..., -1:], -math.inf)
             weights = torch.cat([logits, depth], dim=-1).softmax(-1)
             out = torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
             out = out + torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))

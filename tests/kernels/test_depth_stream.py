@@ -200,7 +200,7 @@ def memory_rows(stream: DepthStream) -> int:
         (layout(9), 32, 16),
         (layout(9, window=4), 20, 4),
         (layout(9, kinds=1, window=1), 9, 1),
-        (layout(9, choose=LISTS["first-and-last"]), 18, 2),
+        (layout(9, choose=LISTS["first-and-last"]), 11, 2),
         (layout(9, window=6, choose=LISTS["every-second"]), 11, 3),
     ],
     ids=["all", "window", "one", "first-and-last", "dilated-window"],
@@ -217,7 +217,7 @@ def test_buffers_are_as_large_as_the_layout_needs(case: DepthLayout, training: i
     torch.testing.assert_close(evaluated, truth, rtol=0, atol=1e-13)
     for a, b in zip(gradients(y, leaves), gradients(truth, leaves)):
         assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=0, atol=1e-12)
-    assert memory_rows(stream) == training == case.n_slots + case.gradient_rows
+    assert memory_rows(stream) == training == case.training.total
     assert memory_rows(other) == evaluation == len(set(case.rows))
 
 
@@ -228,10 +228,12 @@ def test_rows_are_used_again_only_when_nothing_needs_them(case: DepthLayout) -> 
     waiting = [{s for s in readers if written[s] < layer <= readers[s][-1]} for layer in range(case.n_layers)]
     for slots in waiting:  # what is written and still to be read when a layer reads
         assert len({case.rows[s] for s in slots}) == len(slots)
-    for layer, slots in enumerate(waiting):  # the gradients that exist once a layer's read is differentiated
-        needed = {s for s in readers if readers[s][0] <= layer}
-        gradients = {s + case.gradient_rows for s in slots}
-        assert not gradients & needed and len(gradients) == len(slots)
+    rows, shift, total = case.training
+    assert list(rows) == sorted(set(rows)) and total == max(rows, default=-1) + 1 + shift
+    for layer, slots in enumerate(waiting if shift < case.n_slots else ()):
+        keys = {rows[s] for s in readers if readers[s][0] <= layer}
+        gradients = {rows[s] + shift for s in slots}  # those that exist once the layer's read has been differentiated
+        assert not gradients & keys and len(gradients) == len(slots)
 
 
 def test_a_backward_pass_over_a_pass_without_gradients_is_refused() -> None:
@@ -255,7 +257,7 @@ def test_a_deep_layout_is_cheap() -> None:
             deep.n_slots,
             deep.slots_read,
             deep.rows,
-            deep.gradient_rows,
+            deep.training,
         )
     assert time.process_time() - start < 2.0
 

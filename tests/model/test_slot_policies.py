@@ -9,10 +9,12 @@ import torch
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Mode
 
 from moda.config.model import ModelConfig
+from moda.depth import MoDA
 from moda.depth.read import SlotPolicy
 from moda.errors import UserError
 from moda.model import transformer, transformer_config
-from moda_kernels import DepthStream
+from moda_kernels import DepthStream, available_backends
+from moda_kernels.moda_attention import Inputs, get_backend, make_problem
 from tests.model.test_against_plain import DEPTH, SMALL, build, check
 
 #: What each of five layers reads where layers can write two slots, attention and FFN: layer 2 can read slots 0 to 3.
@@ -26,6 +28,7 @@ READS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "ffn": ({"kinds": ["ffn"]}, ((), (1,), (1, 3), (1, 3, 5), (1, 3, 5, 7))),
     "blocks-2": ({"blocks": 2}, ((), (0, 1), (2, 3), (2, 3, 4, 5), (2, 3, 6, 7))),
     "union": ({"union": [{"stride": 4}, {"recent": 2}]}, ((), (0, 1), (0, 2, 3), (0, 4, 5), (0, 4, 6, 7))),
+    "dynamic": ({"dynamic": {"top": 2, "of": {"recent": 3}}}, ((), (0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7))),
     "intersect": ({"intersect": [{"kinds": ["ffn"]}, {"recent": 4}]}, ((), (1,), (1, 3), (3, 5), (5, 7))),
 }  # fmt: skip
 
@@ -38,14 +41,14 @@ def test_logits_and_gradients(name: str, attention: str) -> None:
     assert policy.reads(5, 2) == expected and policy.to_plain() == read
     # Every parameter must have a gradient: what no layer reads has none.
     net = build("post", {"mechanism": "moda", "attention": attention, "read": read}, n_layers=5)
-    reads = {"reads": lambda layer, kinds: expected[layer]}
+    reads = {"reads": lambda layer, kinds: expected[layer], "top": policy.kept}
     check(net, "post", {**DEPTH, "attention": attention, **reads}, n_layers=5)
 
 
 #: Rows of keys with their gradients in training, and of keys in evaluation, of the five layers above.
 ROWS = {
-    "all": (16, 8), "recent-1": (5, 1), "recent-3": (11, 3), "first_recent": (16, 3), "stride-3": (12, 4), "attention": (8, 4),
-    "ffn": (8, 4), "blocks-2": (16, 4), "union": (16, 4), "intersect": (6, 2),
+    "all": (16, 8), "recent-1": (5, 1), "recent-3": (11, 3), "first_recent": (11, 3), "stride-3": (12, 4), "attention": (8, 4),
+    "ffn": (8, 4), "blocks-2": (12, 4), "union": (12, 4), "intersect": (6, 2), "dynamic": (11, 3),
 }  # fmt: skip
 
 
@@ -77,6 +80,30 @@ def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytes
     assert model.depth.memory(model, 14, 8) == {"depth keys, values and their gradients": 2.0 * training * row}
     name, told = model.depth.describe(model)[2]
     assert name == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
+
+
+def test_dynamic_is_refused_where_it_cannot_run() -> None:
+    depth: dict[str, Any] = {"mechanism": "moda", "read": {"dynamic": 2}}
+    for backend in ("fused", "split"):
+        with pytest.raises(UserError, match="model.attention_backend: expected auto or reference with .*dynamic, got"):
+            ModelConfig(**SMALL, depth=depth, attention_backend=backend)
+        q = torch.zeros(1, 1, 1, 8)
+        kind = make_problem(Inputs(q, q, q), depth_top=2).kind
+        if backend in available_backends():
+            with pytest.raises(ValueError, match="depth_top: only the reference backend"):
+                get_backend(backend, kind)
+    every = ModelConfig(**SMALL, depth=depth).depth
+    assert isinstance(every, MoDA)
+    assert every.read.to_plain() == {"dynamic": {"top": 2, "of": "all"}}
+    # Keys of 2 + 4 + 6 slots, values of 2 + 2 + 2; 4 heads of 8.
+    assert every.forward_flops_per_token(ModelConfig(**SMALL)) == 2 * 32 * (12 + 6)
+    for inner, words in (
+        ({"union": ["all", {"dynamic": 2}]}, "model.depth.read.union: expected policies that are not dynamic"),
+        ({"dynamic": {"top": 2, "of": {"dynamic": 2}}}, "model.depth.read.dynamic.of: expected a policy that is not"),
+        ({"dynamic": 0}, "model.depth.read.dynamic.top: expected a number >= 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SlotPolicy.from_plain(inner, "model.depth.read")
 
 
 def test_policies_without_ffn_slots() -> None:

@@ -5,9 +5,23 @@ from __future__ import annotations
 import functools
 import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ATTENTION = 0
 FFN = 1
+
+
+class TrainingRows(NamedTuple):
+    """Rows of the buffers of a pass with a backward.
+
+    The backward pass needs the keys and values of every slot until the first of its readers has been differentiated, and the
+    slot's gradient from the last of them on. So a gradient can be where the keys (or values) of a later slot were, that nothing
+    reads any more: ``shift`` rows after its slot's own keys, the same number for all, so that kernels find both with one table.
+    """
+
+    rows: tuple[int, ...]  # of each slot's keys, increasing
+    shift: int  # from a slot's keys to its gradient
+    total: int  # for keys and gradients together; where sharing saves less than a quarter, it is two separate buffers
 
 
 @dataclass(frozen=True)
@@ -86,17 +100,28 @@ class DepthLayout:
         return tuple(rows)
 
     @functools.cached_property
-    def gradient_rows(self) -> int:
-        """Rows that the gradients of keys (and of values) need beside the keys' own rows, one for each slot.
-
-        Backward, slot s has a gradient from its last reader on. It can have the row of slot s + n, whose keys no layer has left
-        to read, if all readers of s + n come after the last one of s. The smallest such n is worth it if it saves half of the
-        rows: they are allocated with the keys, in the forward pass. Else it is the number of slots.
-        """
+    def training(self) -> TrainingRows:
+        """Where slots and their gradients are in a pass with a backward."""
         first, last = self._readers
-        slots = self.n_slots
-        fits = (n for n in range(1, slots // 2 + 1) if all(first[s + n] > last[s] for s in range(slots - n)))
-        return next(fits, slots)
+        best = TrainingRows(tuple(range(self.n_slots)), self.n_slots, 2 * self.n_slots)
+        limit = self.n_slots * 3 // 2 + 1
+        at_least = len(self._read_slots[-1])  # gradients that exist while the keys of all slots are needed
+        shift = 0
+        while self.n_slots + max(shift := shift + 1, at_least) < limit:
+            rows: list[int] = []
+            held: dict[int, int] = {}
+            row = 0
+            for slot in range(self.n_slots):
+                while row - shift in held and last[held[row - shift]] >= first[slot]:
+                    row += 1
+                held[row] = slot
+                rows.append(row)
+                row += 1
+                if row + shift >= limit:
+                    break
+            else:
+                best, limit = TrainingRows(tuple(rows), shift, row + shift), row + shift
+        return best
 
     def read_slots(self, layer: int) -> tuple[int, ...]:
         """The slots that a layer reads, in increasing order."""

@@ -49,6 +49,11 @@ class SlotPolicy(Registered):
                 raise UserError("model.depth.read", expected, slots)
         return reads
 
+    @property
+    def kept(self) -> int | None:
+        """How many of :meth:`slots` a token keeps for each query head, those of the largest logits; None for all."""
+        return None
+
     def describe(self) -> str:
         """What is read, in words."""
         raise NotImplementedError
