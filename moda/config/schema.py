@@ -209,6 +209,8 @@ class TrainConfig:
         for name in ("sequence_length", "global_batch_size", "microbatch_size", "max_tokens", "max_steps"):
             at_least(f"train.{name}", getattr(self, name), 1)
         at_least("train.seed", self.seed, 0)
+        if self.load_other_reads and self.load_path is None:
+            raise UserError("train.load_path", "a checkpoint where train.load_other_reads is true", "null")
         if (self.max_tokens is None) == (self.max_steps is None):
             both = "neither" if self.max_tokens is None else "both"
             raise UserError("train.max_tokens", "exactly one of train.max_tokens and train.max_steps", both)

@@ -64,6 +64,8 @@ CASES: list[tuple] = [
     ("optim.warmup_steps=12", ["optim.warmup_steps", "less than the run's 12 steps", "12"]),
     ("train.microbatch_size=3", ["train.microbatch_size", "a divisor of train.global_batch_size (4)", "3"]),
     ("train.max_tokens=1000", ["train.max_tokens", "exactly one of train.max_tokens and train.max_steps", "both"]),
+    ("train.load_other_reads=true", ["train.load_path", "a checkpoint where train.load_other_reads is true", "null"]),
+    ("model.depth.read={dynamic: {of: all}}", ["model.depth.read.dynamic.top", "an integer", "it has no default"]),
     ("train.seed=-1", ["train.seed", ">= 0", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
