@@ -74,6 +74,8 @@ def kind_name(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, tuple):
         item, allowed = _bare(args[0])
+        if item not in plain:
+            return f"a list, each {kind_name(item)}"
         words = f"a list of {kind_name(item).removeprefix('a ').removeprefix('an ')}s"
         return words if allowed is None else f"{words} {allowed}"
     if origin is dict:

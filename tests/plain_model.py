@@ -43,7 +43,8 @@ PLACEMENTS: dict[str, Callable] = {
 class PlainDecoder:
     """A decoder of the parameters ``p``; one object computes one forward pass.
 
-    :param depth: MoDA's attention, ffn, key_norm, rope and slots (the most recent that are read, or None for all), or None.
+    :param depth: MoDA's attention, ffn, key_norm, rope and, unless all slots are read, ``reads``: a function of the layer and
+        the kinds of slots; and ``top``: how many of the largest logits stay; or None.
     :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
     """
 
@@ -109,10 +110,9 @@ class PlainDecoder:
 
     def seen(self, layer: int) -> list[Slot]:
         """The slots that a layer reads."""
-        if self.depth is not None and "reads" in self.depth:  # a function of the layer and the kinds of slots
-            return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
-        window = self.depth and self.depth["slots"]
-        return self.slots if window is None else self.slots[max(0, len(self.slots) - window) :]
+        if self.depth is None or "reads" not in self.depth:
+            return self.slots
+        return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
 
     def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         name = f"blocks.{layer}.attention"
@@ -140,6 +140,10 @@ class PlainDecoder:
                         key = rotate(key[:, :, None], self.theta)[:, :, 0]
                 s = torch.cat([s, (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(D)], dim=-1)
                 values.append(depth_v[:, :, kv])
+            top = None if self.depth is None else self.depth.get("top")
+            if top is not None and len(values) > top:
+                least = s[..., T:].sort(-1, descending=True).values[..., top - 1, None]
+                s = torch.cat([s[..., :T], s[..., T:].masked_fill(s[..., T:] < least, -math.inf)], dim=-1)
             w = s.softmax(-1)
             out[:, :, head] = w[..., :T] @ v[:, :, kv] + sum(
                 w[..., T + i, None] * value for i, value in enumerate(values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from moda.config import load_config
 from moda.depth import DepthMechanism
@@ -106,19 +107,25 @@ def test_a_norm_placement(registries: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_slot_policy(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = load("first_recent").FirstRecent
+    policy = load("powers").Powers
     SlotPolicy.register(*SlotPolicy.known.values(), policy)
-    assert policy(2, 2).slots(5, 2) == (0, 1, 8, 9) and policy(2, 2).slots(1, 2) == (0, 1)
-    read = {"first_recent": {"first": 1, "recent": 2}}
+    assert policy(2).slots(5, 2) == (2, 6, 8, 9) and policy(2).slots(1, 2) == (0, 1) and policy(1).slots(2, 2) == (3,)
     for attention in ("reuse", "project"):
-        net = build("post", {"mechanism": "moda", "attention": attention, "read": read}, n_layers=5)
-        check(net, "post", {**DEPTH, "attention": attention, "reads": policy(1, 2).slots}, n_layers=5)
-    known_everywhere(["model.depth.read={first_recent: {first: 1, recent: 2}}"], "first_recent")
-    with pytest.raises(UserError, match="numbers >= 1"):
-        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={first_recent: {first: 0, recent: 2}}"])
+        net = build("post", {"mechanism": "moda", "attention": attention, "read": {"powers": 2}}, n_layers=5)
+        check(net, "post", {**DEPTH, "attention": attention, "reads": policy(2).slots}, n_layers=5)
+    known_everywhere(["model.depth.read={powers: 2}"], "{'powers': 2}")
+    with pytest.raises(UserError, match="model.depth.read.powers.n: expected an integer >= 1, got 0"):
+        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={powers: 0}"])
     monkeypatch.setattr(policy, "slots", lambda self, layer, kinds: (2,))  # that no layer before the second one writes
-    with pytest.raises(UserError, match="model.depth.read: .*for layer 0 from the policy first_recent, got"):
-        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={first_recent: {first: 1, recent: 2}}"])
+    with pytest.raises(UserError, match="model.depth.read: .*for layer 0 from the policy powers, got"):
+        load_config(ROOT / "configs" / "moda_demo.yaml", ["model.depth.read={powers: 2}"])
+
+
+def test_the_page_names_every_slot_policy() -> None:
+    rows = re.findall(
+        r"^\| `(\{?\w+.*?)` \|", PAGE[PAGE.index("## A slot policy") : PAGE.index("moda draw docs")], re.MULTILINE
+    )
+    assert [SlotPolicy.from_plain(yaml.safe_load(row), "read").name for row in rows[1:]] == list(SlotPolicy.known)
 
 
 def test_a_mechanism(registries: None) -> None:

@@ -37,20 +37,26 @@ def saved_model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
     return from_dict(ModelConfig, model, "model")
 
 
-def check_same_model(folder: Path, model: ModelConfig) -> None:
+def check_same_model(folder: Path, model: ModelConfig, *, other_reads: bool = False) -> None:
     """Refuse a checkpoint of another model before anything of it is loaded.
+
+    :param other_reads: whether it may have been trained under another slot policy.
 
     :raises UserError: naming the first setting that differs.
     """
     saved = to_dict(saved_model(folder, read_settings(folder)))
     for key, before, now in _differences(saved, to_dict(model), "model"):
-        if key != "model.attention_backend":  # changes speed, not the model
-            raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, "or choose another train.save_folder")
+        reads = key.startswith("model.depth.read")
+        if key != "model.attention_backend" and not (reads and other_reads):  # the backend changes speed, not the model
+            hint = "or choose another train.save_folder"
+            if reads:
+                hint += "; train.load_path starts from weights of another policy with train.load_other_reads=true"
+            raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, hint)
 
 
 def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ in two plain configurations, with both values."""
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, dict) and isinstance(b, dict) and (a.keys() & b.keys() or not key):
         for name in sorted({*a, *b}):
             yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:

@@ -43,8 +43,9 @@ class Key:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """The ``:param name:`` texts of a class's docstring."""
-    parts = re.split(r"^:param (\w+):", inspect.getdoc(cls) or "", flags=re.MULTILINE)
+    """The ``:param name:`` texts of the docstrings of a class and its bases."""
+    docstrings = "\n".join(inspect.cleandoc(c.__doc__ or "") for c in reversed(cls.__mro__[:-1]))
+    parts = re.split(r"^:param (\w+):", docstrings, flags=re.MULTILINE)
     texts = (re.split(r"\n\s*\n|\n:", part)[0] for part in parts[2::2])
     return {name: " ".join(part.split()).replace("``", "`") for name, part in zip(parts[1::2], texts)}
 
@@ -71,8 +72,11 @@ def _default(field: Any) -> str | None:
     return words.get(value, str(value)) if isinstance(value, (bool, type(None))) else str(value)
 
 
-def keys(cls: type, prefix: str = "") -> Iterator[Key]:
-    """All keys of a dataclass of sections, in their order; of a family of objects, those of every member."""
+def keys(cls: type, prefix: str = "", families: tuple[Any, ...] = ()) -> Iterator[Key]:
+    """All keys of a dataclass of sections, in their order; of a family of objects, those of every member.
+
+    :param families: those whose members are listed above already: a member may consist of others.
+    """
     about = _descriptions(cls)
     for field in dataclasses.fields(cls):
         kind, path = field_types(cls)[field.name], f"{prefix}{field.name}"
@@ -87,11 +91,11 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
         yield Key(path, words, default, about[field.name])
         named = f"{path}.NAME" if typing.get_origin(kind) is dict else path
         for section in sections:
-            yield from keys(section, f"{named}.")
-        for name, member in (family.known if family is not None else {}).items():
+            yield from keys(section, f"{named}.", families)
+        for name, member in (family.known if family is not None and family not in families else {}).items():
             # a mechanism's options stand beside its name; those of another family's member below it
             own = f"{path} (mechanism: {name})." if path == "model.depth" else f"{path}.{name}."
-            yield from keys(member, own)
+            yield from keys(member, own, (*families, family))
 
 
 def text(command: str, key: str = "") -> str:

@@ -66,6 +66,7 @@ class TrainConfig(Section):
     :param seed: of the initial weights and the order of the data; a run keeps it.
     :param save_folder: checkpoints, logs and metrics; ``runs/<name>`` if null. A run found there is resumed.
     :param load_path: a checkpoint to start from when the save folder has none.
+    :param load_other_reads: whether ``load_path`` may have been trained under another slot policy (``model.depth.read``).
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
     """
 
@@ -79,10 +80,13 @@ class TrainConfig(Section):
     seed: Seed = 0
     save_folder: str | None = None
     load_path: str | None = None
+    load_other_reads: bool = False
     compile: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.load_other_reads and self.load_path is None:
+            raise UserError("train.load_path", "a checkpoint where train.load_other_reads is true", "null")
         if (self.max_tokens is None) == (self.max_steps is None):
             both = "neither" if self.max_tokens is None else "both"
             raise UserError("train.max_tokens", "exactly one of train.max_tokens and train.max_steps", both)

@@ -102,8 +102,12 @@ class AttentionHost(Protocol):
         q_depth: torch.Tensor | None,
         state: State,
         context: Context,
+        top: int | None = None,
     ) -> tuple[torch.Tensor, State]:
-        """Attention under one softmax over the sequence and the slots that this layer reads; and the next state."""
+        """Attention under one softmax over the sequence and the slots that this layer reads; and the next state.
+
+        :param top: how many of the slots a token's query head keeps, those of the largest logits (ties stay); None for all.
+        """
         ...
 
     def write_slot(self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Context) -> State:

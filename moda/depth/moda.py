@@ -97,6 +97,7 @@ class _Layer(DepthLayer):
     def __init__(self, mechanism: MoDA, model: ModelConfig, index: int) -> None:
         super().__init__()
         layout = mechanism.layout(model.n_layers)
+        self.top = mechanism.read.kept
         self.key_norm, self.rotated = mechanism.key_norm, mechanism.rope == DepthRoPE.same_position
         self.writes_attention = layout.written_slot(index, ATTENTION) is not None
         assert model.n_kv_heads is not None and model.head_dim is not None
@@ -119,7 +120,7 @@ class _Layer(DepthLayer):
         q, k = attention.rotate(q, k, context)
         if reader and q_depth is None:
             q_depth = self._times_gain(attention, q)
-        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context)
+        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context, self.top)
         if self.writes_attention:
             if self.attention_slot is not None:
                 k, v = self._project(attention, x, self.attention_slot, context)
@@ -231,7 +232,13 @@ class MoDA(DepthMechanism):
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
             raise UserError("model.depth.key_norm", "none where model.qk_norm is none", self.key_norm.value)
-        self.layout(model.n_layers)  # refuses slots that cannot be
+        if model.n_layers > 1 and not self.layout(model.n_layers).n_slots:  # also refuses slots that cannot be
+            hint = None if self.ffn else "there are no FFN slots: model.depth.ffn is false"
+            raise UserError("model.depth.read", "a policy that reads some slot", self.read.to_plain(), hint)
+
+        if self.read.kept is not None and model.attention_backend.value not in ("auto", "reference"):
+            expected = f"auto or reference with model.depth.read: {self.read.name}"
+            raise UserError("model.attention_backend", expected, model.attention_backend.value)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)
@@ -241,19 +248,37 @@ class MoDA(DepthMechanism):
 
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         assert model.head_dim is not None
-        return 4 * model.n_heads * model.head_dim * self.layout(model.n_layers).slots_read
+        return 2 * model.n_heads * model.head_dim * sum(self._tensors_read(model))
+
+    def _tensors_read(self, model: ModelConfig) -> tuple[int, int]:
+        """Keys and values that a token reads in all layers."""
+        read = [len(slots) for slots in self.layout(model.n_layers).reads]
+        return sum(read), sum(n if self.read.kept is None else min(n, self.read.kept) for n in read)
 
     def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+        layout = self.layout(model.n_layers)
+        rows = layout.training.total
+        return {"depth keys, values and their gradients": 2.0 * rows * tokens * self._width(model) * element_size}
+
+    @staticmethod
+    def _width(model: ModelConfig) -> int:
+        """Numbers of one token's keys (and of its values) in one slot."""
         assert model.n_kv_heads is not None and model.head_dim is not None
-        slots = self.layout(model.n_layers).n_slots
-        slot = element_size * tokens * model.n_kv_heads * model.head_dim
-        return {"depth keys, values and their gradients": 4.0 * slots * slot}
+        return model.n_kv_heads * model.head_dim
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         layout = self.layout(model.n_layers)
         return [
             ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
             ("a layer reads", self.read.describe()),
+            (
+                "rows of the depth buffers",
+                f"{layout.training.total} with those of gradients; in evaluation {len(set(layout.rows))}",
+            ),
+            (
+                "slot bytes read per token (bf16)",
+                f"{2 * sum(self._tensors_read(model)) * self._width(model):,}",
+            ),
             ("parameters of depth projections", f"{self.num_params(model):,}"),
         ]
 

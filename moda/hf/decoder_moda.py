@@ -133,6 +133,7 @@ class _Steps:
         q_depth: torch.Tensor | None,
         state: State,
         context: Mapping[str, Any],
+        top: int | None = None,
     ) -> tuple[torch.Tensor, State]:
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if context["cache"] is not None:
@@ -148,6 +149,8 @@ class _Steps:
             depth_k, depth_v = (torch.stack(state[i::2]).to(wide) for i in (0, 1))  # [S, B, T, Hk, D]
             by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
             depth = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
+            if top is not None and top < len(depth_k):
+                depth = depth.masked_fill(depth < depth.topk(top).values[..., -1:], -math.inf)
             logits = torch.cat([logits, depth], dim=-1)
         weights = logits.softmax(-1)
         self.weights = weights.flatten(1, 2).to(q.dtype)
@@ -177,7 +180,11 @@ class _Slots:
 
     def leave(self, layer: int, state: State) -> None:
         written = [self.layout.written_slot(layer, kind) for kind in range(self.layout.kinds)]
-        new = state[2 * len(self.layout.read_slots(layer)) :]
+        read = self.layout.read_slots(layer)
+        new = state[2 * len(read) :]
+        for slot in read:
+            if self.layout.last_reader(slot) == layer:
+                del self.slots[slot]
         for i, slot in enumerate(slot for slot in written if slot is not None):
             self.slots[slot] = new[2 * i : 2 * i + 2]
 

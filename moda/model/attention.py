@@ -127,6 +127,7 @@ class DepthAttention(Attention):
         q_depth: torch.Tensor | None,
         state: State,
         context: Context,
+        top: int | None = None,
     ) -> tuple[torch.Tensor, State]:
         order, row = state
         out, order = depth_attention(
@@ -138,6 +139,7 @@ class DepthAttention(Attention):
             q_depth=None if q_depth is None else _one_row(q_depth, context),
             cu_seqlens=context.get("cu_doc_lens"),
             mask=context.get("mask"),
+            depth_top=top,
         )
         return out.view(q.shape), (order, row)
 

@@ -238,7 +238,7 @@ def _choose_checkpoint(config: RunConfig) -> str | None:
         if checkpoint is not None:
             check_same_run(checkpoint, config)
         else:
-            check_same_model(Path(source), config.model)
+            check_same_model(Path(source), config.model, other_reads=config.train.load_other_reads)
     return None if checkpoint is None else source
 
 

@@ -3,9 +3,11 @@
 Examples:
   %(prog)s docs/mechanism.png
   %(prog)s reads.png --config configs/moda_demo.yaml model.n_layers=12 "model.depth.read={recent: 6}"
+  %(prog)s reads.png --config configs/moda_demo.yaml model.n_layers=12 --reads all "{recent: 6}" "{blocks: 4}"
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,29 @@ def parser() -> argparse.ArgumentParser:
         metavar=("FILE", "key=value"),
         help="draw what the layers of this configuration's model read",
     )
+    p.add_argument("--reads", nargs="+", metavar="POLICY", help="with --config: a panel for each slot policy")
     return p
 
 
-def _draw_reads(axes: Any, arguments: list[str]) -> None:
+def _draw_reads(config: list[str], policies: list[str]) -> Any:
+    """A figure of what layers read, by the configuration or by each of several policies in it."""
+    import matplotlib.pyplot as plt
+
     from moda.config import load_config
 
-    model = load_config(arguments[0], arguments[1:]).model
-    if model.depth is None:
-        raise UserError("--config", "a configuration with model.depth", arguments[0])
-    model.depth.draw(axes, model)
+    panels = [[f"model.depth.read={policy}"] for policy in policies] or [[]]
+    models = [load_config(config[0], [*config[1:], *change]).model for change in panels]
+    columns = min(4, len(models))
+    rows = -(-len(models) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4.4 * rows), squeeze=False, layout="constrained")
+    for ax, model in itertools.zip_longest(axes.flat, models):
+        if model is None:
+            ax.axis("off")
+        elif model.depth is None:
+            raise UserError("--config", "a configuration with model.depth", config[0])
+        else:
+            model.depth.draw(ax, model)
+    return fig
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-    fig, ax = plt.subplots(figsize=(8.4, 4.4))
     if args.config is not None:
-        _draw_reads(ax, args.config)
-        fig.savefig(args.output, dpi=160, bbox_inches="tight")
+        _draw_reads(args.config, args.reads or []).savefig(args.output, dpi=110)
         return 0
+    if args.reads is not None:
+        raise UserError("--reads", "--config FILE beside it")
+    fig, ax = plt.subplots(figsize=(8.4, 4.4))
     style = "round,pad=0.02,rounding_size=0.06"
 
     def box(x: float, y: float, colour: str, text: str = "", height: float = 0.34) -> None:

@@ -120,6 +120,7 @@ STARTS = {
     "bench": [],
     "sweep": ["nowhere.yaml"],
     "visualize": ["nowhere", "--text", "a"],
+    "report": ["nowhere"],
     "draw": ["out.png", "--config", "nowhere.yaml"],
 }
 

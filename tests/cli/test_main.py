@@ -104,6 +104,18 @@ def test_overrides_may_stand_among_options() -> None:
     assert args.checkpoint == ["a", "b"] and args.tasks == ["copa", "sciq"] and args.limit == 5
 
 
+def test_drawing_what_layers_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "reads.svg"
+    demo = ["--config", str(ROOT / "configs" / "moda_demo.yaml"), "model.n_layers=3"]
+    assert moda_cli.main(["draw", str(picture), *demo, "--reads", "all", "{recent: 2}"]) == 0
+    drawn = picture.read_text()
+    assert "all slots of earlier layers" in drawn and "the 2 most recent slots" in drawn
+    plain = ["--config", str(ROOT / "configs" / "olmo2_demo.yaml")]
+    for wrong, words in ((["--reads", "all"], "--config FILE beside it"), (plain, "a configuration with model.depth")):
+        assert moda_cli.main(["draw", str(picture), *wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_plan_is_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(write_config(tmp_path))
     assert moda_cli.main(["plan", config, "optim.lr=0.5"]) == 0

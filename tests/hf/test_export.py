@@ -28,6 +28,7 @@ from moda.model import transformer_config
 from moda.placements import NormPlacement
 from moda.typed import to_dict
 from moda_evals.model import open_model
+from tests.model.test_slot_policies import READS
 from tests.small_checkpoint import MODEL, randomise, run_config, save_checkpoint
 from tests.tiny import make_tokenizer
 
@@ -81,10 +82,10 @@ def test_every_depth_variant(depth: dict[str, Any]) -> None:
         check(config_of(depth=dict(mechanism="moda", **depth), qk_norm=qk_norm))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("attention", ["reuse", "project"])
-def test_windows_of_slots(slots: int, attention: str) -> None:
-    check(config_of(depth=dict(mechanism="moda", attention=attention, read=dict(recent=slots))))
+@pytest.mark.parametrize("name", READS)
+def test_slot_policies(name: str, attention: str) -> None:
+    check(config_of(n_layers=5, depth=dict(mechanism="moda", attention=attention, read=READS[name][0])))
 
 
 @pytest.mark.parametrize("placement", NormPlacement.known)

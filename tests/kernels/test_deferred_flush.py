@@ -172,11 +172,11 @@ def test_every_layer_and_slot_is_flushed_once(monkeypatch: pytest.MonkeyPatch) -
         for defer in (2, 3, 8, 20):
             pairs: list[tuple[int, int]] = []
             stream = DepthStream(case, "split", defer=defer)
-            stream.k = stream.v = torch.zeros(case.n_slots, 1, 1, 1, 8)
+            stream.k = stream.v = torch.zeros(case.training.total, 1, 1, 1, 8)
             pending: list[int] = []
 
             def flush(self: Any, layers: Any, slots: Any, to: Any) -> None:
-                pairs.extend((pending[m], s) for m in range(*layers) for s in slots)  # noqa: B023
+                pairs.extend((pending[m], case.training.rows.index(s)) for m in range(*layers) for s in slots)  # noqa: B023
 
             monkeypatch.setattr(LayerProducts, "flush", flush)
             for layer in reversed(range(case.n_layers)):

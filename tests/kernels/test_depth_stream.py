@@ -31,8 +31,10 @@ def heads(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return (x @ w / HQ / D).unflatten(-1, (-1, D))
 
 
-def with_stream(x: torch.Tensor, weights: Weights, layout: DepthLayout) -> torch.Tensor:
-    stream = DepthStream(layout, "reference")
+def with_stream(
+    x: torch.Tensor, weights: Weights, layout: DepthLayout, stream: DepthStream | None = None
+) -> torch.Tensor:
+    stream = stream or DepthStream(layout, "reference")
     order = stream.start()
     for layer, (wq, wk, wv, wfk, wfv) in enumerate(weights):
         row = stream.layer_rows[layer]
@@ -184,11 +186,79 @@ def test_layout_numbers_only_what_is_read() -> None:
     assert hash(picked) == hash(DepthLayout(((), (1,), (1, 2), (0, 2)))) and picked != alone
 
 
+def memory_rows(stream: DepthStream) -> int:
+    """Rows ``[B, T, Hk, D]`` of keys and their gradients that a stream has allocated."""
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (stream.k, stream.grad_k) if x is not None
+    }
+    return sum(storages.values()) // (B * T * HK * D * 8)
+
+
+@pytest.mark.parametrize(
+    "case, training, evaluation",
+    [
+        (layout(9), 32, 16),
+        (layout(9, window=4), 20, 4),
+        (layout(9, kinds=1, window=1), 9, 1),
+        (layout(9, choose=LISTS["first-and-last"]), 11, 2),
+        (layout(9, window=6, choose=LISTS["every-second"]), 11, 3),
+    ],
+    ids=["all", "window", "one", "first-and-last", "dilated-window"],
+)
+def test_buffers_are_as_large_as_the_layout_needs(case: DepthLayout, training: int, evaluation: int) -> None:
+    weights = make_weights(9)
+    x = torch.randn(B, T, HQ * D, dtype=torch.float64)
+    leaves = [w for layer in weights for w in layer]
+    stream, other = DepthStream(case, "reference"), DepthStream(case, "reference")
+    with torch.no_grad():
+        evaluated = with_stream(x, weights, case, other)
+    y, truth = with_stream(x, weights, case, stream), with_lists(x, weights, case)
+    torch.testing.assert_close(y, truth, rtol=0, atol=1e-13)
+    torch.testing.assert_close(evaluated, truth, rtol=0, atol=1e-13)
+    for a, b in zip(gradients(y, leaves), gradients(truth, leaves)):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert memory_rows(stream) == training == case.training.total
+    assert memory_rows(other) == evaluation == len(set(case.rows))
+
+
+@pytest.mark.parametrize("case", [p.values[0] for p in LAYOUTS], ids=[p.id for p in LAYOUTS])
+def test_rows_are_used_again_only_when_nothing_needs_them(case: DepthLayout) -> None:
+    written = {case.written_slot(layer, kind): layer for layer in range(case.n_layers) for kind in range(case.kinds)}
+    readers = {s: [layer for layer in range(case.n_layers) if s in case.read_slots(layer)] for s in range(case.n_slots)}
+    waiting = [{s for s in readers if written[s] < layer <= readers[s][-1]} for layer in range(case.n_layers)]
+    for slots in waiting:  # what is written and still to be read when a layer reads
+        assert len({case.rows[s] for s in slots}) == len(slots)
+    rows, shift, total = case.training
+    assert list(rows) == sorted(set(rows)) and total == max(rows, default=-1) + 1 + shift
+    for layer, slots in enumerate(waiting if shift < case.n_slots else ()):
+        keys = {rows[s] for s in readers if readers[s][0] <= layer}
+        gradients = {rows[s] + shift for s in slots}  # those that exist once the layer's read has been differentiated
+        assert not gradients & keys and len(gradients) == len(slots)
+
+
+def test_a_backward_pass_over_a_pass_without_gradients_is_refused() -> None:
+    case = layout(3, window=1)
+    stream = DepthStream(case, "reference")
+    with torch.no_grad():
+        order = stream.start()
+    q = torch.randn(1, 2, 2, 8, requires_grad=True)
+    out, _ = depth_attention(q, q, q, order, stream.layer_rows[0])
+    with pytest.raises(RuntimeError, match="began without gradients"):
+        out.sum().backward()
+
+
 def test_a_deep_layout_is_cheap() -> None:
     deep = layout(1000)
     start = time.process_time()
     for layer in range(1000):
-        deep.read_slots(layer), deep.written_slot(layer, FFN), deep.n_slots, deep.slots_read
+        (
+            deep.read_slots(layer),
+            deep.written_slot(layer, FFN),
+            deep.n_slots,
+            deep.slots_read,
+            deep.rows,
+            deep.training,
+        )
     assert time.process_time() - start < 2.0
 
 

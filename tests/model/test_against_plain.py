@@ -15,15 +15,13 @@ from moda.placements import NormPlacement
 from tests.plain_model import PLACEMENTS, PlainDecoder
 
 SMALL = dict(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, ffn_hidden_size=48, vocab_size=61)
-DEPTH = dict(attention="reuse", ffn=True, key_norm="writer", rope="same_position", slots=None)
+DEPTH = dict(attention="reuse", ffn=True, key_norm="writer", rope="same_position")
 TOLERANCE = 1e-11  # fp64; the rotation's angles are fp32 on both sides
 
 
 def build(placement: str, depth: dict | None, **model: object) -> torch.nn.Module:
     if depth is not None and "mechanism" not in depth:
-        window = depth["slots"]
-        read = "all" if window is None else {"recent": window}
-        depth = {"mechanism": "moda", "read": read, **{k: v for k, v in depth.items() if k != "slots"}}
+        depth = {"mechanism": "moda", **depth}
     config = ModelConfig(norm_placement=placement, depth=depth, **{**SMALL, **model})
     net = transformer_config(config).build(init_device="cpu").double()
     generator = torch.Generator().manual_seed(1)
@@ -69,7 +67,7 @@ def check(
 
 
 VARIANTS = [
-    dict(attention=a, ffn=f, key_norm=n, rope=r, slots=None)
+    dict(attention=a, ffn=f, key_norm=n, rope=r)
     for a, f, n, r in itertools.product(
         ("reuse", "project"), (True, False), ("writer", "reader", "none"), ("same_position", "none")
     )
@@ -94,13 +92,6 @@ def test_norm_placements(placement: str, depth: dict | None) -> None:
 
 def test_every_placement_has_its_formula() -> None:
     assert set(PLACEMENTS) == set(NormPlacement.known)
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("attention", ["reuse", "project"])
-def test_slot_window(slots: int, attention: str) -> None:
-    depth = {**DEPTH, "slots": slots, "attention": attention}
-    check(build("pre", depth), "pre", depth)
 
 
 @pytest.mark.parametrize("model", [dict(bias=True), dict(tie_embeddings=False), dict(n_kv_heads=4)], ids=variant_id)

@@ -29,8 +29,10 @@ from moda.checkpoints import (
     write_checksums,
 )
 from moda.checkpoints.trust import _CONFIGS
+from moda.config import RunConfig
 from moda.errors import UserError
-from tests.small_checkpoint import run_config, save_checkpoint
+from moda.typed import to_dict
+from tests.small_checkpoint import MODEL, run_config, save_checkpoint
 from tests.tiny import make_tokenizer
 
 
@@ -302,3 +304,27 @@ def test_the_old_layout_is_refused_by_name(tmp_path: Path) -> None:
     for read in (open_checkpoint, lambda path: check_same_model(path, config.model)):
         with pytest.raises(UserError, match="model.depth_kv .*use the version that saved it, or train again"):
             read(folder)
+
+
+def test_a_checkpoint_of_another_slot_policy_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    def config(read: Any) -> RunConfig:
+        return run_config(Path("none"), {**MODEL, "vocab_size": 64, "depth": {"mechanism": "moda", "read": read}})
+
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config({"recent": 3}))))
+    check_same_model(tmp_path, config({"recent": 3}).model)
+    for read, words in (
+        (
+            "all",
+            f"model.depth.read: expected {{'recent': 3}}, as in checkpoint {tmp_path}, got all .*load_other_reads=true",
+        ),
+        ({"recent": 4}, "model.depth.read.recent: expected 3, as in checkpoint .*, got 4"),
+        ({"stride": 3}, "model.depth.read: expected {'recent': 3}, as in checkpoint .*, got {'stride': 3}"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_same_model(tmp_path, config(read).model)
+        check_same_model(tmp_path, config(read).model, other_reads=True)
+    with pytest.raises(UserError, match="model.depth.ffn: expected True"):
+        other = {"mechanism": "moda", "read": "all", "ffn": False}
+        check_same_model(
+            tmp_path, run_config(Path("none"), {**MODEL, "vocab_size": 64, "depth": other}).model, other_reads=True
+        )

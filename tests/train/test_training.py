@@ -175,7 +175,8 @@ def test_starting_from_the_weights_of_another_run(processes: int | None, whole: 
     shutil.copytree(first, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "train")  # weights alone will do
     options = ["train.max_steps=3", "optim.lr=1e-12", f"train.load_path={tmp_path / 'weights'}"]
-    begun = run(write_config(tmp_path), *options, processes=processes)
+    other = ["model.depth.read={recent: 3}", "train.load_other_reads=true"]  # a policy with the same parameters
+    begun = run(write_config(tmp_path), *options, *other, processes=processes)
     assert begun.returncode == 0 and "starting from the weights of" in begun.stdout, begun.stdout + begun.stderr
     assert list(losses(tmp_path)) == [1, 2, 3]
     ours, theirs = weights(tmp_path / "run" / "step3"), weights(first)

@@ -21,7 +21,10 @@ class Flush(NamedTuple):
 
 
 class Deferral:
-    """The layers in a pending store, and for each the slots whose gradients it has not added yet."""
+    """The layers in a pending store, and for each the slots whose gradients it has not added yet.
+
+    Slots go by their rows in the stream's buffers.
+    """
 
     def __init__(self, pending: Pending) -> None:
         self.pending = pending

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import functools
+import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ATTENTION = 0
 FFN = 1
+
+
+class TrainingRows(NamedTuple):
+    """Rows of the buffers of a pass with a backward.
+
+    The backward pass needs the keys and values of every slot until the first of its readers has been differentiated, and the
+    slot's gradient from the last of them on. So a gradient can be where the keys (or values) of a later slot were, that nothing
+    reads any more: ``shift`` rows after its slot's own keys, the same number for all, so that kernels find both with one table.
+    """
+
+    rows: tuple[int, ...]  # of each slot's keys, increasing
+    shift: int  # from a slot's keys to its gradient
+    total: int  # for keys and gradients together; where sharing saves less than a quarter, it is two separate buffers
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,59 @@ class DepthLayout:
 
     @property
     def n_slots(self) -> int:
-        """S of the buffers."""
+        """How many slots are written."""
         return len(self._slot_of)
+
+    @functools.cached_property
+    def _readers(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The first and the last layer that reads each slot."""
+        reads = [(slot, layer) for layer, slots in enumerate(self._read_slots) for slot in slots]
+        return dict(reversed(reads)), dict(reads)
+
+    def last_reader(self, slot: int) -> int:
+        """The last layer that reads a slot."""
+        return self._readers[1][slot]
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """The buffer row of each slot in a pass without a backward: a row is used again once its slot has had its last reader."""
+        rows: list[int] = [0] * self.n_slots
+        free: list[int] = []
+        used = 0
+        for layer, read in enumerate(self._read_slots):
+            for slot in read:
+                if self.last_reader(slot) == layer:
+                    heapq.heappush(free, rows[slot])
+            for kind in range(self.kinds):
+                if (written := self.written_slot(layer, kind)) is not None:
+                    if not free:
+                        free, used = [used], used + 1
+                    rows[written] = heapq.heappop(free)
+        return tuple(rows)
+
+    @functools.cached_property
+    def training(self) -> TrainingRows:
+        """Where slots and their gradients are in a pass with a backward."""
+        first, last = self._readers
+        best = TrainingRows(tuple(range(self.n_slots)), self.n_slots, 2 * self.n_slots)
+        limit = self.n_slots * 3 // 2 + 1
+        at_least = len(self._read_slots[-1])  # gradients that exist while the keys of all slots are needed
+        shift = 0
+        while self.n_slots + max(shift := shift + 1, at_least) < limit:
+            rows: list[int] = []
+            held: dict[int, int] = {}
+            row = 0
+            for slot in range(self.n_slots):
+                while row - shift in held and last[held[row - shift]] >= first[slot]:
+                    row += 1
+                held[row] = slot
+                rows.append(row)
+                row += 1
+                if row + shift >= limit:
+                    break
+            else:
+                best, limit = TrainingRows(tuple(rows), shift, row + shift), row + shift
+        return best
 
     def read_slots(self, layer: int) -> tuple[int, ...]:
         """The slots that a layer reads, in increasing order."""

@@ -47,7 +47,7 @@ def masked_attention(
 
 def masked_read(
     q: Tensor, k: Tensor, v: Tensor, row: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, scale: float | None,
-    mask: Tensor,
+    mask: Tensor, depth_top: int | None,
 ) -> Tensor:  # fmt: skip
     """:func:`.ops.depth_attention` under ``mask``: sequence and depth apart, then merged by log-sum-exp."""
     if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -61,5 +61,5 @@ def masked_read(
     x, slots = stream.inputs(layer, q, None, None, q_depth)
     if x.depth_k is None:
         return sequence.out
-    p = stream.problem(x, slots, scale=scale)
+    p = stream.problem(x, slots, scale=scale, depth_top=depth_top)
     return get_backend(stream.backend, p.kind).add_depth(p, x, sequence)

@@ -79,11 +79,11 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
     order: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, row: Tensor,
-    causal: bool, scale: float | None,
+    causal: bool, scale: float | None, depth_top: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
-    p = stream.problem(x, slots, cu_seqlens, causal, scale)
+    p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
     out, lse = get_backend(stream.backend, p.kind).forward(p, x)
     return out, lse, torch.empty_like(order)
 
@@ -98,12 +98,12 @@ def _(order, q, *rest):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
 def _read_backward(
     grad_order: Tensor, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None,
-    out: Tensor, lse: Tensor, row: Tensor, causal: bool, scale: float | None,
+    out: Tensor, lse: Tensor, row: Tensor, causal: bool, scale: float | None, depth_top: int | None,
 ) -> list[Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     stream.begin_backward(layer)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
-    p = stream.problem(x, slots, cu_seqlens, causal, scale)
+    p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
     backend = get_backend(stream.backend, p.kind)
     depth = stream.depth_gradients(layer, backend, q)
     dq, dk, dv, dqd = backend.backward(p, grad_out, None, x, Result(out, lse), depth)
@@ -125,7 +125,7 @@ def _read_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) -> tuple[Any, ...]:
     order, dq, dk, dv, *dqd = _read_backward(grad_order, grad_out, *ctx.saved_tensors, *ctx.options)
-    return order, dq, dk, dv, *(dqd or [None]), None, None, None, None
+    return order, dq, dk, dv, *(dqd or [None]), None, None, None, None, None
 
 
 _read.register_autograd(_read_grad, setup_context=_read_context)
@@ -134,7 +134,7 @@ _read.register_autograd(_read_grad, setup_context=_read_context)
 def depth_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, row: Tensor, *,
     q_depth: Tensor | None = None, cu_seqlens: Tensor | None = None, causal: bool = True, scale: float | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, depth_top: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention over its sequence K/V and the slots it reads from the stream.
 
@@ -142,12 +142,14 @@ def depth_attention(
     row (``cu_seqlens``) needs B = 1, in the stream's buffers too.
 
     :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
+    :param depth_top: how many slots a token's query head sees of those that the layer reads: the ones of the largest logits, and
+        what ties with the last of them. None for all. The reference backend alone can.
 
     :returns: the output ``[B, T, Hq, D]`` and the next ``order``.
 
     :raises ValueError: for a mask together with gradients or ``cu_seqlens``.
     """
     if mask is not None:
-        return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask), order
-    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, causal, scale)
+        return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask, depth_top), order
+    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, causal, scale, depth_top)
     return out, order

@@ -1,7 +1,9 @@
 """The depth stream: the depth keys and values of one forward pass, and in the backward pass their gradients.
 
 A stream owns two buffers ``[S, B, T, Hk, D]`` (K and V, slot-major) and, once a backward pass has begun, two gradient
-buffers of the same shape. Layers write slots and read those that the layout names:
+buffers of the same shape. They are no larger than the layout needs: in a pass that begins without gradients (evaluation) rows
+are used again once their slots have been read for the last time, and in the backward pass gradients take the rows of keys and
+values that nothing reads any more, where that fits. Layers write slots and read those that the layout names:
 
     stream = DepthStream(layout)                  one per forward pass, never per module
     order = stream.start()                        a tensor without elements that carries autograd's order
@@ -67,7 +69,8 @@ class _KeepAlive(torch.autograd.Function):
 class DepthStream:
     """Depth keys, values and their gradients for one forward pass.
 
-    Buffers are allocated at the first write, in its shape, dtype and device; gradient buffers at the first read's backward.
+    Buffers are allocated at the first write, in its shape, dtype and device; gradient buffers of their own at the first read's
+    backward.
 
     :param layout: which slots are written and read.
     :param backend: the operator's backend, as in :func:`moda_kernels.moda_attention`.
@@ -83,8 +86,11 @@ class DepthStream:
         self.v: Tensor | None = None
         self.grad_k: Tensor | None = None
         self.grad_v: Tensor | None = None
-        self._written = [False] * layout.n_slots
-        self._has_gradient = [False] * layout.n_slots
+        # The buffer row of each slot, the slot that each row holds, and the rows whose slots have a gradient.
+        self._rows = layout.training.rows
+        self._held: dict[int, int] = {}
+        self._has_gradient: set[int] = set()
+        self._has_backward = True
         self._differentiated: set[int] = set()
         self._deferral: Deferral | None = None
         self._documents: tuple[Tensor, int] | None = None
@@ -95,55 +101,73 @@ class DepthStream:
         self.layer_rows: tuple[Tensor, ...] = rows.unbind(0)
 
     def start(self, device: torch.device | None = None) -> Tensor:
-        """The first ``order``: shape ``[0]``, fp32, requiring a gradient while autograd is on."""
+        """The first ``order``: shape ``[0]``, fp32, requiring a gradient while autograd is on.
+
+        While it is off, the pass keeps nothing for a backward pass, which is then refused.
+        """
+        self._has_backward = torch.is_grad_enabled()
+        if not self._has_backward:
+            self._rows = self.layout.rows
         anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
         return _KeepAlive.apply(anchor, self)
 
     def write(self, slot: int, k: Tensor, v: Tensor) -> None:
         """Fill a slot with ``[B, T, Hk, D]`` keys and values; a slot already written is left as it is."""
-        if self._written[slot]:
+        row = self._rows[slot]
+        if self._held.get(row) == slot:
             return
         if self.k is None or self.v is None:
-            self.k = torch.empty((self.layout.n_slots, *k.shape), dtype=k.dtype, device=k.device)
+            training = self.layout.training
+            shared = self._has_backward and training.shift < self.layout.n_slots
+            rows = training.total if shared else max(self._rows) + 1
+            self.k = torch.empty((rows, *k.shape), dtype=k.dtype, device=k.device)
             self.v = torch.empty_like(self.k)
-        _copy(self.k[slot], k)
-        _copy(self.v[slot], v)
-        self._written[slot] = True
+        _copy(self.k[row], k)
+        _copy(self.v[row], v)
+        self._held[row] = slot
 
     def inputs(
         self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None
     ) -> tuple[Inputs, tuple[int, ...] | None]:
-        """What a layer's attention reads, and which slots of the depth tensors these are: None for all of them.
+        """What a layer's attention reads, and which rows of the depth tensors these are: None for all of them.
 
-        A run of slots comes as views of the buffers, any other list as the whole buffers and the slots' numbers.
+        A run of rows comes as views of the buffers, any other list as the whole buffers and the rows' numbers.
         """
         slots = self.layout.read_slots(layer)
         if not slots:
             return Inputs(q, k, v), None
-        if self.k is None or self.v is None or not all(self._written[s] for s in slots):
-            missing = [s for s in slots if not self._written[s]]
+        missing = [s for s in slots if self._held.get(self._rows[s]) != s]
+        if missing or self.k is None or self.v is None:
             raise RuntimeError(f"depth stream: slots {missing} are read before they are written")
-        run = as_run(slots)
+        rows = self._rows_read(layer)
+        run = as_run(rows)
         if run is None:
-            return Inputs(q, k, v, self.k, self.v, q_depth), slots
+            return Inputs(q, k, v, self.k, self.v, q_depth), rows
         return Inputs(q, k, v, self.k[slice(*run)], self.v[slice(*run)], q_depth), None
+
+    def _rows_read(self, layer: int) -> tuple[int, ...]:
+        """The rows of the slots that a layer reads, increasing."""
+        return tuple(sorted(self._rows[slot] for slot in self.layout.read_slots(layer)))
 
     def problem(
         self, x: Inputs, slots: tuple[int, ...] | None, cu_seqlens: Tensor | None = None, causal: bool = True,
-        scale: float | None = None,
+        scale: float | None = None, depth_top: int | None = None,
     ) -> Problem:  # fmt: skip
         """:func:`make_problem`, reading document boundaries back from the device once per forward pass, not once per layer."""
         longest = None
         if cu_seqlens is not None and self._documents is not None:
             known, length = self._documents  # kept alive, so that the same address is the same boundaries
             longest = length if (known.data_ptr(), known.shape) == (cu_seqlens.data_ptr(), cu_seqlens.shape) else None
-        p = make_problem(x, causal=causal, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=longest, slots=slots)
+        options: dict[str, Any] = dict(causal=causal, scale=scale, slots=slots, depth_top=depth_top)
+        p = make_problem(x, cu_seqlens=cu_seqlens, max_seqlen=longest, **options)
         if cu_seqlens is not None and longest is None:
             self._documents = (cu_seqlens, p.max_seqlen)
         return p
 
     def begin_backward(self, layer: int) -> None:
         """Note that a layer's read is being differentiated, which may happen once."""
+        if not self._has_backward:
+            raise RuntimeError("depth stream: a forward pass that began without gradients has no backward pass")
         if layer in self._differentiated:
             raise RuntimeError(
                 f"depth stream: the backward pass of layer {layer} ran twice over one forward pass; "
@@ -153,52 +177,54 @@ class DepthStream:
 
     def depth_gradients(self, layer: int, backend: Backend, q: Tensor) -> DepthTarget:
         """Where the backward pass of a layer with queries ``q [B, T, Hq, D]`` leaves the gradients of the slots it read."""
-        slots = self.layout.read_slots(layer)
-        if not slots:
+        rows = self._rows_read(layer)
+        if not rows:
             return None
         if self.defer > 1 and backend.defers:
             if self._deferral is None:
                 assert self.k is not None
                 layers = min(self.defer, self.layout.n_layers)
-                self._deferral = Deferral(backend.pending(layers, self.layout.n_slots, q, self.k.shape[3]))
+                self._deferral = Deferral(backend.pending(layers, self._rows[-1] + 1, q, self.k.shape[3]))
             if self._deferral.full:
                 self.flush(0)
-            return self._deferral.add(slots)
-        to = self._gradients(slots)
-        run = as_run(slots)
+            return self._deferral.add(rows)
+        to = self._gradients(rows)
+        run = as_run(rows)
         return to if run is None else to._replace(k=to.k[slice(*run)], v=to.v[slice(*run)])
 
-    def _gradients(self, slots: tuple[int, ...]) -> DepthGradients:
-        """The whole gradient buffers; ``slots`` are about to be stored into or added to."""
-        assert self.k is not None
+    def _gradients(self, rows: tuple[int, ...]) -> DepthGradients:
+        """The whole gradient buffers; ``rows`` are about to be stored into or added to."""
+        assert self.k is not None and self.v is not None
         if self.grad_k is None or self.grad_v is None:
-            self.grad_k, self.grad_v = torch.empty_like(self.k), torch.empty_like(self.k)
-        new = [i for i, slot in enumerate(slots) if not self._has_gradient[slot]]
+            shift = self.layout.training.shift
+            shared = shift < self.layout.n_slots
+            self.grad_k, self.grad_v = (x[shift:] if shared else torch.empty_like(x) for x in (self.k, self.v))
+        new = [i for i, row in enumerate(rows) if row not in self._has_gradient]
         first, end = (new[0], new[-1] + 1) if new else (0, 0)
         if len(new) < end - first:  # new slots on both sides of others: give the new ones a value to add to
             for i in new:
-                self.grad_k[slots[i]].zero_()
-                self.grad_v[slots[i]].zero_()
+                self.grad_k[rows[i]].zero_()
+                self.grad_v[rows[i]].zero_()
             first = end = 0
-        for slot in slots:
-            self._has_gradient[slot] = True
+        self._has_gradient.update(rows)
         return DepthGradients(self.grad_k, self.grad_v, (first, end))
 
     def flush(self, first: int) -> None:
-        """Add the deferred gradients of all slots >= ``first``."""
+        """Add the deferred gradients of all rows >= ``first``."""
         assert self._deferral is not None
-        for layers, slots in self._deferral.take(first):
-            self._deferral.pending.flush(layers, slots, self._gradients(slots))
+        for layers, rows in self._deferral.take(first):
+            self._deferral.pending.flush(layers, rows, self._gradients(rows))
 
     def take_gradient(self, slot: int) -> tuple[Tensor, Tensor]:
         """The gradients of a slot, handed over: zeros if nothing that was differentiated has read it."""
         assert self.k is not None
-        if self._deferral is not None and self._deferral.covers(slot):
-            self.flush(slot // WINDOW * WINDOW)
-        if self.grad_k is None or self.grad_v is None or not self._has_gradient[slot]:
-            return torch.zeros_like(self.k[slot]), torch.zeros_like(self.k[slot])
-        self._has_gradient[slot] = False
-        return self.grad_k[slot], self.grad_v[slot]
+        row = self._rows[slot]
+        if self._deferral is not None and self._deferral.covers(row):
+            self.flush(row // WINDOW * WINDOW)
+        if self.grad_k is None or self.grad_v is None or row not in self._has_gradient:
+            return torch.zeros_like(self.k[row]), torch.zeros_like(self.k[row])
+        self._has_gradient.remove(row)
+        return self.grad_k[row], self.grad_v[row]
 
 
 def stream_of(row: Tensor) -> tuple[DepthStream, int]:

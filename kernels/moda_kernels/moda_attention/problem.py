@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     one_token: bool
     sequence_kernel: str | None  # forced by MODA_SEQUENCE_KERNEL
     interpreted: bool  # Triton runs in its interpreter
+    selects: bool = False  # a query sees its largest depth logits only
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Problem:
     cu_seqlens: Tensor | None = field(compare=False)  # int32 [N + 1] document boundaries of a packed row
     max_seqlen: int  # the longest document, or T
     slots: tuple[int, ...] | None  # increasing numbers of the slots read; None for all of the depth tensors
+    depth_top: int | None = None  # a token's query head sees its slots of the largest logits only, so many
 
     @property
     def group(self) -> int:
@@ -68,7 +70,7 @@ class Problem:
             self.device, self.dtype, self.head_dim, self.group, self.causal, self.depth_chunk, self.has_sequence,
             packed=self.cu_seqlens is not None, one_token=self.length == 1,
             sequence_kernel=os.environ.get("MODA_SEQUENCE_KERNEL") or None,
-            interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+            interpreted=os.environ.get("TRITON_INTERPRET") == "1", selects=self.depth_top is not None,
         )  # fmt: skip
 
     @property
@@ -96,12 +98,13 @@ def _fail(name: str, expected: str, got: object) -> NoReturn:
 
 def make_problem(
     x: Inputs, *, causal: bool = True, scale: float | None = None, depth_chunk: int = 1, cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None, slots: Tensor | tuple[int, ...] | None = None,
+    max_seqlen: int | None = None, slots: Tensor | tuple[int, ...] | None = None, depth_top: int | None = None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of :func:`moda_kernels.moda_attention` and describe the call.
 
     :param max_seqlen: the longest document, if ``cu_seqlens`` has been checked before: it is not read back again then.
     :param slots: a tensor is checked; a tuple must be known to be increasing and in range.
+    :param depth_top: how many depth logits of a query stay in the softmax, the largest and what equals the least of them.
 
     :raises ValueError: naming the argument, what was expected and what was given.
     """
@@ -148,13 +151,15 @@ def make_problem(
             _fail(name, f"on q's device {q.device}", tensor.device)
     if type(depth_chunk) is not int or depth_chunk < 1:
         _fail("depth_chunk", "an integer >= 1", repr(depth_chunk))
+    if depth_top is not None and (type(depth_top) is not int or depth_top < 1):
+        _fail("depth_top", "an integer >= 1, or None", repr(depth_top))
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         _fail("scale", "a finite number > 0", scale)
     if cu_seqlens is None or max_seqlen is None:
         max_seqlen = T if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T, q.device)
     return Problem(
         B, T, Hq, Hk, D, n_slots, q.dtype, q.device, bool(causal), float(D**-0.5 if scale is None else scale), depth_chunk,
-        k is not None, cu_seqlens, max_seqlen, numbers,
+        k is not None, cu_seqlens, max_seqlen, numbers, depth_top,
     )  # fmt: skip
 
 

@@ -72,7 +72,10 @@ def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
         tokens, hidden = _depth_tokens(p, lo, hi)
         qd = _grouped(x.depth_query, p, lo, hi) * p.scale
         s = torch.einsum("brhgd,sbrchd->bhgrcs", qd, x.depth_k[:, :, tokens].to(dtype))
-        parts.append(s.masked_fill_(hidden[:, :, None], float("-inf")).flatten(-2))
+        s = s.masked_fill_(hidden[:, :, None], float("-inf")).flatten(-2)
+        if p.depth_top is not None and p.depth_top < s.shape[-1]:
+            s.masked_fill_(s < s.topk(p.depth_top).values[..., -1:], float("-inf"))
+        parts.append(s)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from .all_slots import All
+from .blocks import Blocks
+from .combined import Intersect, Union
+from .dynamic import Dynamic
+from .first_recent import FirstRecent
+from .kinds import Kinds
 from .policy import SlotPolicy
 from .recent import Recent
+from .stride import Stride
 
-__all__ = ["All", "Recent", "SlotPolicy"]
+__all__ = ["All", "Blocks", "Dynamic", "FirstRecent", "Intersect", "Kinds", "Recent", "SlotPolicy", "Stride", "Union"]
 
-SlotPolicy.register(All, Recent)
+SlotPolicy.register(All, Recent, FirstRecent, Stride, Kinds, Blocks, Union, Intersect, Dynamic)

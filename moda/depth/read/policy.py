@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any, ClassVar
 
 from moda.errors import UserError
@@ -15,7 +16,8 @@ class SlotPolicy(Registered):
 
     A policy is a file with a class like this one and a line in ``moda.depth.read``. Slots are numbered in the order in which
     layers could write them: layer 0 attention, layer 0 FFN, layer 1 attention, ...; with one kind of slot per layer: layer 0,
-    layer 1, ... What no layer reads is neither computed nor written, and has no parameters.
+    layer 1, ... What no layer reads is neither computed nor written, and has no parameters. A policy may ask for more slots than
+    there are: it reads those that exist.
     """
 
     family = "slot policy"
@@ -40,6 +42,11 @@ class SlotPolicy(Registered):
                 raise UserError("model.depth.read", expected, slots)
         return reads
 
+    @property
+    def kept(self) -> int | None:
+        """How many of :meth:`slots` a token keeps for each query head, those of the largest logits; None for all."""
+        return None
+
     def describe(self) -> str:
         """What is read, in words."""
         raise NotImplementedError
@@ -58,8 +65,8 @@ class SlotPolicy(Registered):
         axes.set(
             xlabel="slot",
             ylabel="reading layer",
-            title=self.describe(),
             xlim=(-1, n_layers * kinds),
             ylim=(n_layers, -1),
         )
+        axes.set_title(textwrap.fill(self.describe(), 48), fontsize=10)
         axes.legend(loc="upper right", frameon=False)

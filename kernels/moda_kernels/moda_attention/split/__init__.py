@@ -26,6 +26,8 @@ class Split(Backend):
     defers = True
 
     def unsupported(self, kind: Kind) -> str | None:
+        if kind.selects:
+            return "depth_top: only the reference backend picks a token's slots by their logits"
         if kind.device.type != "cuda" and not (kind.device.type == "cpu" and kind.interpreted):
             return f"device {kind.device.type}: split needs a CUDA device"
         if kind.depth_chunk != 1:
