@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from .spec import Cell
-from .state import State, state_of
+from .state import State, check_folder, state_of
 
-#: Seconds between two looks at the running processes.
-_POLL = 0.5
+#: Seconds between two looks at the running processes, and at their figures.
+_POLL, _REFRESH = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,14 @@ def run_sweep(cells: Sequence[Cell], logs: Path, available: Sequence[Worker], sh
     """Run what is not finished.
 
     :param available: what runs can get; each has one run at a time.
-    :param show: called at every change, and about twice a second.
+    :param show: called at every look.
 
     :raises UserError: where a run's folder holds another run; nothing has been started then.
     """
+    for cell in cells:
+        check_folder(cell)
     board = Board(cells, {cell.name: state_of(cell) for cell in cells})
+    refreshed = time.monotonic()
     waiting = [cell for cell in cells if board.states[cell.name].kind != "finished"]
     free = list(available)
     with _stopping(board.running):
@@ -149,9 +152,12 @@ def run_sweep(cells: Sequence[Cell], logs: Path, available: Sequence[Worker], sh
                 board.running[run.cell.name] = run
             show(board)
             time.sleep(_POLL)
+            due = time.monotonic() - refreshed > _REFRESH
+            refreshed = time.monotonic() if due else refreshed
             for name, run in list(board.running.items()):
                 code = run.process.poll()
-                board.states[name] = state_of(run.cell)
+                if code is not None or due:
+                    board.states[name] = state_of(run.cell)
                 if code is None:
                     continue
                 del board.running[name]

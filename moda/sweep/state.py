@@ -29,14 +29,11 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
-def state_of(cell: Cell) -> State:
-    """The state of a run's folder.
-
-    :raises UserError: where the folder holds a run of another configuration.
-    """
+def check_folder(cell: Cell) -> None:
+    """:raises UserError: where a run's folder holds one of another configuration."""
     file = cell.folder / "config.yaml"
     if not file.is_file():
-        return State("new")
+        return
     there, wanted = _flat(to_dict(load_config(file))), _flat(to_dict(cell.config))
     for key in sorted(there.keys() | wanted.keys()):
         if there.get(key) != wanted.get(key):
@@ -44,6 +41,10 @@ def state_of(cell: Cell) -> State:
                 f"run {cell.name}: {key}", f"{wanted.get(key)!r} as the sweep has it", f"{there.get(key)!r} in {file}",
                 "it is of another sweep or was changed: move the folder away, or choose another folder",
             )  # fmt: skip
+
+
+def state_of(cell: Cell) -> State:
+    """The state of a run's folder, from its figures and its summary."""
     metrics = cell.folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else []
     step = lines[-1]["step"] if lines else 0

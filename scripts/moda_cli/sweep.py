@@ -7,6 +7,7 @@ Examples:
 """
 
 import argparse
+import contextlib
 
 from moda.ranges import Count
 
@@ -39,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from moda.errors import UserError
+    from moda.files import locked
     from moda.sweep import load_sweep
     from moda.sweep.data import missing_data, prepared
     from moda.sweep.run import run_sweep, workers
     from moda.sweep.slurm import submit
-    from moda.sweep.state import state_of
+    from moda.sweep.state import check_folder, state_of
     from moda.sweep.table import board_table, lines, plan_table
 
     sweep = load_sweep(args.sweep, [*(prepared(args.data) if args.data else []), *args.overrides])
@@ -55,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--gpus-per-run", f"at most the {len(gpus)} GPUs", args.gpus_per_run)
     available = workers(gpus, args.jobs, args.gpus_per_run)
     processes = args.gpus_per_run if args.slurm else available[0].processes
-    table, total = plan_table(cells, {cell.name: state_of(cell) for cell in cells}, processes, len(available))
+    for cell in cells:
+        check_folder(cell)
+    states = {cell.name: state_of(cell) for cell in cells}
+    table, total = plan_table(cells, states, processes, len(available))
     console = Console()
     console.print(table)
     console.print(total, highlight=False)
@@ -72,18 +77,18 @@ def run(args: argparse.Namespace) -> int:
     if missing is not None:
         raise missing
     if args.slurm:
-        jobs = submit(cells, sweep.folder / "slurm", args.slurm, processes)
+        left = [cell for cell in cells if states[cell.name].kind != "finished"]
+        jobs = submit(left, sweep.folder / "slurm", args.slurm, processes)
         console.print(f"submitted {len(jobs)} jobs: {', '.join(jobs)}", highlight=False)
         return 0
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=2) as live:
-            board = run_sweep(cells, sweep.folder / "logs", available, lambda b: live.update(board_table(b)))
-    else:
-        board = run_sweep(cells, sweep.folder / "logs", available, lines(console))
+    logs, live = sweep.folder / "logs", Live(console=console, refresh_per_second=2)
+    with locked(sweep.folder, "SWEEP", "sweep"), live if console.is_terminal else contextlib.nullcontext():
+        show = (lambda b: live.update(board_table(b))) if console.is_terminal else lines(console)
+        board = run_sweep(cells, logs, available, show)
+    if not console.is_terminal:
         console.print(board_table(board))
     for name in board.failed:
         console.print(f"{name} failed: {board.notes[name]}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"{len(cells) - len(board.failed)} of {len(cells)} runs are finished: {sweep.folder}", highlight=False
-    )
+    finished = f"{len(cells) - len(board.failed)} of {len(cells)} runs are finished"
+    console.print(f"{finished}: `moda report {sweep.folder}` compares them", highlight=False, soft_wrap=True)
     return 1 if board.failed else 0

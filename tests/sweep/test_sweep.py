@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -216,6 +217,18 @@ def test_the_run_of_another_sweep_is_refused_before_anything_starts(tmp_path: Pa
     with pytest.raises(UserError, match=r"run pre-none: optim.weight_decay: expected 0.3 .*got 0.1"):
         run_sweep(changed, tmp_path / "logs", [Worker()], lambda b: None)
     assert started == []
+
+
+def test_a_sweep_is_run_by_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sweep_file(tmp_path)
+    lock = str(tmp_path / "runs" / ".lock")
+    holder = f"import fcntl, time; f = open({lock!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+    (tmp_path / "runs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert main(["sweep", str(path)]) == 2
+        assert "error: SWEEP: expected no other sweep in" in capsys.readouterr().err
+        other.kill()
 
 
 def test_workers() -> None:
