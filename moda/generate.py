@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moda.checkpoints import choose_checkpoint, kind_of, open_checkpoint, read_weights
-from moda.config.schema import TokenizerSection
+from moda.config.schema import ModelConfig, TokenizerSection
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.hf import read_export, section_of, to_hf
@@ -54,6 +54,28 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
 
 
+def build_decoder(model: ModelConfig, weights: dict[str, torch.Tensor], length: int = 2048) -> Any:
+    """The exported form of a model, on the CPU.
+
+    :param model: its section, with the vocabulary.
+    :param weights: its weights under their exported names (:func:`moda.hf.to_hf`).
+    :param length: its context length.
+
+    :raises UserError: without transformers.
+    :raises RuntimeError: for weights that are not those of the model.
+    """
+    try:
+        from moda.hf.configuration_moda import MoDAConfig
+        from moda.hf.modeling_moda import MoDAForCausalLM
+    except ImportError:
+        raise UserError("model", "transformers to be installed", hint="pip install -e '.[hf]'") from None
+    if model.tie_embeddings:
+        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    decoder = MoDAForCausalLM(MoDAConfig(model=to_dict(model), max_position_embeddings=length))
+    decoder.load_state_dict(weights)
+    return decoder.eval()
+
+
 def load_decoder(
     path: str | Path, device: torch.device, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
 ) -> tuple[Any, Tokenizer | None, int]:
@@ -65,11 +87,6 @@ def load_decoder(
 
     :raises UserError: for a folder that is none of these.
     """
-    try:
-        from moda.hf.configuration_moda import MoDAConfig
-        from moda.hf.modeling_moda import MoDAForCausalLM
-    except ImportError:
-        raise UserError("generate", "transformers to be installed", hint="pip install -e '.[hf]'") from None
     folder = choose_checkpoint(path)
     log.info("loading %s", folder)
     section: TokenizerSection | None
@@ -86,11 +103,8 @@ def load_decoder(
         )
         assert described.vocab_size is not None
         weights = to_hf(read_weights(folder), described.vocab_size)
-    if described.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model = MoDAForCausalLM(MoDAConfig(model=to_dict(described), max_position_embeddings=length))
     try:
-        model.load_state_dict(weights)
+        model = build_decoder(described, weights, length)
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(

@@ -247,12 +247,15 @@ class LoggingConfig(Section):
     """``logging``: what a run tells.
 
     :param interval: every how many steps metrics are collected, shown and written.
+    :param layers_interval: every how many steps each layer's gradient norm, residual stream and shares of the attention are
+        written; null for never. Needs the extra ``hf``.
     :param wandb: Weights & Biases.
     """
 
     key: ClassVar[str] = "logging"
 
     interval: Steps = 10
+    layers_interval: Steps | None = None
     wandb: WandBSection = field(default_factory=WandBSection)
 
 

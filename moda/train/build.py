@@ -38,10 +38,12 @@ from moda.checkpoints import OwnCheckpointer
 from moda.config.schema import Checkpointing, DataParallel, Optimizer
 from moda.data import TrainingData
 from moda.errors import UserError
+from moda.hf import section_of
 from moda.typed import to_dict
 
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
+from .layers import LayersCallback
 from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
 from .validation import ValidationConfig
@@ -197,6 +199,8 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         callbacks["validation"] = ValidationConfig(
             data.validation, c.eval.interval, c.eval.on_start, c.eval.on_finish, c.eval.max_batches
         )
+    if c.logging.layers_interval is not None:
+        callbacks["layers"] = LayersCallback(model=section_of(plan.transformer), interval=c.logging.layers_interval)
     if c.logging.wandb.enabled:
         w = c.logging.wandb
         callbacks["wandb"] = WandB(

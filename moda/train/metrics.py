@@ -27,9 +27,12 @@ _NAMES = {
 
 
 def stable_name(name: str) -> str | None:
-    """This project's name of a metric of OLMo-core's, or None if it has none: evaluations become ``eval/<set>/loss``."""
+    """This project's name of a metric of OLMo-core's, or None if it has none: evaluations become
+    ``eval/<set>/loss``, figures of layers ``<name>/layer<N>``."""
     if name.startswith("eval/lm/"):
         return name.replace("eval/lm/", "eval/", 1).replace("/CE loss", "/loss").replace("/PPL", "/perplexity")
+    if name.startswith("layers/"):
+        return name.removeprefix("layers/")
     return name if name.startswith("eval/") else _NAMES.get(name)
 
 

@@ -115,6 +115,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):
         hint = "its kernels need a CUDA device, and this machine has none"
         raise UserError("model.attention_backend", "auto or reference here", backend.value, hint)
+    if config.logging.layers_interval is not None and importlib.util.find_spec("transformers") is None:
+        raise UserError("logging.layers_interval", "null without transformers", hint="pip install -e '.[hf]'")
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb.enabled", "false without wandb", True, "pip install -e '.[wandb]'")
     if config.logging.wandb.enabled and wandb_needs_key() and not os.environ.get("WANDB_API_KEY"):
