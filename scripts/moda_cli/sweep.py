@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise missing
     if args.slurm:
         jobs = submit(cells, sweep.folder / "slurm", args.slurm, processes)
-        console.print(f"submitted {len(jobs)} jobs: {', '.join(jobs)}", highlight=False)
+        console.print(f"submitted: {', '.join(jobs)}", highlight=False)
         return 0
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2) as live:
