@@ -38,7 +38,9 @@ def _short(value: object, limit: int = 300) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"did you mean 'x'? "`` or an empty string, and then all known names."""
+    """``"did you mean 'x'? "`` or an empty string, and then all known names, unless they are a page beside a guess."""
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if match and len(names) > 40:
+        return f"did you mean {match[0]!r}?"
     return (f"did you mean {match[0]!r}? " if match else "") + "known: " + ", ".join(names)

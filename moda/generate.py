@@ -160,7 +160,9 @@ def _generate(model: Any, ids: Sequence[int], room: int, sampling: Sampling, sto
         prompt = torch.tensor([list(ids)], device=model.device)
         try:
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                if sampling.seed is not None:
+                if sampling.seed is None:
+                    torch.seed()  # else every text would begin at the state that the fork brings back
+                else:
                     torch.manual_seed(sampling.seed)
                 model.generate(
                     prompt,

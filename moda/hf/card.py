@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"  # this folder
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False).input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```

@@ -70,7 +70,7 @@ def plan_table(cells: Sequence[Cell], states: Mapping[str, State], processes: in
         )  # fmt: skip
     left = sum(seconds[cell.name] for cell in cells if states[cell.name].kind != "finished")
     tokens = sum(tokens_of(cell.config) for cell in cells)
-    total = f"{len(cells)} runs, {tokens:,} tokens; {_duration(left)} of training left"
+    total = f"runs: {len(cells)}, tokens: {tokens:,}, training left: {_duration(left)}"
     if at_a_time > 1:
         total += f", {_duration(left / at_a_time)} with {at_a_time} runs at a time"
     changed = [f"{cell.name}: {cell.changed}" for cell in cells if cell.changed]

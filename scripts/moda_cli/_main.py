@@ -9,7 +9,6 @@ Exit codes: 0 success, 1 a bug or no memory, 2 bad input, or a file or disk that
 """
 
 import argparse
-import contextlib
 import importlib
 import logging
 import os
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given and not given[0].startswith("-"):
         return _execute(given[0], given[1:])
-    parser = _all_commands(whole="--print-completion" in given)
+    parser = _all_commands(whole=any(word.startswith("--print-completion") for word in given))
     parser.parse_args(given)
     parser.print_help(sys.stderr)
     return 2
@@ -196,9 +195,12 @@ def _all_commands(whole: bool) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         parents = [importlib.import_module(f"moda_cli.{name}").parser()] if whole else []
         children.add_parser(name, help=text, parents=parents, add_help=not whole)
-    with contextlib.suppress(ImportError):  # the extra `completion`
+    try:
         import shtab
-
+    except ImportError:
+        if whole:
+            parser.error("--print-completion needs the package shtab: pip install -e '.[completion]'")
+    else:
         shtab.add_argument_to(parser, "--print-completion")
         _complete_files(parser, shtab.FILE)
     return parser

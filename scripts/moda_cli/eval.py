@@ -1,6 +1,7 @@
 """Perplexity and downstream accuracy of checkpoints, in the terms of the paper's Tables 4 and 5.
 
-A checkpoint is a stepN folder of this project or of OLMo-core, or a Hugging Face folder.
+A checkpoint is a run's folder (its newest whole checkpoint), a stepN folder of this project or of OLMo-core, or a
+Hugging Face folder.
 
 Examples:
   %(prog)s runs/moda_demo/step480 --suite downstream --tasks copa sciq --limit 50

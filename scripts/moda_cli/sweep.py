@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.slurm:
         left = [cell for cell in cells if states[cell.name].kind != "finished"]
         jobs = submit(left, sweep.folder / "slurm", args.slurm, processes)
-        console.print(f"submitted {len(jobs)} jobs: {', '.join(jobs)}", highlight=False)
+        console.print(f"submitted: {', '.join(jobs)}", highlight=False)
         return 0
     logs, live = sweep.folder / "logs", Live(console=console, refresh_per_second=2)
     with locked(sweep.folder, "SWEEP", "sweep"), live if console.is_terminal else contextlib.nullcontext():

@@ -24,7 +24,7 @@ def _numbers(text: str) -> list[int]:
 
 def parser() -> argparse.ArgumentParser:
     p = new_parser(__doc__)
-    p.add_argument("checkpoint", nargs="+", help="folders of checkpoints or exports")
+    p.add_argument("checkpoint", nargs="+", help="folders of runs, checkpoints or exports")
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--text", help="the text")
     given.add_argument("--file", metavar="FILE", help="a file with the text")

@@ -245,6 +245,13 @@ moda_cli.main(["train", "configs/moda_demo.yaml"])
     assert done.returncode == 7 and done.stdout == "1 PASSIVE\n", done.stderr
 
 
+def test_completion_without_its_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stopped:
+        moda_cli.main(["--print-completion=bash"])
+    assert stopped.value.code == 2 and "shtab: pip install -e '.[completion]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")

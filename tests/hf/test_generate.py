@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pydoc_data.topics
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,8 @@ def test_command_line(checkpoint: Path, capsys: pytest.CaptureFixture[str], monk
     assert script.main([str(checkpoint), "The import", *options]) == 0
     one, two = capsys.readouterr().out.split("--- 2 of 2\n")
     assert one == f"--- 1 of 2\n{first}" and two.startswith("The import") and two != first
+    assert script.main([str(checkpoint), "The import", "--max-new-tokens", "20", "--samples", "3"]) == 0
+    assert len(set(re.split("--- . of 3\n", capsys.readouterr().out)[1:])) == 3  # without a seed too
     for wrong in ([], ["a", "--interactive"]):
         assert script.main([str(checkpoint), *wrong]) == 2
     assert "expected a text to continue, or else --interactive" in capsys.readouterr().err
