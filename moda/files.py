@@ -78,6 +78,8 @@ def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bo
     try:
         if path.is_dir() and not folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if folder and path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         place = path.absolute().parent
         while not place.exists():
             place = place.parent
