@@ -78,6 +78,8 @@ def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bo
     try:
         if path.is_dir() and not folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if folder and path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         place = path.absolute().parent
         while not place.exists():
             place = place.parent
@@ -150,13 +152,18 @@ def read_json(path: Path, key: str, kind: type = dict) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without those that were cut short or damaged."""
+    """The lines of a metrics file, without those that were cut short or damaged. What is no finite number is None."""
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     try:
         lines = json.loads(f"[{','.join(texts)}]")  # all at once takes half the time
     except (ValueError, RecursionError):
         lines = [_line(text) for text in texts]
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    steps = ((line, line.get("step")) for line in lines if isinstance(line, dict))
+    return [{k: _figure(v) for k, v in line.items()} for line, n in steps if type(n) is int and 0 <= n < 2**63]
+
+
+def _figure(value: Any) -> int | float | None:
+    return value if isinstance(value, (int, float)) and abs(value) < 1e100 else None
 
 
 def _line(text: str) -> Any:

@@ -7,7 +7,7 @@ trainer's state (``train/``) and ``checksums.json``.
 from .find import STATE, choose_checkpoint, find_resumable, kind_of
 from .keep import checkpoints_of_run, remove_old
 from .own import OwnCheckpointer, check_own, read_trainer_state, saving_alone
-from .read import Checkpoint, load_model, match_weights, open_checkpoint, read_weights
+from .read import Checkpoint, embedding_rows, load_model, match_weights, open_checkpoint, read_weights
 from .seal import CHECKSUMS, damage, write_checksums
 from .settings import changed_settings, check_same_model, check_same_run, read_settings
 
@@ -23,6 +23,7 @@ __all__ = [
     "checkpoints_of_run",
     "choose_checkpoint",
     "damage",
+    "embedding_rows",
     "find_resumable",
     "kind_of",
     "load_model",

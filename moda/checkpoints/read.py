@@ -101,6 +101,12 @@ def _assemble(state: Path, table: Metadata) -> dict[str, torch.Tensor]:
     return weights
 
 
+def embedding_rows(folder: Path) -> int | None:
+    """How many tokens a checkpoint's embedding has rows for, None where its table of contents does not tell."""
+    size = getattr(read_table(folder / STATE).state_dict_metadata.get(f"{_PREFIX}embeddings.weight"), "size", None)
+    return size[0] if isinstance(size, torch.Size) and size else None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint folder says about itself; its weights are not read yet.

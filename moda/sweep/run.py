@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from moda.files import locked
+
 from .spec import Cell
 from .state import State, check_folder, state_of
 
@@ -137,7 +139,7 @@ def run_sweep(cells: Sequence[Cell], logs: Path, available: Sequence[Worker], sh
     :param available: what runs can get; each has one run at a time.
     :param show: called at every look.
 
-    :raises UserError: where a run's folder holds another run; nothing has been started then.
+    :raises UserError: where a run's folder holds another run, or another sweep runs it; nothing has been started then.
     """
     for cell in cells:
         check_folder(cell)
@@ -145,7 +147,10 @@ def run_sweep(cells: Sequence[Cell], logs: Path, available: Sequence[Worker], sh
     refreshed = time.monotonic()
     waiting = [cell for cell in cells if board.states[cell.name].kind != "finished"]
     free = list(available)
-    with _stopping(board.running):
+    with contextlib.ExitStack() as held:
+        for cell in waiting:  # each of its own: what another process has with --only does not matter
+            held.enter_context(locked(logs / f".{cell.name}", f"run {cell.name}", "sweep"))
+        held.enter_context(_stopping(board.running))
         while waiting and (free or board.running) or board.running:
             while waiting and free:
                 run = _start(waiting.pop(0), free.pop(0), logs)

@@ -28,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from moda.config import RunConfig, load_config, read_config
+from moda.config.names import own_folder
 from moda.errors import UserError, nearest
-from moda.typed import from_dict
+from moda.typed import convert, from_dict
 
 #: Keys that a sweep sets itself.
 _OWN = ("name", "train.save_folder", "train.seed")
+#: Names that no run can have: folders of the sweep.
+_TAKEN = ("logs", "slurm")
 
 
 class By(str, Enum):
@@ -169,29 +172,45 @@ def _axis(section: Mapping[str, Any], number: int) -> Axis:
         for label, keys in named.items():
             if keys is not None and not isinstance(keys, Mapping):
                 raise UserError(f"{where}.{name}.{label}", "the keys that it sets (key: value lines), or null", keys)
-        values = {_label(name, str(label)): dict(keys or {}) for label, keys in named.items()}
+        labels = [_label(name, str(label)) for label in named]
+        rows = [dict(keys or {}) for keys in named.values()]
     else:
         lengths = {len(v) if isinstance(v, list) else 0 for v in section.values()}
         if len(lengths) != 1 or lengths == {0}:
             raise UserError(where, "keys with lists of values, all of one length", dict(section))
         name = " and ".join(section)
         rows = [dict(zip(section, row)) for row in zip(*section.values())]
-        values = {"-".join(_label(k, v) for k, v in row.items()): row for row in rows}
-        if len(values) != len(rows):
-            raise UserError(where, "values with names that differ", list(values), "give them names of their own")
+        labels = ["-".join(_label(k, v) for k, v in row.items()) for row in rows]
+    values = dict(zip(labels, rows))
+    if len(values) != len(rows):
+        raise UserError(where, "values with names that differ", list(values), "give them names of their own")
     if not values:
         raise UserError(where, "at least one value")
     return Axis(name, values)
 
 
-def _check_keys(section: SweepSection, axes: Sequence[Axis]) -> None:
-    """Refuse keys that are set in two places, and those that a sweep sets itself."""
-    owners = {"override": set(section.override)}
-    for axis in axes:
-        owners[f"axis {axis.name}"] = {key for keys in axis.values.values() for key in keys}
+def _leaves(keys: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Dotted keys, those in sections too."""
+    for key, value in keys.items():
+        value = getattr(value, "collection", None) or value  # of what was typed
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def _check_keys(section: SweepSection, axes: Sequence[Axis], typed: Sequence[str]) -> None:
+    """Refuse keys that are set in two places, and those that a sweep sets itself. What is typed may replace ``override``."""
+    owners = {f"axis {axis.name}": {k for keys in axis.values.values() for k in _leaves(keys)} for axis in axes}
+    given = {"override": set(_leaves(section.override)), "the command line": set(_leaves(read_config(None, typed)))}
+    for owner, keys in given.items():
+        _check_owners({owner: keys, **owners})
+
+
+def _check_owners(owners: Mapping[str, set[str]]) -> None:
     seen: dict[str, str] = {}
     for owner, keys in owners.items():
-        for key in keys:
+        for key in sorted(keys):
             if key in _OWN:
                 raise UserError(owner, "keys that a sweep does not set itself", key, "seeds: [0, 1] varies the seed")
             if key in seen:
@@ -233,13 +252,13 @@ def _cells(
         keys: dict[str, Any] = dict(section.override)
         for axis, label in zip(axes, labels):
             keys.update(axis.values[label])
-        file = base / keys.pop("config", section.config)
+        file = base / convert(keys.pop("config", section.config), str, "config")
         for seed in seeds:
             parts = [f"{axis.short}-{label}" if label in ambiguous else label for axis, label in zip(axes, labels)]
             name = "-".join([*parts, *([] if seed is None else [f"seed{seed}"])])
             own: dict[str, Any] = {"name": name, "train.save_folder": str(folder / name)}
             own.update({} if seed is None else {"train.seed": seed})
-            own["logging.wandb.group"] = sweep
+            keys.setdefault("logging.wandb.group", sweep)
             overrides = (*(text_of(k, v) for k, v in {**keys, **own}.items()), *typed)
             yield Cell(name, chosen, seed, file, {**keys, **own}, overrides, _load(name, file, overrides))
 
@@ -255,22 +274,25 @@ def load_sweep(path: str | Path, typed: Sequence[str] = ()) -> Sweep:
 
     path = Path(path)
     section = from_dict(SweepSection, read_config(path))
-    for pair in typed:
-        if pair.partition("=")[0] in _OWN:
-            raise UserError("override", "keys that a sweep does not set itself", pair)
     axes = [_axis(axis, number) for number, axis in enumerate(section.axes)]
     names = [axis.name for axis in axes]
     if not axes or len(set(names)) != len(names):
         raise UserError("axes", "at least one axis, with names that differ", ", ".join(names) or "none")
     if section.seeds is not None and (not section.seeds or len(set(section.seeds)) != len(section.seeds)):
         raise UserError("seeds", "a list of different numbers, or null", section.seeds)
-    _check_keys(section, axes)
+    _check_keys(section, axes, typed)
     folder = Path(section.folder or f"runs/sweeps/{path.stem}")
+    own_folder("folder", section.folder or str(folder))
     cells = list(_cells(path.stem, folder, section, axes, path.parent, typed))
     if not cells:
         raise UserError("exclude", "at least one run that is left", "all of them excluded")
+    for name, n in Counter([*_TAKEN, *(cell.name for cell in cells)]).items():
+        if n > 1:
+            raise UserError("axes", f"runs with names that differ from each other and from {', '.join(_TAKEN)}", name)
     if section.match is not None:
         reference = section.match.to
+        if not reference or any(isinstance(value, list) for value in reference.values()):
+            raise UserError("match.to", "an axis and one of its values, or several of both", reference)
         _matches(cells[0].labels, reference, axes, "match.to")
         wanted = {name: _label(name, value) for name, value in reference.items()}
         cells = equalise(cells, section.match, wanted)

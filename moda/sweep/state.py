@@ -62,5 +62,5 @@ def tokens_per_second(folder: Path) -> float | None:
     file = folder / METRICS_FILE
     if not file.is_file():
         return None
-    speeds = [line["tokens_per_second"] for line in read_metrics(file) if line.get("tokens_per_second")]
+    speeds = [line["tokens_per_second"] for line in read_metrics(file) if (line.get("tokens_per_second") or 0) > 0]
     return statistics.median(speeds[10:] or speeds) if speeds else None

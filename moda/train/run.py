@@ -29,6 +29,7 @@ from moda.checkpoints import (
     check_own,
     check_same_model,
     check_same_run,
+    embedding_rows,
     find_resumable,
     match_weights,
     saving_alone,
@@ -181,7 +182,7 @@ def _run_folder(folder: Path) -> Iterator[None]:
 def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     config = p.config
     clock = ClockCallback()
-    checkpoint = on_first_rank(lambda: _choose_checkpoint(config))
+    checkpoint = on_first_rank(lambda: _choose_checkpoint(p))
     data = _prepare_data(p)
     device = get_default_device()
     log.info(
@@ -223,11 +224,12 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     return Outcome(trainer.global_step, signals.received)
 
 
-def _choose_checkpoint(config: RunConfig) -> str | None:
+def _choose_checkpoint(p: Plan) -> str | None:
     """The checkpoint of this run to resume from, or None. It, or else ``train.load_path``, is checked.
 
     :raises UserError: for a checkpoint that is not the user's own, is none, or is of another model.
     """
+    config = p.config
     checkpoint = find_resumable(config.save_folder)
     if checkpoint is not None:
         check_own(checkpoint)
@@ -239,6 +241,13 @@ def _choose_checkpoint(config: RunConfig) -> str | None:
             check_same_run(checkpoint, config)
         else:
             check_same_model(Path(source), config.model, other_reads=config.train.load_other_reads)
+        rows = embedding_rows(Path(source))
+        if rows not in (None, p.transformer.vocab_size):
+            raise UserError(
+                "data.tokenizer", f"the one of checkpoint {source}, whose model has {rows:,} rows for tokens",
+                f"{p.transformer.vocab_size:,} rows for {p.tokenizer.name}",
+                "it has changed: give the former one, or choose another train.save_folder",
+            )  # fmt: skip
     return None if checkpoint is None else source
 
 

@@ -8,6 +8,7 @@ Examples:
 
 import argparse
 import contextlib
+import re
 
 from moda.ranges import Count
 
@@ -16,12 +17,20 @@ from ._options import new_parser, number
 RESUME = "its runs have saved; the same command resumes them"
 
 
+def _gpus(text: str) -> list[str]:
+    """Numbers or names of GPUs, as CUDA_VISIBLE_DEVICES has them: anything else there would hide all of them."""
+    gpus = text.split(",")
+    if len(set(gpus)) != len(gpus) or not all(re.fullmatch(r"[0-9]+|(GPU|MIG)-[\w/-]+", gpu) for gpu in gpus):
+        raise argparse.ArgumentTypeError(f"expected different GPUs such as 0,1, got {text!r}")
+    return gpus
+
+
 def parser() -> argparse.ArgumentParser:
     p = new_parser(__doc__)
     p.add_argument("sweep", metavar="SWEEP", help="a YAML file, such as configs/sweeps/demo.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every run")
     p.add_argument("--data", metavar="FOLDER", help="a folder that `moda prepare` made: every run trains on it")
-    p.add_argument("--gpus", metavar="0,1,...", help="GPUs to use (default: all that are there)")
+    p.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="GPUs to use (default: all that are there)")
     p.add_argument("--gpus-per-run", type=number(Count), default=1, metavar="N", help="GPUs of one run")
     p.add_argument(
         "--jobs", type=number(Count), default=1, metavar="N", help="runs at a time on the same GPUs, or on the CPU"
@@ -40,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from moda.errors import UserError
-    from moda.files import locked
     from moda.sweep import load_sweep
     from moda.sweep.data import missing_data, prepared
     from moda.sweep.run import run_sweep, workers
@@ -48,14 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from moda.sweep.state import check_folder, state_of
     from moda.sweep.table import board_table, lines, plan_table
 
-    sweep = load_sweep(args.sweep, [*(prepared(args.data) if args.data else []), *args.overrides])
+    sweep = load_sweep(args.sweep, [*(prepared(args.data) if args.data is not None else []), *args.overrides])
     cells = [cell for cell in sweep.cells if args.only is None or args.only in cell.name]
     if not cells:
         raise UserError("--only", "part of a run's name", args.only, ", ".join(c.name for c in sweep.cells[:8]))
-    gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())]
-    if gpus and args.gpus_per_run > len(gpus):
+    gpus = args.gpus or [str(i) for i in range(torch.cuda.device_count())]
+    if not args.slurm and args.gpus_per_run > max(len(gpus), 1):
         raise UserError("--gpus-per-run", f"at most the {len(gpus)} GPUs", args.gpus_per_run)
-    available = workers(gpus, args.jobs, args.gpus_per_run)
+    available = workers(gpus, min(args.jobs, len(cells)), min(args.gpus_per_run, len(gpus) or 1))
     processes = args.gpus_per_run if args.slurm else available[0].processes
     for cell in cells:
         check_folder(cell)
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"submitted: {', '.join(jobs)}", highlight=False)
         return 0
     logs, live = sweep.folder / "logs", Live(console=console, refresh_per_second=2)
-    with locked(sweep.folder, "SWEEP", "sweep"), live if console.is_terminal else contextlib.nullcontext():
+    with live if console.is_terminal else contextlib.nullcontext():
         show = (lambda b: live.update(board_table(b))) if console.is_terminal else lines(console)
         board = run_sweep(cells, logs, available, show)
     if not console.is_terminal:

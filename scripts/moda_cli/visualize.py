@@ -17,7 +17,7 @@ from ._options import add_model_options, new_parser, number
 
 
 def _numbers(text: str) -> list[int]:
-    if not all(part.isdigit() for part in text.split(",")):
+    if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected numbers such as 0,2,3, got {text}")
     return [int(part) for part in text.split(",")]
 
@@ -65,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         encoder = tokenizer.load()
         ids = encoder.encode(text, add_special_tokens=False).ids[: min(args.tokens, args.context_length or context)]
         looks.append(look(decoder, ids, [encoder.decode([i]) for i in ids], "/".join(Path(folder).parts[-2:])))
+    shapes = [(len(x.weights), x.weights[0].shape[0]) for x in looks]
+    for option, given, most in zip(("--layers", "--heads"), (args.layers, args.heads), map(max, zip(*shapes))):
+        if given is not None and max(given) >= most:
+            raise UserError(option, f"numbers below {most}", max(given))
     figures = write_page(looks, Path(args.out), args.layers, args.heads)
     print(f"{len(figures)} figures and four tables: {Path(args.out) / 'index.html'}")
     return 0

@@ -80,6 +80,12 @@ def test_the_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert float(rows[-1]["depth_mass"]) == 0 < float(rows[5]["depth_mass"]) < 1
     assert main([*line, "--tokens", "1"]) == 2
     assert "error: --text: expected at least two tokens, got 1" in capsys.readouterr().err
+    for option, number in (("--layers", "99"), ("--heads", "1,99")):
+        assert main([*line, option, number]) == 2
+        assert f"error: {option}: expected numbers below" in capsys.readouterr().err
+    (tmp_path / "taken").touch()
+    assert main([*line, "--out", str(tmp_path / "taken")]) == 2
+    assert "--out: expected a place that can be written" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*line, "--layers", "a"])
 

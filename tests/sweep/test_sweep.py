@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from moda.errors import UserError
+from moda.files import locked
 from moda.sweep import Cell, load_sweep
 from moda.sweep import run as running
 from moda.sweep.data import missing_data, prepared
@@ -22,7 +22,7 @@ from moda.sweep.state import state_of
 from moda.sweep.table import board_table, plan_table
 from moda.typed import to_dict
 from moda_cli import main
-from tests.tiny import ROOT, write_config
+from tests.tiny import FORK, ROOT, write_config
 
 AXES: list[dict[str, Any]] = [
     {"model.norm_placement": ["pre", "post"]},
@@ -30,7 +30,7 @@ AXES: list[dict[str, Any]] = [
 ]
 
 
-def sweep_file(folder: Path, **keys: Any) -> Path:
+def sweep_file(folder: Path, /, **keys: Any) -> Path:
     write_config(folder)
     path = folder / "study.yaml"
     path.write_text(
@@ -88,11 +88,40 @@ def test_one_word_on_two_axes_is_told_apart(tmp_path: Path) -> None:
         (dict(match={"by": "time", "to": {"depth": "none"}}), "match.measured"),
         (dict(match={"by": "params", "to": {"depth": "none"}}, exclude=[{"depth": "none"}]), "an excluded one"),
         (dict(axis=[]), "did you mean 'axes'"),
+        (dict(axes=[{"a": {"x y": {}, "x-y": {}}}]), r"axes\[0\]: expected values with names that differ"),
+        (
+            dict(axes=[{"a": {"x-y": {}, "x": {}}}, {"b": {"z": {}, "y-z": {}}}]),
+            "runs with names that differ.* got x-y-z",
+        ),
+        (dict(axes=[{"a": {"logs": {}}}]), "names that differ from each other and from logs"),
+        (dict(axes=[{"a": {"x": {"config": 5}}}]), "config: expected a string, got 5"),
+        (dict(override={"train": {"save_folder": "x"}}), "override: expected keys that .* got train.save_folder"),
+        (
+            dict(axes=[{"a": {"x": {"optim": {"lr": 1}}}}], override={"optim.lr": 1}),
+            "optim.lr: expected to be set once",
+        ),
+        (dict(match={"by": "params", "to": {}}), "match.to: expected an axis"),
+        (dict(match={"by": "params", "to": {"depth": ["none", "moda"]}}), "match.to: expected an axis"),
+        (dict(folder="s3://bucket/x"), "folder: expected a folder, got s3"),
     ],
 )
 def test_bad_files(tmp_path: Path, keys: dict[str, Any], error: str) -> None:
     with pytest.raises(UserError, match=error):
         load_sweep(sweep_file(tmp_path, **keys))
+
+
+@pytest.mark.parametrize("typed", ["train={seed: 4}", "train.seed=4", "name=x", "model.norm_placement=peri"])
+def test_what_a_sweep_or_an_axis_sets_is_not_typed(tmp_path: Path, typed: str) -> None:
+    key = "model.norm_placement: expected to be set once" if "norm" in typed else "the command line: expected keys"
+    with pytest.raises(UserError, match=key):
+        load_sweep(sweep_file(tmp_path, override={"optim.lr": 1e-3}), ["optim.lr=2e-3", typed])
+
+
+@pytest.mark.parametrize("gpus", ["", ",", "0,0", "-1", "a,b"])
+def test_gpus_that_would_hide_all_of_them(tmp_path: Path, gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", str(sweep_file(tmp_path)), "--dry-run", f"--gpus={gpus}"])
+    assert f"expected different GPUs such as 0,1, got {gpus!r}" in capsys.readouterr().err
 
 
 def _by_name(cells: list[Cell]) -> dict[str, Cell]:
@@ -157,7 +186,8 @@ FAKE = """
 import json, pathlib, sys
 folder, name, steps, config = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "config.yaml").write_text(config)
+(folder / "new").write_text(config)
+(folder / "new").rename(folder / "config.yaml")
 with (folder / "metrics.jsonl").open("a") as f:
     f.write(json.dumps({"step": steps, "loss": 2.5, "tokens_per_second": 10.0}) + "\\n{\\"step\\": 3")
 if name == "post-none":
@@ -219,16 +249,23 @@ def test_the_run_of_another_sweep_is_refused_before_anything_starts(tmp_path: Pa
     assert started == []
 
 
-def test_a_sweep_is_run_by_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = sweep_file(tmp_path)
-    lock = str(tmp_path / "runs" / ".lock")
-    holder = f"import fcntl, time; f = open({lock!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
-    (tmp_path / "runs").mkdir()
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None and other.stdout.readline()
-        assert main(["sweep", str(path)]) == 2
-        assert "error: SWEEP: expected no other sweep in" in capsys.readouterr().err
-        other.kill()
+def _hold(folder: str, held: Any) -> None:
+    with locked(Path(folder), "sweep", "sweep"):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_run_of_two_sweeps_at_once_is_refused_before_anything_starts(tmp_path: Path, started: list[str]) -> None:
+    cells = load_sweep(sweep_file(tmp_path)).cells[:3]
+    held = FORK.Event()
+    other = FORK.Process(target=_hold, args=(str(tmp_path / "logs" / ".pre-moda"), held), daemon=True)
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(UserError, match=rf"run pre-moda: expected no other sweep in .*, got process {other.pid} on"):
+        run_sweep(cells, tmp_path / "logs", [Worker()], lambda b: None)
+    assert started == []
+    assert not run_sweep([cells[0]], tmp_path / "logs", [Worker()], lambda b: None).failed  # as with --only
+    other.kill()
 
 
 def test_workers() -> None:

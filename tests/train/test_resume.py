@@ -29,7 +29,7 @@ from moda.train.metrics import MetricsFile, read_metrics
 from moda.train.plan import make_plan
 from moda.train.run import train
 from moda.typed import to_dict
-from tests.tiny import write_config
+from tests.tiny import make_tokenizer, write_config
 
 
 def build(folder: Path, *overrides: str) -> TransformerTrainModule:
@@ -158,6 +158,14 @@ def test_a_budget_of_tokens_is_kept_whatever_the_batch(batch: int, steps: int, w
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
+def test_a_tokenizer_of_another_size_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+    larger = make_tokenizer(tmp_path / "tokenizer.json", size=330)
+    shutil.copytree(whole / "run" / "step4", tmp_path / "run" / "step4")
+    for way in ([], ["train.save_folder=" + str(tmp_path / "new"), f"train.load_path={tmp_path / 'run' / 'step4'}"]):
+        with pytest.raises(UserError, match=r"data.tokenizer: .*step4, whose model has 320 rows .* got 330 rows"):
+            resume(whole / "tiny.yaml", tmp_path / "run", f"data.tokenizer={larger}", *way)
+
+
 def test_a_batch_that_does_not_fit_where_the_run_stopped(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "run" / "step4", tmp_path / "step4")
     with pytest.raises(
@@ -219,6 +227,13 @@ def test_metrics_lose_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in (*lines, {"step": 2, "loss": 2.5})))
     MetricsFile(str(tmp_path)).rewind(9)
     assert [line["step"] for line in read_metrics(file)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1]", '{"a": 1}', "NaN", "1e400", "-1e308", "9" * 400, "null"])
+def test_figures_are_finite_numbers_or_none(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": {value}, "lr": 0.5}}\n{{"step": {value}}}\n{{"step": -1}}\n{{"step": true}}')
+    assert read_metrics(file) == [{"step": 1, "loss": None, "lr": 0.5}]
 
 
 def test_seconds_add_up() -> None:
