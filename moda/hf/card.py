@@ -88,9 +88,10 @@ def model_card(
     :param evaluation: tables of its results.
     """
     depth = section.depth
-    what = "an OLMo2 decoder" if depth is None else f"an OLMo2 decoder with the depth mechanism `{depth.name}`"
-    if depth is not None and depth.name == "moda":
-        what += " (Mixture-of-Depths Attention, [arXiv 2603.15619](https://arxiv.org/abs/2603.15619))"
+    what = "an OLMo2 decoder"
+    if depth is not None:
+        paper = re.sub(r"^arXiv (\S+)$", r"[arXiv \1](https://arxiv.org/abs/\1)", depth.source)
+        what += f" with the depth mechanism `{depth.name}` ({paper})"
     heads = f"{section.n_heads} query, {section.n_kv_heads} key/value, of width {section.head_dim}"
     rows = [
         ("parameters", f"{parameters:,} ({dtype})"),
