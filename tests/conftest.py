@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -21,3 +22,13 @@ def no_default_device() -> Iterator[None]:
     """OLMo-core's set-up sets a default device for the whole process; the next test shall not find it."""
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def no_log_of_a_run() -> Iterator[None]:
+    """A run logs to its folder until its process ends; the next test in this process shall not find its handlers."""
+    for handler in list(logging.getLogger().handlers):  # of a fixture that lives longer, too
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename != os.devnull:  # which is pytest's own
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    yield

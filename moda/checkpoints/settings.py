@@ -45,7 +45,7 @@ def check_same_model(folder: Path, model: ModelConfig, *, other_reads: bool = Fa
     :raises UserError: naming the first setting that differs.
     """
     saved = to_dict(saved_model(folder, read_settings(folder)))
-    for key, before, now in _differences(saved, to_dict(model), "model"):
+    for key, before, now in differences(saved, to_dict(model), "model"):
         reads = key.startswith("model.depth.read")
         if key != "model.attention_backend" and not (reads and other_reads):  # the backend changes speed, not the model
             hint = "or choose another train.save_folder"
@@ -54,11 +54,11 @@ def check_same_model(folder: Path, model: ModelConfig, *, other_reads: bool = Fa
             raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, hint)
 
 
-def _differences(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ in two plain configurations, with both values."""
     if isinstance(a, dict) and isinstance(b, dict) and (a.keys() & b.keys() or not key):
         for name in sorted({*a, *b}):
-            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+            yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield key, a, b
 
@@ -79,7 +79,7 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
     """
     check_same_model(folder, config.model)
     hint = "choose another train.save_folder, and train.load_path to start from its weights"
-    for key, before, now in _differences(read_settings(folder), to_dict(config), ""):
+    for key, before, now in differences(read_settings(folder), to_dict(config)):
         if key in _KEPT:
             raise UserError(
                 key, f"{before}, as the run in {folder.parent} was begun with", now, f"{_KEPT[key]}: {hint}"
@@ -90,5 +90,5 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """Settings that were changed since a checkpoint was saved and now take effect, as ``key: was -> is``."""
-    changes = _differences(read_settings(folder), to_dict(config), "")
+    changes = differences(read_settings(folder), to_dict(config))
     return [f"{key}: {was} -> {now}" for key, was, now in changes if key not in _HARMLESS]

@@ -6,6 +6,7 @@ key that stands twice, and aliases are refused. An override is text as it was ty
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,10 +142,8 @@ def _override(pair: str) -> dict[str, Any]:
         raise UserError("override", "key=value", pair, "for example optim.lr=1e-3")
     value = Typed(text)
     if text.startswith(("[", "{")):
-        try:
+        with contextlib.suppress(ValueError):  # what cannot be parsed is text
             value.collection = _parse(text, _TypedLoader)
-        except ValueError:
-            pass  # then it is text
     nested: Any = value
     for name in reversed(names):
         nested = {name: nested}

@@ -108,7 +108,10 @@ def _works(worker: Worker) -> bool:
         return True
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(worker.gpus)}
     probe = "import torch\nfor i in range(torch.cuda.device_count() or 1): torch.zeros(1, device=f'cuda:{i}').item()"
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=120)
+    try:
+        done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=120)
+    except subprocess.TimeoutExpired:  # it hangs
+        return False
     return done.returncode == 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.checkpoints.find import steps_of
+from moda.checkpoints.settings import differences
 from moda.config import load_config
 from moda.errors import UserError
 from moda.files import METRICS_FILE, read_json, read_metrics
@@ -23,24 +24,16 @@ class State:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}".strip(".")).items()}
-    return {key: value}
-
-
 def check_folder(cell: Cell) -> None:
     """:raises UserError: where a run's folder holds one of another configuration."""
     file = cell.folder / "config.yaml"
     if not file.is_file():
         return
-    there, wanted = _flat(to_dict(load_config(file))), _flat(to_dict(cell.config))
-    for key in sorted(there.keys() | wanted.keys()):
-        if there.get(key) != wanted.get(key):
-            raise UserError(
-                f"run {cell.name}: {key}", f"{wanted.get(key)!r} as the sweep has it", f"{there.get(key)!r} in {file}",
-                "it is of another sweep or was changed: move the folder away, or choose another folder",
-            )  # fmt: skip
+    for key, there, wanted in differences(to_dict(load_config(file)), to_dict(cell.config)):
+        raise UserError(
+            f"run {cell.name}: {key}", f"{wanted!r} as the sweep has it", f"{there!r} in {file}",
+            "it is of another sweep or was changed: move the folder away, or choose another folder",
+        )  # fmt: skip
 
 
 def state_of(cell: Cell) -> State:

@@ -29,10 +29,10 @@ class LayersCallback(Callback):
 
     model: ModelConfig | None = None
     interval: int = 100
-    _tokens: list[int] = field(default_factory=list)
+    _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def pre_step(self, batch: dict[str, Any]) -> None:
-        self._tokens = batch["input_ids"][0, :_TOKENS].tolist()
+        self._tokens = batch["input_ids"][0, :_TOKENS]  # read on the steps that are measured: it may be on a GPU
 
     def pre_optim_step(self) -> None:
         if self.step % self.interval:
@@ -56,7 +56,8 @@ class LayersCallback(Callback):
 
         assert self.model is not None and self.model.vocab_size is not None
         decoder = build_decoder(self.model, to_hf(weights, self.model.vocab_size)).to(self.trainer.device)
-        seen = look(decoder, self._tokens, [str(i) for i in self._tokens], "")
+        ids = self._tokens.tolist()
+        seen = look(decoder, ids, [str(i) for i in ids], "")
         figures: dict[str, float] = {}
         for name, values in (("depth_mass", seen.depth_mass()), ("sink_mass", seen.sink_mass())):
             figures.update({f"{name}/layer{i}": value for i, value in enumerate(values.mean(-1).tolist())})

@@ -9,6 +9,7 @@ Exit codes: 0 success, 1 a bug or no memory, 2 bad input, or a file or disk that
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -128,11 +129,9 @@ def _check_word(word: str) -> None:
     """
     if re.fullmatch(r"--?[\w-]+=--", word):
         raise UserError("argument", "a value after the equals sign", word)
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         if b"\0" not in os.fsencode(word):
             return
-    except UnicodeEncodeError:
-        pass
     raise UserError("argument", "valid text without NUL characters", repr(word))
 
 
