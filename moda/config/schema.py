@@ -68,6 +68,8 @@ class TrainConfig(Section):
     :param load_path: a checkpoint to start from when the save folder has none.
     :param load_other_reads: whether ``load_path`` may have been trained under another slot policy (``model.depth.read``).
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
+    :param cuda_graph: whether one GPU runs forward and backward of a microbatch as one CUDA graph; null for yes where they are so
+        short that launching their kernels would hold it up.
     """
 
     key: ClassVar[str] = "train"
@@ -82,6 +84,7 @@ class TrainConfig(Section):
     load_path: str | None = None
     load_other_reads: bool = False
     compile: bool | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

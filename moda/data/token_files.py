@@ -101,6 +101,19 @@ def _check_ids(key: str, name: str, dtype: np.dtype, tokenizer: Tokenizer, whole
         raise UserError("data.tokenizer", expected, f"{tokenizer.name} with {tokenizer.config.vocab_size} tokens")
 
 
+def check_documents(key: str, paths: list[str], tokenizer: Tokenizer) -> None:
+    """Check that local token files hold documents, which end with eos. Remote ones are passed over.
+
+    :raises UserError: naming the first file without any.
+    """
+    dtype, eos = token_dtype(tokenizer.config.vocab_size), tokenizer.config.eos_token_id
+    for path in paths:
+        if not is_url(path):
+            ids = np.memmap(path, dtype=dtype, mode="r")
+            if not any((ids[at : at + 2**20] == eos).any() for at in range(0, len(ids), 2**20)):
+                raise UserError(key, f"documents that end with token {eos} ({tokenizer.name}'s eos)", f"none in {path}")
+
+
 def check_token_files(
     key: str, paths: list[str], tokenizer: Tokenizer, *, verify: Verify = Verify.size, cache: str | Path | None = None
 ) -> int:

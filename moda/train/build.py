@@ -44,6 +44,7 @@ from moda.typed import to_dict
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
 from .layers import LayersCallback
+from .module import OneProcessTrainModule
 from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
 from .validation import ValidationConfig
@@ -78,9 +79,7 @@ class CosineOverTokens(CosWithWarmup):
         return super().set_lr(group, trainer)
 
 
-def _data_parallel(plan: Plan, half: bool) -> TransformerDataParallelConfig | None:
-    if not is_distributed():
-        return None
+def _data_parallel(plan: Plan, half: bool) -> TransformerDataParallelConfig:
     p = plan.config.parallel
     return TransformerDataParallelConfig(
         name=DataParallelType(p.data.value),
@@ -114,19 +113,28 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
     schedule = CosWithWarmup if c.train.max_tokens is None else CosineOverTokens
-    built = TransformerTrainModuleConfig(
+    options: dict[str, Any] = dict(
         rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
         optim=_optimizer(plan, model),
         max_grad_norm=c.optim.max_grad_norm,
         scheduler=schedule(warmup=c.optim.warmup_steps, alpha_f=c.optim.final_lr_ratio),
         compile_model=compiled,
-        dp_config=_data_parallel(plan, half),
-        tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
         ac_config=checkpointing,
-        autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
         z_loss_multiplier=c.optim.z_loss,
-    ).build(model, device=device)
+    )
+    built: Any
+    if not is_distributed():
+        dtype = torch.bfloat16 if half else None
+        graph = half and plan.graphs_pay if c.train.cuda_graph is None else c.train.cuda_graph
+        built = OneProcessTrainModule(model, half=dtype, cuda_graph=graph, device=device, **options)
+    else:
+        built = TransformerTrainModuleConfig(
+            dp_config=_data_parallel(plan, half),
+            tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
+            autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
+            **options,
+        ).build(model, device=device)
     assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(
         max_seq_len=c.train.sequence_length,

@@ -48,21 +48,19 @@ def launched_world_size() -> int:
 
 
 def prepare_environment(seed: int) -> None:
-    """Join the other processes, choose the device, seed.
-
-    On a GPU a plain ``python`` run becomes a process group of one, so that it trains with the same FSDP2 mixed precision as
-    many ranks do. On a CPU it stays a single process without a group.
-    """
-    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if torch.cuda.is_available():
-        backend: str | None = "cpu:gloo,cuda:nccl"
-    else:
-        backend = "cpu:gloo" if distributed else None
+    """Join the other processes if there are any, choose the device, seed."""
+    backend = None
+    if launched_world_size() > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+    few_threads = torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ  # OLMo-core sets it
     quiet = logging.getLogger("olmo_core")
     level = quiet.level
     # Until the log file is there, its notes would go to the terminal, and its warnings once from every rank.
     quiet.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     prepare_training_environment(seed=seed, backend=backend, shared_filesystem=True)
+    if few_threads:
+        torch.set_num_threads(1)  # the host only feeds the GPU: waking threads takes longer than its small operations
+    torch.set_default_device(None)  # without a group OLMo-core makes it the GPU, for every tensor of every library
     quiet.setLevel(level)
 
 

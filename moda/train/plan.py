@@ -17,6 +17,9 @@ from moda.model import ModelTransformerConfig, transformer_config
 
 __all__ = ["Plan", "estimate_memory", "make_plan"]
 
+#: FLOPs of a microbatch below which CUDA graphs pay: about a quarter of a second on an H100.
+_SHORT = 1e14
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,6 +44,24 @@ class Plan:
     def flops_per_token(self) -> int:
         """Training FLOPs per token, causal attention counted half."""
         return self.transformer.num_flops_per_token(self.config.train.sequence_length)
+
+    @property
+    def graphs_pay(self) -> bool:
+        """Whether a microbatch is too short for the host to launch its kernels in time (and can be captured)."""
+        c = self.config
+        flops = self.flops_per_token * c.train.sequence_length * c.train.microbatch_size
+        return flops < _SHORT and not self.cannot_capture
+
+    @property
+    def cannot_capture(self) -> str | None:
+        """Why a microbatch cannot be a CUDA graph, or None if it can."""
+        if self.world_size > 1:
+            return f"{self.world_size} processes exchange gradients within it"
+        if self.config.data.document_masking:
+            return "with data.document_masking its shapes are those of the documents"
+        if self.config.parallel.activation_checkpointing != Checkpointing.none:
+            return "activation_checkpointing reads the state of the random numbers back"
+        return None
 
     @property
     def paper_forward_flops(self) -> int:
@@ -91,6 +112,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
     transformer = transformer_config(config.model, tokenizer.config.vocab_size)
+    made = Plan(config, tokenizer, transformer, world_size)
     vocab = transformer.vocab_size - transformer.lm_head.padding
     if vocab < tokenizer.config.vocab_size:
         raise UserError(
@@ -110,6 +132,10 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
             raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    if train.cuda_graph:
+        reason = "this machine has no CUDA device" if not torch.cuda.is_available() else made.cannot_capture
+        if reason is not None:
+            raise UserError("train.cuda_graph", "false or null here", True, reason)
     backend = config.model.attention_backend
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):
@@ -124,7 +150,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         raise UserError("logging.wandb.enabled", "false without the variable WANDB_API_KEY", True, hint)
     if config.optim.warmup_steps >= train.steps:
         raise UserError("optim.warmup_steps", f"less than the run's {train.steps} steps", config.optim.warmup_steps)
-    return Plan(config, tokenizer, transformer, world_size)
+    return made
 
 
 def wandb_needs_key() -> bool:

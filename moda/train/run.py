@@ -149,7 +149,7 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
             if get_rank() != 0:
                 set_up_logging(config.log_folder)
             held.enter_context(saving_alone())
-            return _train(p, extra_callbacks)
+            outcome = _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
     except RuntimeError as e:
@@ -158,8 +158,8 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
             raise
         hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
         raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
-    finally:
-        teardown_training_environment()
+    teardown_training_environment()  # not after an error: NCCL would wait for ranks that wait for this one
+    return outcome
 
 
 @contextlib.contextmanager

@@ -95,6 +95,17 @@ def _rename(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentPars
 
 
 def _execute(command: str, argv: Sequence[str], name: str | None = None) -> int:
+    """Run a command. One of several ranks that fails ends at once: at its exit NCCL may wait for the others, and they for it."""
+    code = _run(command, argv, name)
+    torch = sys.modules.get("torch")
+    if code and torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(command: str, argv: Sequence[str], name: str | None) -> int:
     """Run a command and turn what it raises into a message and an exit code."""
     first = os.environ.get("RANK", "0") == "0"  # bad input and an interruption reach every process: one speaks
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from moda.config.schema import DataConfig, TokenizerSection, Verify
 from moda.data import build_training_data, load_tokenizer
-from moda.data.token_files import check_token_files
+from moda.data.token_files import check_documents, check_token_files
 from moda.errors import UserError
 from tests.data_files import write_jsonl
 
@@ -108,6 +109,17 @@ def test_files_of_another_type_are_refused(write: Any, message: str, tmp_path: P
     with pytest.raises(UserError, match=message) as caught:
         check_token_files("data.paths", [str(path)], load_tokenizer(TokenizerSection("gpt-neox")))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("eos_at", [None, 0, 2**20 + 1])
+def test_files_without_documents_are_named(eos_at: int | None, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TokenizerSection("gpt-neox"))
+    ids = np.full(2**20 + 2, 7, dtype=np.uint16)
+    if eos_at is not None:
+        ids[eos_at] = tokenizer.config.eos_token_id
+    ids.tofile(path := tmp_path / "a.npy")
+    with contextlib.nullcontext() if eos_at is not None else pytest.raises(UserError, match=f"eos.*none in {path}"):
+        check_documents("data.validation.a", [str(path)], tokenizer)
 
 
 def test_int64_ids_are_not_read_as_uint32(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from moda.config.schema import DataConfig
 from moda.data.datasets import TrainingDatasetConfig
 from moda.data.mixes import mix_files
 from moda.data.mixture import Drawn
-from moda.data.token_files import check_token_files, find_token_files
+from moda.data.token_files import check_documents, check_token_files, find_token_files
 from moda.data.tokenizer import Tokenizer
 from moda.errors import UserError, nearest
 
@@ -121,6 +121,7 @@ def _validation(
         sets = {name: find_token_files(f"data.validation.{name}", patterns) for name, patterns in given.items()}
     for label, paths in sets.items():
         check_token_files(f"data.validation.{label}", paths, request.tokenizer)
+        check_documents(f"data.validation.{label}", paths, request.tokenizer)
         files += [(label, path) for path in paths]
     if not files:
         return None

@@ -1,0 +1,87 @@
+"""One process without FSDP trains exactly as FSDP2 does on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import olmo_core.distributed.parallel
+import pytest
+import torch
+import torch.distributed as dist
+from olmo_core.config import DType
+from olmo_core.distributed.parallel import DataParallelType
+from olmo_core.distributed.utils import get_local_tensor
+from olmo_core.optim import AdamWConfig
+from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
+from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
+
+from moda.config.model import ModelConfig
+from moda.depth import DepthMechanism
+from moda.model import transformer_config
+from moda.train.module import OneProcessTrainModule
+from moda.typed import from_dict
+
+VOCAB, LENGTH = 61, 16
+
+
+def _train(module: TransformerTrainModule, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of some steps of two microbatches, and the weights after them."""
+    seen: list[dict[str, float]] = []
+
+    def record(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        seen[-1][name] = float(value)
+
+    def record_loss(value: Any, **kwargs: Any) -> None:
+        record("loss", value)
+
+    module._trainer = cast(Any, SimpleNamespace(record_metric=record, record_ce_loss=record_loss))
+    module.model.init_weights(max_seq_len=LENGTH, device=torch.device("cpu"), world_mesh=module.world_mesh)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        seen.append({})
+        module.zero_grads()
+        module.train_batch({"input_ids": torch.randint(0, VOCAB, (4, LENGTH), generator=generator)})
+        module.optim_step()
+    logits = module.eval_batch({"input_ids": torch.arange(LENGTH)[None]})
+    assert isinstance(logits, torch.Tensor) and logits.dtype == torch.bfloat16
+    state = module.state_dict_to_save()
+    figures = {"logits": logits, **state["model"], **state["optim"]}
+    return seen, {name: get_local_tensor(x) for name, x in figures.items() if isinstance(x, torch.Tensor)}
+
+
+# Block outputs of DenseFormer have several readers, whose gradients autograd adds in another order under FSDP.
+MECHANISMS = [(name, True) for name in DepthMechanism.known if name != "denseformer"]
+
+
+@pytest.mark.parametrize(("depth", "tied"), [(None, True), (None, False), *MECHANISMS])
+def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section: dict[str, Any] = dict(
+        d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=24, vocab_size=VOCAB, tie_embeddings=tied,
+        depth=depth and {"mechanism": depth},
+    )  # fmt: skip
+    config = transformer_config(from_dict(ModelConfig, section, "model"))
+    options: dict[str, Any] = dict(
+        rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
+        z_loss_multiplier=1e-3,
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    own = OneProcessTrainModule(config.build(init_device="meta"), half=torch.bfloat16, device=cpu, **options)
+    found = _train(own)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in own.model.parameters())
+
+    monkeypatch.setattr(olmo_core.distributed.parallel, "_WORLD_MESH", None)  # it builds one per process
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        sharded = TransformerDataParallelConfig(
+            name=DataParallelType.fsdp, param_dtype=DType.bfloat16, reduce_dtype=DType.float32
+        )
+        build = TransformerTrainModuleConfig(dp_config=sharded, **options).build
+        expected = _train(cast(TransformerTrainModule, build(config.build(init_device="meta"), device=cpu)))
+    finally:
+        dist.destroy_process_group()
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=0, msg=name)
