@@ -9,6 +9,7 @@ from moda_kernels.benchmarks import registry
 MODULES = (
     "moda_kernels.benchmarks.kernels",
     "moda.bench.training",
+    "moda.bench.loss",
     "moda.bench.parity",
     "moda.bench.data",
     "moda_evals.benchmark",

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Read when torch is imported. Large CPU tensors (the logits) go into huge pages: page faults otherwise take longer
+    # Read when torch is imported. Large CPU tensors (a chunk of logits) go into huge pages: page faults otherwise take longer
     # than the arithmetic. Threads that wait for each other sleep: on a busy machine they would take cores from others.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

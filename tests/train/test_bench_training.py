@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moda.bench import loss
 from moda.bench.training import MODELS, training_table
 from moda.config import load_config
 from moda.errors import UserError
@@ -36,3 +37,14 @@ def test_rows_of_tiny_models(tmp_path: Path) -> None:
 def test_an_installed_project_without_configs_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--configs: expected a folder with olmo2_700m.yaml"):
         training_table(tmp_path)
+
+
+def test_rows_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = {"logits, compiled": (loss._from_logits, True)} | {
+        n: loss.VARIANTS[n] for n in ("moda", "torch", "liger")
+    }
+    monkeypatch.setattr(loss, "VARIANTS", {**variants, "wrong": (lambda *a: 1.1 * loss._from_logits(*a), True)})
+    rows = {row["variant"]: row for row in loss.loss_table(40, 50, 64, 16, device="cpu", checked=20, repeats=2)}
+    assert rows["moda"]["status"] == "ok" and rows["moda"]["median_ms"] > 0
+    assert rows["wrong"]["status"] == "parity failed" and rows["wrong"]["median_ms"] == ""
+    assert rows["liger"]["status"] == "ok" or rows["liger"]["status"].startswith(("not here: ", "failed: "))
