@@ -335,7 +335,7 @@ def test_flash_attention_4_comes_first_where_it_can_run(
     flash_attention_4: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = problem(dtype=torch.bfloat16).kind._replace(device=torch.device("cuda", 0))
-    assert sequence.choose(kind).name == "flash_attn_4"
+    assert sequence.choose(kind).describe() == "flash_attn_4 (flash-attn-4 4.0.0b99)"
     assert sequence.choose(kind._replace(packed=True, group=8)).name == "flash_attn_4"
     assert sequence.choose(kind._replace(sequence_kernel="triton")).name == "triton"
     reason = sequence._KERNELS["flash_attn_4"].unsupported(kind._replace(head_dim=256))

@@ -88,7 +88,7 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     if variant.backend == "split" and case.sequence:
         from moda_kernels.moda_attention.split import sequence
 
-        exact += f", sequence kernel {sequence.choose(p.kind).name}"
+        exact += f", sequence kernel {sequence.choose(p.kind).describe()}"
     sums: list[torch.Tensor] = []
 
     def backward(saved: Result) -> dict[str, torch.Tensor | None]:

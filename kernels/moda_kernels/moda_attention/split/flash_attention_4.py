@@ -50,6 +50,9 @@ class FlashAttention4(SequenceKernel):
             log.warning("moda_attention: %s", reason)  # somebody installed it to use it
         return reason
 
+    def describe(self) -> str:
+        return f"{self.name} ({PACKAGE} {importlib.metadata.version(PACKAGE)})"
+
     def _call(self, p: Problem, name: str, **arguments: Any) -> Any:
         cu, longest = p.cu_seqlens, None if p.cu_seqlens is None else p.max_seqlen
         return getattr(importlib.import_module(MODULE), name)(

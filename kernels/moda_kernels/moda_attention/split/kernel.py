@@ -39,6 +39,10 @@ class SequenceKernel:
         """Order of preference on a device of this capability: the lowest that can run is taken."""
         return self.ranks[capability[0] >= 9]
 
+    def describe(self) -> str:
+        """Its name, and the package and version that it comes from where that is not PyTorch or this one."""
+        return self.name
+
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

@@ -245,10 +245,10 @@ def choose(kind: Kind) -> SequenceKernel:
     kernel, reason = select(kind)
     if kernel is None:
         raise ValueError(f"moda_attention: backend 'split' cannot run this: {reason}")
-    _say(kind.device, kernel.name)
+    _say(kind.device, kernel)
     return kernel
 
 
 @functools.cache
-def _say(device: torch.device, name: str) -> None:
-    log.info("moda_attention: backend split runs sequence kernel %r on %s", name, device)
+def _say(device: torch.device, kernel: SequenceKernel) -> None:
+    log.info("moda_attention: backend split runs sequence kernel %s on %s", kernel.describe(), device)
