@@ -340,6 +340,8 @@ def test_flash_attention_4_comes_first_where_it_can_run(
     assert sequence.choose(kind._replace(sequence_kernel="triton")).name == "triton"
     reason = sequence._KERNELS["flash_attn_4"].unsupported(kind._replace(head_dim=256))
     assert reason == "head dim 256: flash_attn_4 takes multiples of 8 up to 128"
+    wide = kind._replace(head_dim=112)
+    assert sequence.choose(wide).name == "flash_attn_4" != sequence.choose(wide._replace(causal=False)).name
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Kind, Problem
 from .kernel import Gradients, SequenceKernel, packed, unpacked
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ class FlashAttention4(SequenceKernel):
             reason = f"{self.name} needs {PACKAGE} {NEEDED} or one that can be called like it, got {version}: {reason}"
             log.warning("moda_attention: %s", reason)  # somebody installed it to use it
         return reason
+
+    def unsupported(self, kind: Kind) -> str | None:
+        if not kind.causal and kind.head_dim in (104, 112):  # on Hopper its backward for them does not compile
+            return f"head dim {kind.head_dim}: {self.name} takes it with a causal mask only"
+        return super().unsupported(kind)
 
     def describe(self) -> str:
         return f"{self.name} ({PACKAGE} {importlib.metadata.version(PACKAGE)})"
