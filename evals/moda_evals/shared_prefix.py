@@ -120,7 +120,7 @@ def can_share(module: nn.Module) -> bool:
 def _is_ordinary(mixer: SequenceMixer) -> bool:
     if type(mixer) is not Attention:
         return False
-    plain = type(mixer.backend) is TorchAttentionBackend and mixer.backend.window_size == (-1, -1)
+    plain = isinstance(mixer.backend, TorchAttentionBackend) and mixer.backend.window_size == (-1, -1)
     return plain and mixer.sinks is None and not mixer.scalable_softmax
 
 

@@ -1,19 +1,23 @@
 """A training step of whole models: forward and backward, without data loading and optimizer.
 
 MoDA against the paper's parameter-matched OLMo2 baseline, bf16 parameters, per-block ``torch.compile``, random tokens. The
-baseline is timed as OLMo-core builds it and with cuDNN attention. The models are those of ``configs/``.
+baseline is timed as it is built here (with FlashAttention 4 where that is installed, as MoDA's sequence kernel is, and as
+OLMo-core builds it elsewhere) and with OLMo-core's own attention and cuDNN. The models are those of ``configs/``.
 """
 
 import argparse
 import contextlib
 import gc
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moda.errors import UserError
+from moda_kernels import sequence_kernel
 from moda_kernels.benchmarks import results
 from moda_kernels.benchmarks.registry import Benchmark, require_gpu, results_option
 from moda_kernels.benchmarks.timing import quantiles, seconds
@@ -35,22 +39,24 @@ def time_steps(
     warmup: int = 3,
     compiled: bool = True,
     sdpa: SDPBackend | None = None,
-) -> tuple[int, list[float], int]:
+) -> tuple[int, list[float], int, str]:
     """Time training steps of a configuration's model, on the GPU where there is one.
 
     :param batch: sequences per step, of ``length`` tokens each.
-    :param sdpa: force this SDPA kernel in a plain model.
+    :param sdpa: OLMo-core's own attention in a plain model, with this SDPA kernel.
 
-    :returns: parameters, milliseconds of each step, and the peak of the GPU's memory in bytes.
+    :returns: parameters, milliseconds of each step, the peak of the GPU's memory in bytes, and what the sequence's attention is.
     """
     from moda.config import load_config
     from moda.data import load_tokenizer
     from moda.model import transformer_config
+    from moda.model.attention import DepthAttention, OperatorBackend
 
     run = load_config(config)
     vocab = run.model.vocab_size or load_tokenizer(run.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformer_config(run.model, vocab).build(init_device=device.type)
+    with patch.dict(os.environ, {} if sdpa is None else {"MODA_SEQUENCE_KERNEL": "cudnn"}):
+        model = transformer_config(run.model, vocab).build(init_device=device.type)
     model.init_weights(max_seq_len=length, device=device)
     model = model.to(torch.bfloat16)
     if compiled:
@@ -68,7 +74,11 @@ def time_steps(
         milliseconds.append(1e3 * seconds(step))
         model.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return model.num_params, milliseconds[warmup:], peak
+    attention: Any = next(iter(model.blocks.values())).attention
+    kernel = "SDPA" if sdpa is None else f"SDPA, {sdpa.name}"
+    if isinstance(attention, DepthAttention) or isinstance(attention.backend, OperatorBackend):
+        kernel = sequence_kernel(device, torch.bfloat16, attention.head_dim) or "none"
+    return model.num_params, milliseconds[warmup:], peak, kernel
 
 
 def training_table(
@@ -88,11 +98,13 @@ def training_table(
             "--configs", f"a folder with {missing[0]}", str(configs), "the folder configs/ of a clone of this project"
         )
     times: dict[str, list[float]] = {name: [] for name in MODELS}
-    params, peaks = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, 0)
+    params, peaks, kernels = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, "")
     for _ in range(rounds):
         for name, (file, sdpa) in MODELS.items():
             torch.compiler.reset()
-            params[name], taken, peak = time_steps(configs / file, batch=batch, length=length, sdpa=sdpa, **options)
+            params[name], taken, peak, kernels[name] = time_steps(
+                configs / file, batch=batch, length=length, sdpa=sdpa, **options
+            )
             gc.collect()  # the model, before the next one is built
             torch.cuda.empty_cache()
             times[name] += taken
@@ -102,7 +114,8 @@ def training_table(
         q = quantiles(times[name])
         speed = batch * length / q.median * 1e3
         rows.append({
-            "model": name, "params": params[name], "median_ms": round(q.median, 3), "p20_ms": round(q.p20, 3),
+            "model": name, "sequence_kernel": kernels[name],
+            "params": params[name], "median_ms": round(q.median, 3), "p20_ms": round(q.p20, 3),
             "p80_ms": round(q.p80, 3), "tokens_per_second": round(speed),
             "over_baseline": round(quantiles(times[next(iter(MODELS))]).median / q.median, 4),
             "peak_gib": round(peaks[name] / 2**30, 2),

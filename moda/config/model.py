@@ -47,7 +47,8 @@ class ModelConfig(Section):
     :param init_std: standard deviation of the initial weights, a normal truncated at three of them.
     :param depth: how layers read what earlier layers left: ``{mechanism: NAME, ...its options}``; null is the plain residual
         stream.
-    :param attention_backend: backend of the MoDA operator.
+    :param attention_backend: backend of the MoDA operator. Without ``depth``, ``auto`` is FlashAttention 4 through the operator
+        where that is installed, and OLMo-core's own attention elsewhere.
     """
 
     renamed: ClassVar[dict[str, str]] = {"depth_kv": "model.depth: {mechanism: moda, ...}"}
@@ -87,9 +88,6 @@ class ModelConfig(Section):
             raise UserError("model.n_kv_heads", f"a divisor of model.n_heads ({self.n_heads})", self.n_kv_heads)
         if self.depth is not None:
             self.depth.check(self)
-        elif self.attention_backend not in (Backend.auto, Backend.reference):
-            expected = "auto without model.depth (OLMo-core's own attention runs)"
-            raise UserError("model.attention_backend", expected, self.attention_backend.value)
 
     def refuses(self, feature: str) -> str | None:
         """Why the model does not work with a feature, or None: see :meth:`moda.depth.DepthMechanism.refuses`."""

@@ -8,23 +8,62 @@ from typing import Any
 import torch
 import torch.nn as nn
 from olmo_core.nn.attention import Attention, AttentionConfig
+from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
 
 from moda.depth.mechanism import Context, DepthLayer, State
-from moda_kernels import depth_attention, depth_write, moda_attention
+from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel
 from moda_kernels.depth.masked import masked_attention
 
 from .linear import joint_linear
 
-__all__ = ["DepthAttention", "DepthAttentionConfig"]
+__all__ = ["DepthAttention", "DepthAttentionConfig", "OperatorBackend", "use_operator"]
 
 #: Options of OLMo-core's attention that the steps below leave out.
 _UNSUPPORTED = (
     "gate", "clip_qkv", "sliding_window", "scalable_softmax", "attention_sinks", "use_flash", "backend", "dropout",
     "qk_norm_per_head_gains", "use_recompute_qkv_prep", "mxfp8_save_qkv_for_backward",
 )  # fmt: skip
+
+
+class OperatorBackend(TorchAttentionBackend):
+    """The operator without slots, called by OLMo-core's own attention.
+
+    :param kernel: backend of the operator. ``auto`` leaves what FlashAttention 4 does not take to OLMo-core.
+    :param kwargs: those of OLMo-core's ``AttentionBackend``.
+    """
+
+    def __init__(self, *, kernel: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kernel = kernel
+
+    def forward(self, qkv: Any, **context: Any) -> torch.Tensor:  # type: ignore[override]
+        q, k, v = qkv
+        more = self.cp_enabled or any(x is not None for x in context.values())
+        if self.kernel == "auto" and (more or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16)):
+            return super().forward(qkv, **context)
+        assert not more, "plain models have neither context parallelism nor document masks"
+        out = moda_attention(q, k, v, scale=self.scale, backend=self.kernel)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def use_operator(attention: Any, kernel: str) -> None:
+    """Let a plain model's attention call the operator: any backend that is asked for, ``auto`` where it is FlashAttention 4.
+
+    Models with and without slots then run the same kernel over the sequence.
+    """
+    old = attention.backend
+    if kernel == "auto":
+        if not torch.cuda.is_available():
+            return
+        device = torch.device("cuda", torch.cuda.current_device())
+        if sequence_kernel(device, torch.bfloat16, old.head_dim) != "flash_attn_4":
+            return
+    sizes = {name: getattr(old, name) for name in ("head_dim", "n_heads", "n_kv_heads", "scale", "cache")}
+    attention.backend = OperatorBackend(kernel=kernel, **sizes)
 
 
 @SequenceMixerConfig.register("depth_attention")

@@ -18,6 +18,8 @@ from moda.placements import NormPlacement
 from moda.placements.placement import Add, Norms
 from moda.typed import from_dict
 
+from .attention import use_operator
+
 __all__ = ["DepthBlock", "ModelBlockConfig", "PlacedBlock"]
 
 
@@ -56,8 +58,11 @@ class ModelBlockConfig(TransformerBlockConfig):
             return DepthBlock(depth=depth, placement=self.model.norm_placement, **parts, **place)
         if self.model.norm_placement.olmo_core_block is not None:
             name = TransformerBlockType(self.model.norm_placement.olmo_core_block)
-            return TransformerBlockConfig(name=name, **parts).build(**place)
-        return PlacedBlock(placement=self.model.norm_placement, **parts, **place)
+            block = TransformerBlockConfig(name=name, **parts).build(**place)
+        else:
+            block = PlacedBlock(placement=self.model.norm_placement, **parts, **place)
+        use_operator(block.attention, self.model.attention_backend.value)
+        return block
 
     def num_params(self, d_model: int) -> int:
         """Parameters of one block without those of its depth mechanism."""

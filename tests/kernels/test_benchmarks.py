@@ -29,7 +29,7 @@ def test_tables_hold_the_papers_rows() -> None:
     assert [c.G for c in TABLES["2"] if c.sweep == "G"] == [2, 4, 16, 32]
     assert all(c.paper_ms is not None and c.D == 64 and c.Hk == 8 for c in TABLES["2"])
     assert TABLES["7"][0].T == 1024
-    assert set(VARIANTS) == {"cudnn", "flash", "triton", "reference", "fused", "split"}
+    assert set(VARIANTS) == {"cudnn", "flash_attn_4", "flash", "triton", "reference", "fused", "split"}
 
 
 def test_floors_of_the_papers_shape() -> None:

@@ -6,6 +6,7 @@ Output, LSE and every gradient against the yardstick are in ``test_moda_attentio
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 import types
@@ -194,7 +195,7 @@ def problem(**options: Any) -> Any:
 
 def test_an_unknown_sequence_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODA_SEQUENCE_KERNEL", "flash4")
-    with pytest.raises(ValueError, match="MODA_SEQUENCE_KERNEL must be one of cudnn, .*, got 'flash4'"):
+    with pytest.raises(ValueError, match="MODA_SEQUENCE_KERNEL must be one of flash_attn_4, cudnn, .*, got 'flash4'"):
         split.unsupported(problem().kind)
 
 
@@ -285,12 +286,110 @@ def test_flash_attn_packages_are_called_as_they_are_written(
     assert seen["scale"] == 0.3 and seen["causal"] and seen["cu"] is cu and seen["longest"] == (3 if packed else None)
 
 
+@pytest.fixture
+def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the package, installed on a machine that has a Hopper GPU. Its functions take what the real ones take."""
+    fake: Any = types.ModuleType("flash_attn.cute.interface")
+    fake.seen = []
+
+    def forward(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, softmax_scale=None, causal=False, return_lse=False,
+    ):  # fmt: skip
+        fake.seen.append((cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse))
+        return q + 1, q.new_zeros(*q.shape[:-3], q.shape[-2], q.shape[-3]), None, None, None
+
+    def backward(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None,
+    ):  # fmt: skip
+        assert out.shape == dout.shape == q.shape and lse.shape == (*q.shape[:-3], q.shape[-2], q.shape[-3])
+        fake.seen.append((cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, True))
+        return 2 * q, 3 * k + dout, 4 * v + out
+
+    fake._flash_attn_fwd, fake._flash_attn_bwd = forward, backward
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"flash-attn-4": "4.0.0b99"}[name])
+    monkeypatch.delenv("MODA_SEQUENCE_KERNEL", raising=False)
+    sequence._present.cache_clear()
+    yield fake
+    sequence._present.cache_clear()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_flash_attention_4_is_called_as_it_is_written(flash_attention_4: Any, packed: bool) -> None:
+    kernel = sequence._KERNELS["flash_attn_4"]
+    cu = torch.tensor([0, 1, 4], dtype=torch.int32, device=DEVICE) if packed else None
+    p = problem(cu_seqlens=cu, scale=0.3)
+    q, do = draw(1, 4, 2, 32), draw(1, 4, 2, 32, seed=1)
+    out, lse = kernel.forward(p, q, q, q)
+    assert torch.equal(out, q + 1) and lse.shape == (1, 2, 4)
+    dq, dk, dv = kernel.backward(p, do, q, q, q, out, lse)
+    assert torch.equal(dq, 2 * q) and torch.equal(dk, 3 * q + do) and torch.equal(dv, 4 * q + out)
+    longest = 3 if packed else None
+    assert flash_attention_4.seen == 2 * [(cu, cu, longest, longest, 0.3, True, True)]
+
+
+def test_flash_attention_4_comes_first_where_it_can_run(
+    flash_attention_4: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = problem(dtype=torch.bfloat16).kind._replace(device=torch.device("cuda", 0))
+    assert sequence.choose(kind).describe() == "flash_attn_4 (flash-attn-4 4.0.0b99)"
+    assert sequence.choose(kind._replace(packed=True, group=8)).name == "flash_attn_4"
+    assert sequence.choose(kind._replace(sequence_kernel="triton")).name == "triton"
+    reason = sequence._KERNELS["flash_attn_4"].unsupported(kind._replace(head_dim=256))
+    assert reason == "head dim 256: flash_attn_4 takes multiples of 8 up to 128"
+    wide = kind._replace(head_dim=112)
+    assert sequence.choose(wide).name == "flash_attn_4" != sequence.choose(wide._replace(causal=False)).name
+
+
+@pytest.mark.parametrize(
+    "breaks, reason",
+    [
+        (lambda m, fake: m.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0)), "capability 9.x or 10.x"),
+        (lambda m, fake: m.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0)), "capability 9.x or 10.x"),
+        (lambda m, fake: m.setattr(importlib.metadata, "version", _not_installed), "the package flash-attn-4 is not inst"),
+        (lambda m, fake: m.setitem(sys.modules, fake.__name__, None), "got 4.0.0b99: importing .* fails: ModuleNotFound"),
+        (lambda m, fake: m.delattr(fake, "_flash_attn_bwd"), "needs flash-attn-4 4.0.0b36 or .*: it has no _flash_attn_bwd"),
+        (lambda m, fake: m.setattr(fake, "_flash_attn_fwd", lambda q, k, v: q), "fwd does not take causal, cu_seqlens_k,"),
+    ],
+    ids=["ampere", "consumer", "not_installed", "broken", "renamed", "other_arguments"],
+)  # fmt: skip
+def test_flash_attention_4_that_cannot_be_used_says_why(
+    flash_attention_4: Any, monkeypatch: pytest.MonkeyPatch, breaks: Any, reason: str
+) -> None:
+    breaks(monkeypatch, flash_attention_4)
+    kind = problem().kind._replace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=f"'flash_attn_4' was asked for: .*{reason}"):
+        sequence.choose(kind._replace(sequence_kernel="flash_attn_4"))
+    assert sequence.choose(kind).name != "flash_attn_4"
+
+
+def _not_installed(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_flash_attention_4_alone_is_not_taken_for_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Its wheel has a folder ``flash_attn`` without a module."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    reason = sequence._KERNELS["flash_attn_2"].missing(torch.device("cuda", 0))
+    assert reason == "flash_attn_2: the package flash_attn is not installed"
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert sequence._KERNELS["flash_attn_2"].missing(torch.device("cuda", 0)) is None
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cudnn", "triton", "flash"])
+@pytest.mark.parametrize("name", ["flash_attn_4", "cudnn", "triton", "flash"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_sequence_kernels_agree_on_the_joint_softmax(monkeypatch: pytest.MonkeyPatch, name: str, causal: bool) -> None:
     """Every kernel present, given the merged pair, against the naive equation in fp64."""
     monkeypatch.setenv("MODA_SEQUENCE_KERNEL", name)
+    if name == "flash_attn_4" and (reason := sequence._KERNELS[name].missing(torch.device(DEVICE))) is not None:
+        pytest.skip(reason)
     c = depth_case(B=2, T=130, Hk=2, G=4, D=64, S=11)
     x = Inputs(c["q"], draw(2, 130, 2, 64, seed=20), draw(2, 130, 2, 64, seed=21), c["k"], c["v"])
     p = make_problem(x, causal=causal)

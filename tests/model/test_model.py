@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from olmo_core.config import Config
+from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.transformer import Transformer, TransformerBlockType, TransformerConfig
 
 from moda.config.model import ModelConfig
-from moda.model import DepthTransformer, ModelTransformerConfig, transformer_config
+from moda.model import DepthTransformer, ModelTransformerConfig, attention, transformer_config
+from moda.model.attention import OperatorBackend
 from moda.typed import from_dict, to_dict
+from moda_kernels import sequence_kernel
+from moda_kernels.yardstick import compare, report
 
 SMALL: dict = dict(d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=96, vocab_size=211)
 MODA = {"mechanism": "moda"}
@@ -130,12 +134,78 @@ def test_parallelism_that_would_split_the_stream_is_refused() -> None:
         model.apply_fsdp(wrapping_strategy="fine_grained")
 
 
-@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer"])
-def test_blocks_share_compiled_graphs(mechanism: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_a_plain_model_runs_the_operator_that_is_asked_for(backend: str) -> None:
+    """Its logits and gradients are those of OLMo-core's own attention."""
+    own = build()
+    operator = build(attention_backend=backend)
+    assert [type(b.attention.backend) for b in own.blocks.values()] == 3 * [TorchAttentionBackend]
+    ids = torch.randint(0, 211, (2, 9))
+    for model in (own, operator):
+        model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(operator(ids), own(ids), rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(operator.named_parameters(), own.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with pytest.raises(AssertionError, match="document masks"):
+        operator.blocks["0"].attention.backend(3 * (ids,), cu_doc_lens=ids)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn_4", "cudnn"])
+def test_auto_is_flash_attention_4_or_olmo_cores_own(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    asked = []
+
+    def sequence_kernel(*kind: Any) -> str:
+        asked.append(kind)
+        return kernel
+
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "current_device", lambda: 1)
+        gpu.setattr(attention, "sequence_kernel", sequence_kernel)
+        backends = [
+            block.attention.backend for block in transformer_config(ModelConfig(**SMALL)).build().blocks.values()
+        ]
+    assert asked == 3 * [(torch.device("cuda", 1), torch.bfloat16, 16)]
+    assert {type(b) for b in backends} == {OperatorBackend if kernel == "flash_attn_4" else TorchAttentionBackend}
+    qkv = tuple(torch.randn(1, 5, heads, 16) for heads in (4, 2, 2))
+    monkeypatch.setattr(attention, "moda_attention", None)  # what is not in half precision on a GPU stays OLMo-core's
+    own = TorchAttentionBackend(head_dim=16, n_heads=4, n_kv_heads=2)
+    assert torch.equal(backends[0](qkv), own(qkv))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_plain_model_with_flash_attention_4() -> None:
+    """Compiled, in bf16, no further from fp64 than OLMo-core's own attention is."""
+    device = torch.device("cuda", 0)
+    if sequence_kernel(device, torch.bfloat16, 64) != "flash_attn_4":
+        pytest.skip("FlashAttention 4 is not installed here")
+    ids = torch.randint(0, 211, (2, 200), device=device)
+    results = []
+    for dtype, own in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, True)):
+        model = build(head_dim=64).to(device)
+        for p in model.parameters():
+            p.data = p.data.bfloat16().to(dtype)
+        for block in model.blocks.values():
+            assert isinstance(block.attention.backend, OperatorBackend)
+            if own:
+                block.attention.backend = TorchAttentionBackend(head_dim=64, n_heads=4, n_kv_heads=2)
+            else:
+                block.compile(fullgraph=True)
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        results.append([out.logits, *(p.grad for p in model.parameters())])
+    verdicts = [compare(str(i), *tensors) for i, tensors in enumerate(zip(*results, strict=True))]
+    assert all(v.passed for v in verdicts), report(verdicts)
+
+
+@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer", None])
+def test_blocks_share_compiled_graphs(mechanism: str | None) -> None:
     """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
     from torch._dynamo.utils import counters
 
-    model = build(depth={"mechanism": mechanism}, n_layers=6)
+    depth = None if mechanism is None else {"mechanism": mechanism}
+    model = build(depth=depth, attention_backend="auto" if depth else "reference", n_layers=6)
     ids = torch.randint(0, 211, (2, 9))
     eager = model(ids, labels=ids, return_logits=True)
     eager.loss.backward()

@@ -102,10 +102,10 @@ def _run_case(
     baseline = _baseline(case, x)
     rows = []
     for variant in variants:
-        status, reason = "ok", ""
+        status, reason, exact = "ok", "", variant.exact
         times: dict[str, tuple[Quantiles, Quantiles | None]] = {}
         try:
-            bind(variant, case, x)
+            exact = bind(variant, case, x).exact
             if variant.depth not in truths:
                 truths[variant.depth] = gate.short_truth(case, variant.depth)
             judged = gate.check(variant, case, x, truths[variant.depth])
@@ -121,7 +121,7 @@ def _run_case(
             status, reason = "failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         torch.cuda.empty_cache()
         for what in times or ("both",):
-            row = _row(case, variant, what, status, reason, ceilings)
+            row = _row(case, variant, exact, what, status, reason, ceilings)
             if times:
                 q, cudnn = times[what]
                 floor = floor_ms(case, what, ceilings) if variant.depth else None
@@ -133,7 +133,7 @@ def _run_case(
                     row.update(cudnn_ms=round(cudnn.median, 5), over_cudnn=round(q.median / cudnn.median, 4))
             rows.append(row)
         shown = " ".join(map(_shown, times.items())) or f"{status}: {reason[:300]}"
-        progress(f"{case.name:28s} {variant.name:10s} {shown}")
+        progress(f"{case.name:28s} {variant.name:12s} {shown}")
     return rows
 
 
@@ -183,10 +183,12 @@ def _times(
     return times
 
 
-def _row(case: Case, variant: Variant, what: str, status: str, reason: str, ceilings: Ceilings) -> dict[str, object]:
+def _row(
+    case: Case, variant: Variant, exact: str, what: str, status: str, reason: str, ceilings: Ceilings
+) -> dict[str, object]:  # fmt: skip
     row: dict[str, object] = {name: getattr(case, name, None) for name in COLUMNS}
     paper = case.paper_ms if case.paper_ms is not None and what == "both" else (None, None)
-    row.update(case=case.name, Hq=case.G * case.Hk, dtype="bfloat16", variant=variant.name, exact=variant.exact)
+    row.update(case=case.name, Hq=case.G * case.Hk, dtype="bfloat16", variant=variant.name, exact=exact)
     row.update(
         {"pass": what}, status=status, reason=reason, paper_fa2_triton_ms=paper[0], paper_moda_triton_ms=paper[1]
     )

@@ -7,13 +7,14 @@ from typing import Any
 AXES = {"T": "sequence length T", "G": "query heads to a key/value head, G", "S": "depth slots S"}
 COLOURS = {
     "cudnn": "tab:blue",
+    "flash_attn_4": "tab:cyan",
     "flash": "tab:orange",
     "triton": "tab:green",
     "reference": "tab:gray",
     "fused": "tab:red",
     "split": "tab:purple",
 }
-_NO_DEPTH = ("cudnn", "flash", "triton")  # attention to the sequence alone
+_NO_DEPTH = ("cudnn", "flash_attn_4", "flash", "triton")  # attention to the sequence alone
 #: The row of the T sweep that is also a point of the other two.
 SHARED = {"T": "16384", "G": "8", "S": "64"}
 

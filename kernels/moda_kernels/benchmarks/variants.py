@@ -35,6 +35,9 @@ VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
         Variant("cudnn", "aten._scaled_dot_product_cudnn_attention, sequence only", False, sequence_kernel="cudnn"),
+        Variant(
+            "flash_attn_4", "flash_attn.cute (FlashAttention 4), sequence only", False, sequence_kernel="flash_attn_4"
+        ),
         Variant("flash", "aten._flash_attention_forward (FlashAttention 2)", False, sequence_kernel="flash"),
         Variant("triton", "this project's fused kernels without depth slots", False, backend="fused"),
         Variant(
@@ -54,6 +57,7 @@ class NotRun(Exception):
 class Bound:
     """A variant on a case's tensors. ``results`` after a forward and a backward, by the yardstick's names."""
 
+    exact: str  # what runs, the sequence kernel of split included
     problem: Problem
     forward: Callable[[], Result]
     backward: Callable[[Result], dict[str, torch.Tensor | None]]
@@ -77,9 +81,14 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     slots = case.slots if variant.depth else None
     p = make_problem(inputs, slots=slots, **options)  # type: ignore[arg-type]
     if variant.sequence_kernel is not None:
-        return _bind_sequence(variant.sequence_kernel, p, inputs, grad_out)
+        return _bind_sequence(variant, p, inputs, grad_out)
     assert variant.backend is not None
     backend = get_backend(variant.backend, p.kind)
+    exact = variant.exact
+    if variant.backend == "split" and case.sequence:
+        from moda_kernels.moda_attention.split import sequence
+
+        exact += f", sequence kernel {sequence.choose(p.kind).describe()}"
     sums: list[torch.Tensor] = []
 
     def backward(saved: Result) -> dict[str, torch.Tensor | None]:
@@ -97,13 +106,13 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
             sums.extend(torch.zeros_like(t) for t in (inputs.depth_k, inputs.depth_v) if t is not None)
         backend.backward(p, grad_out, None, inputs, saved, DepthGradients(sums[0], sums[1], (0, 0)))
 
-    return Bound(p, lambda: backend.forward(p, inputs), backward, backward_add if p.n_slots else None)
+    return Bound(exact, p, lambda: backend.forward(p, inputs), backward, backward_add if p.n_slots else None)
 
 
-def _bind_sequence(name: str, p: Problem, x: Inputs, grad_out: torch.Tensor) -> Bound:
+def _bind_sequence(variant: Variant, p: Problem, x: Inputs, grad_out: torch.Tensor) -> Bound:
     from moda_kernels.moda_attention.split import sequence
 
-    kernel = sequence.choose(p.kind._replace(sequence_kernel=name))
+    kernel = sequence.choose(p.kind._replace(sequence_kernel=variant.sequence_kernel))
     k, v = x.k, x.v
     assert k is not None and v is not None
 
@@ -111,4 +120,4 @@ def _bind_sequence(name: str, p: Problem, x: Inputs, grad_out: torch.Tensor) -> 
         dq, dk, dv = kernel.backward(p, grad_out, x.q, k, v, *saved)
         return {"dq": dq, "dk": dk, "dv": dv}
 
-    return Bound(p, lambda: Result(*kernel.forward(p, x.q, k, v)), backward)
+    return Bound(variant.exact, p, lambda: Result(*kernel.forward(p, x.q, k, v)), backward)

@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .problem import Kind, Problem
+from .problem import Kind, Problem, make_problem
 from .tensors import DepthTarget, Gradients, Inputs, Pending, Result
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,15 @@ def get_backend(name: str, kind: Kind) -> Backend:
     if (reason := backend.unsupported(kind)) is not None:
         raise ValueError(f"moda_attention: backend {name!r} cannot run this: {reason}")
     return backend
+
+
+def sequence_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Name of the flash attention that ``split`` runs on a device for plain causal sequences, or None where it has none."""
+    if not _has_triton():
+        return None
+    q = torch.empty(1, 2, 1, head_dim, dtype=dtype, device=device)
+    kernel, _ = importlib.import_module(".split.sequence", __package__).select(make_problem(Inputs(q, q, q)).kind)
+    return None if kernel is None else kernel.name
 
 
 @functools.cache

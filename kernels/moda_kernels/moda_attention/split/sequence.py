@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,42 +23,10 @@ from torch import Tensor
 from ..fused import backend as fused
 from ..problem import Kind, Problem
 from ..tensors import Inputs, Result
+from .flash_attention_4 import FlashAttention4
+from .kernel import Gradients, SequenceKernel, packed, unpacked
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-class SequenceKernel:
-    """One flash attention. Tensors are ``[B, T, H, D]`` with the last dimension contiguous; LSE is ``[B, Hq, T]`` fp32."""
-
-    name: str
-    #: Its rank on devices of compute capability below 9, and from 9.
-    ranks: tuple[int, int]
-
-    def missing(self, device: torch.device) -> str | None:
-        """Why this machine does not have the kernel, or None. Unless overridden it needs compute capability 8.0."""
-        if device.type != "cuda":
-            return f"device {device.type}: {self.name} needs CUDA"
-        return f"{self.name} needs compute capability 8.0" if torch.cuda.get_device_capability(device)[0] < 8 else None
-
-    def unsupported(self, kind: Kind) -> str | None:
-        """Why the kernel cannot solve problems of this kind, naming the argument, or None."""
-        if kind.dtype not in HALF:
-            return f"dtype {kind.dtype}: {self.name} takes float16 and bfloat16"
-        if kind.head_dim % 8 or kind.head_dim > 128:
-            return f"head dim {kind.head_dim}: {self.name} takes multiples of 8 up to 128"
-        return None
-
-    def rank(self, capability: tuple[int, int]) -> int:
-        """Order of preference on a device of this capability: the lowest that can run is taken."""
-        return self.ranks[capability[0] >= 9]
-
-    def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        raise NotImplementedError
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -70,7 +39,7 @@ class CudnnAttention(SequenceKernel):
     """cuDNN's fused attention through aten."""
 
     name = "cudnn"
-    ranks = (3, 0)
+    ranks = (3, 1)
 
     def missing(self, device: torch.device) -> str | None:
         reason = super().missing(device)
@@ -103,20 +72,11 @@ class CudnnAttention(SequenceKernel):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _packed(p: Problem, *tensors: Tensor) -> list[Tensor]:
-    """``[B, T, H, D]`` as they are, or ``[T, H, D]`` for packed documents."""
-    return list(tensors) if p.cu_seqlens is None else [x[0] for x in tensors]
-
-
-def _unpacked(p: Problem, *tensors: Tensor) -> Any:
-    return tensors if p.cu_seqlens is None else tuple(x.unsqueeze(0) for x in tensors)
-
-
 class AtenFlash(SequenceKernel):
     """FlashAttention 2 as built into PyTorch; packed documents too."""
 
     name = "flash"
-    ranks = (4, 4)
+    ranks = (4, 5)
 
     def missing(self, device: torch.device) -> str | None:
         if not torch.backends.cuda.is_flash_attention_available():
@@ -124,20 +84,20 @@ class AtenFlash(SequenceKernel):
         return super().missing(device)
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = _packed(p, q, k, v)
+        q, k, v = packed(p, q, k, v)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, False, scale=p.scale
         )
-        return _unpacked(p, out, lse)
+        return unpacked(p, out, lse)
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         rng, scalar = _no_dropout(q.device)
-        do, q, k, v, out, lse = _packed(p, do, q, k, v, out, lse)
+        do, q, k, v, out, lse = packed(p, do, q, k, v, out, lse)
         grads = torch.ops.aten._flash_attention_backward(
             do, q, k, v, out, lse, p.cu_seqlens, p.cu_seqlens, p.max_seqlen, p.max_seqlen, 0.0, p.causal, rng,
             scalar, scale=p.scale,
         )  # fmt: skip
-        return _unpacked(p, *grads)
+        return unpacked(p, *grads)
 
 
 class FlashAttnPackage(SequenceKernel):
@@ -145,14 +105,16 @@ class FlashAttnPackage(SequenceKernel):
 
     def __init__(self, name: str, module: str, major: int) -> None:
         self.name, self.module, self.major = name, module, major
-        self.ranks = (1, 1) if major == 3 else (2, 2)
+        self.ranks = (1, 2) if major == 3 else (2, 3)
 
     def missing(self, device: torch.device) -> str | None:
         reason, package = super().missing(device), self.module.partition(".")[0]
         if reason is None and self.major == 3 and torch.cuda.get_device_capability(device)[0] != 9:
             reason = f"{self.name} needs compute capability 9.x"
-        if reason is None and importlib.util.find_spec(package) is None:
-            reason = f"{self.name}: the package {package} is not installed"
+        if reason is None:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:  # a folder of that name, without a module, is FlashAttention 4's
+                reason = f"{self.name}: the package {package} is not installed"
         return reason
 
     def _call(self, p: Problem, name: str, *tensors: Tensor, **options: Any) -> Any:
@@ -165,7 +127,7 @@ class FlashAttnPackage(SequenceKernel):
         )  # fmt: skip
 
     def forward(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = _packed(p, q, k, v)
+        q, k, v = packed(p, q, k, v)
         if self.major == 3:
             cu, longest = p.cu_seqlens, None if p.cu_seqlens is None else p.max_seqlen
             out, lse, *_ = importlib.import_module(self.module)._flash_attn_forward(
@@ -174,10 +136,10 @@ class FlashAttnPackage(SequenceKernel):
             )  # fmt: skip
         else:
             out, lse, *_ = self._call(p, "forward", q, k, v, return_softmax=False)
-        return _unpacked(p, out, lse)
+        return unpacked(p, out, lse)
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        do, q, k, v, out, lse = _packed(p, do, q, k, v, out, lse)
+        do, q, k, v, out, lse = packed(p, do, q, k, v, out, lse)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         if self.major == 3:
             cu, longest = p.cu_seqlens, p.max_seqlen
@@ -186,14 +148,14 @@ class FlashAttnPackage(SequenceKernel):
             backward(do, q, k, v, out, lse, *packing, *grads, p.scale, p.causal)
         else:
             self._call(p, "backward", do, q, k, v, out, lse, *grads, deterministic=False)
-        return _unpacked(p, *grads)
+        return unpacked(p, *grads)
 
 
 class TritonAttention(SequenceKernel):
     """This project's own fused kernels without depth slots; packed documents too."""
 
     name = "triton"
-    ranks = (5, 3)  # ahead of FlashAttention 2 where it was measured: kernels/results
+    ranks = (5, 4)  # ahead of FlashAttention 2 where it was measured: kernels/results
 
     def missing(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"device {device.type}: {self.name} needs CUDA"
@@ -244,7 +206,7 @@ class CpuFlash(SequenceKernel):
 
 
 _KERNELS: dict[str, SequenceKernel] = {kernel.name: kernel for kernel in (
-    CudnnAttention(), FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
+    FlashAttention4(), CudnnAttention(), FlashAttnPackage("flash_attn_3", "flash_attn_interface", 3),
     FlashAttnPackage("flash_attn_2", "flash_attn.flash_attn_interface", 2), TritonAttention(), AtenFlash(), CpuFlash(),
 )}  # fmt: skip
 
@@ -283,4 +245,10 @@ def choose(kind: Kind) -> SequenceKernel:
     kernel, reason = select(kind)
     if kernel is None:
         raise ValueError(f"moda_attention: backend 'split' cannot run this: {reason}")
+    _say(kind.device, kernel)
     return kernel
+
+
+@functools.cache
+def _say(device: torch.device, kernel: SequenceKernel) -> None:
+    log.info("moda_attention: backend split runs sequence kernel %s on %s", kernel.describe(), device)
