@@ -4,11 +4,11 @@ With v_0 the embedding, v_i the output of sublayer i, r their sum so far, and a 
 
     h = r + sum over i of p_i v_i        p = softmax over i of w . RMSNorm(v_i)        v = f(h)        r <- r + v
 
-The final norm receives r. The first sublayer has nothing to pick from. The block form picks from the embedding and the sums of the
-outputs of finished blocks of layers; a block counts as finished after the next one's first attention. This is the authors' code
-(its modes delta and delta_block), but for two things: from its third block on that code subtracts another sum than the one of the
-blocks before, while its documentation speaks of the block's own, as here; and it draws w like any linear, where here w begins at
-zero, which is the mean, as in attention residuals.
+The final norm receives r. The first sublayer has nothing to pick from. The block form picks from the embedding and from the sums
+of the outputs of finished blocks of layers; a block counts as finished after the next one's first attention. This is the authors'
+code (its modes delta and delta_block) but for two things. Their block's sum is the stream less the previous block's sum, which
+from the second finished block on is not the block's own; their documentation speaks of the block's own, as here. They draw w like
+any linear; here it begins at zero, which is the mean, as in attention residuals.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ class DepthTransformer(Transformer):
         return self.lm_head(h, **lm_head_kwargs)
 
     def apply_compile(self) -> None:
-        """Compile block by block. Where each layer has a graph of its own, PyTorch may keep so many: past its limit it runs eagerly."""
+        """Compile block by block. Where each layer has its own graph, PyTorch's limit is raised: past it layers run eagerly."""
         super().apply_compile()
         if self.mechanism.graph_per_layer:
             limits = torch._dynamo.config

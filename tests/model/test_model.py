@@ -10,6 +10,7 @@ from olmo_core.config import Config
 from olmo_core.nn.transformer import Transformer, TransformerBlockType, TransformerConfig
 
 from moda.config.model import ModelConfig
+from moda.depth import DepthMechanism
 from moda.model import DepthTransformer, ModelTransformerConfig, transformer_config
 from moda.typed import from_dict, to_dict
 
@@ -130,7 +131,7 @@ def test_parallelism_that_would_split_the_stream_is_refused() -> None:
         model.apply_fsdp(wrapping_strategy="fine_grained")
 
 
-@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer"])
+@pytest.mark.parametrize("mechanism", [m.name for m in DepthMechanism.known.values() if not m.graph_per_layer])
 def test_blocks_share_compiled_graphs(mechanism: str) -> None:
     """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
     from torch._dynamo.utils import counters
@@ -152,3 +153,14 @@ def test_blocks_share_compiled_graphs(mechanism: str) -> None:
     torch.testing.assert_close(out.logits, eager.logits)
     for g, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_a_graph_per_layer_is_allowed_where_what_blocks_receive_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = torch._dynamo.config
+    for mechanism, allowed in (("mhc", 8), ("delta_residuals", 40 + 8)):
+        monkeypatch.setattr(limits, "recompile_limit", 8)
+        model = build(depth={"mechanism": mechanism}, n_layers=40, norm_placement="pre")
+        for block in (*model.blocks.values(), model.lm_head):
+            monkeypatch.setattr(block, "compile", lambda **options: None)  # which asks for a C++ compiler
+        model.apply_compile()
+        assert limits.recompile_limit == allowed
