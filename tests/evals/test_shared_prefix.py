@@ -24,7 +24,6 @@ VARIANTS = {
     "reader": {"depth": {"mechanism": "moda", "attention": "reuse", "ffn": True, "key_norm": "reader"}},
     "value-residual": {"depth": {"mechanism": "value_residual"}},
     "denseformer": {"depth": {"mechanism": "denseformer"}},
-    "mudd": {"depth": {"mechanism": "mudd"}},
     "depth-attention": {"depth": {"mechanism": "depth_attention", "stride": 1}},
     "depth-only": {"depth": {"mechanism": "depth_only"}},
     "delta": {"depth": {"mechanism": "delta_residuals"}, "norm_placement": "pre"},
