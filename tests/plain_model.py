@@ -44,8 +44,9 @@ class PlainDecoder:
     """A decoder of the parameters ``p``; one object computes one forward pass.
 
     :param depth: MoDA's attention, ffn, key_norm, rope and, unless all slots are read, ``reads``: a function of the layer and
-        the kinds of slots; and ``top``: how many of the largest logits stay; or None.
-    :param other: another mechanism, ``value_residual`` or ``denseformer`` (with its ``dilation``), from its paper's equation.
+        the kinds of slots; ``top``: how many of the largest logits stay; ``apart``: under a softmax of their own; or None.
+    :param other: another mechanism, ``value_residual``, ``denseformer`` (with its ``dilation``) or ``depth_attention`` (with
+        ``stride`` and ``recent``), from its paper's equation.
     """
 
     p: dict[str, torch.Tensor]
@@ -58,9 +59,12 @@ class PlainDecoder:
     depth: dict | None
     other: str | None = None
     dilation: int = 1
+    stride: int = 1
+    recent: int = 0
     theta: float = 500_000.0
     slots: list[Slot] = field(default_factory=list)
     first_values: list[torch.Tensor] = field(default_factory=list)
+    mixed: list[Slot] = field(default_factory=list)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """``[B, T, V]`` of ids ``[B, T]``."""
@@ -114,10 +118,13 @@ class PlainDecoder:
             return self.slots
         return [self.slots[i] for i in self.depth["reads"](layer, 2 if self.depth["ffn"] else 1)]
 
-    def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+    def attention(self, x: torch.Tensor | tuple[torch.Tensor, ...], layer: int) -> torch.Tensor:
+        """Of one input, or of one each for queries, keys and values."""
+        inputs = x if isinstance(x, tuple) else (x, x, x)
+        x = inputs[0]
         name = f"blocks.{layer}.attention"
         q_gain, k_gain = self.p[f"{name}.q_norm.weight"], self.p[f"{name}.k_norm.weight"]
-        raw_q, raw_k, raw_v = (self.linear(x, f"{name}.{w}") for w in ("w_q", "w_k", "w_v"))
+        raw_q, raw_k, raw_v = (self.linear(x, f"{name}.{w}") for x, w in zip(inputs, ("w_q", "w_k", "w_v")))
         q, k = rotate(self.qk_norm(raw_q, q_gain), self.theta), rotate(self.qk_norm(raw_k, k_gain), self.theta)
         v = self.heads(raw_v)
         if self.other == "value_residual":
@@ -126,6 +133,13 @@ class PlainDecoder:
                 own, first = self.p[f"blocks.{layer}.depth.weights"]
                 v = own * v + first * self.first_values[0]
         T, D, group = x.shape[1], self.head_dim, self.n_heads // self.n_kv_heads
+        if self.other == "depth_attention":
+            mean = q.reshape(*k.shape[:3], group, D).mean(3)
+            own = [(k, v)]
+            among = [s for i, s in enumerate(self.mixed) if i % self.stride == 0 or i >= layer - self.recent] + own
+            p = torch.stack([(mean * key).sum(-1) / math.sqrt(D) for key, _ in among], -1).softmax(-1)
+            v = torch.stack([p[..., i, None] * value for i, (_, value) in enumerate(among)]).sum(0)
+            self.mixed.append((k, v))
         out = torch.zeros_like(q)
         for head in range(self.n_heads):
             kv = head // group
@@ -144,7 +158,9 @@ class PlainDecoder:
             if top is not None and len(values) > top:
                 least = s[..., T:].sort(-1, descending=True).values[..., top - 1, None]
                 s = torch.cat([s[..., :T], s[..., T:].masked_fill(s[..., T:] < least, -math.inf)], dim=-1)
-            w = s.softmax(-1)
+            apart = self.depth is not None and self.depth.get("apart")
+            parts = s.split([T, s.shape[-1] - T], -1) if apart else [s]
+            w = torch.cat([part.softmax(-1) for part in parts], -1)
             out[:, :, head] = w[..., :T] @ v[:, :, kv] + sum(
                 w[..., T + i, None] * value for i, value in enumerate(values)
             )

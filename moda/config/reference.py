@@ -44,7 +44,7 @@ class Key:
 
 def _descriptions(cls: type) -> dict[str, str]:
     """The ``:param name:`` texts of the docstrings of a class and its bases."""
-    docstrings = "\n".join(inspect.cleandoc(c.__doc__ or "") for c in reversed(cls.__mro__[:-1]))
+    docstrings = "\n\n".join(inspect.cleandoc(c.__doc__ or "") for c in reversed(cls.__mro__[:-1]))
     parts = re.split(r"^:param (\w+):", docstrings, flags=re.MULTILINE)
     texts = (re.split(r"\n\s*\n|\n:", part)[0] for part in parts[2::2])
     return {name: " ".join(part.split()).replace("``", "`") for name, part in zip(parts[1::2], texts)}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Sources = tuple[torch.Tensor, ...]
 
 
-class _Reader(nn.Module):
+class Reader(nn.Module):
     """The query and the norm of one sublayer."""
 
     def __init__(self, d_model: int, eps: float) -> None:
@@ -67,7 +67,7 @@ class _Layer(DepthLayer):
     def __init__(self, d_model: int, eps: float, begins: dict[str, bool]) -> None:
         super().__init__()
         self.begins = begins
-        self.readers = nn.ModuleDict({sublayer: _Reader(d_model, eps) for sublayer in begins})
+        self.readers = nn.ModuleDict({sublayer: Reader(d_model, eps) for sublayer in begins})
 
     def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
         return self.readers[sublayer](stream)
@@ -87,7 +87,7 @@ class _Pass(DepthPass):
 class _Model(DepthModel):
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
-        self.reader = _Reader(d_model, eps)
+        self.reader = Reader(d_model, eps)
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
         return (h,), _Pass(self.reader)
@@ -95,6 +95,30 @@ class _Model(DepthModel):
 
 class _Probe:
     """Stands for a stream: a placement that hands it to ``add`` and returns what comes back leaves the stream alone."""
+
+
+def check_stream_left_alone(model: ModelConfig, mechanism: str) -> None:
+    """Refuse a norm placement that normalises the stream, which here is no tensor.
+
+    :raises UserError: naming the placement.
+    """
+    after: Any = _Probe()
+    try:
+        left_alone = model.norm_placement.combine(_Probe(), None, [lambda x: None] * 2, lambda x, out: after) is after
+    except TypeError:
+        left_alone = False
+    if not left_alone:
+        expected = f"one that leaves the stream to {mechanism} (N of a sublayer's output alone)"
+        raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
+
+
+def draw_sources(axes: Any, counts: list[int], title: str) -> None:
+    """Draw which sources (columns) each sublayer (row) attends over, of its number of sources."""
+    cells = [(source, row) for row, n in enumerate(counts) for source in range(n)]
+    axes.scatter(*zip(*cells), marker="s", s=12, color="#4c78a8", label="source")
+    axes.set(xlabel="source (0: embeddings)", ylabel="sublayer", title=title)
+    axes.set(xlim=(-1, max(counts)), ylim=(len(counts), -1))
+    axes.legend(loc="upper right", frameon=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,7 @@ class AttentionResiduals(DepthMechanism):
 
     name = "attention_residuals"
     source = "arXiv 2603.15031"
+    graph_per_layer = True
     no_weight_decay = ("*.depth.readers.*", "depth.reader.*")
 
     blocks: Count | None = None
@@ -113,16 +138,7 @@ class AttentionResiduals(DepthMechanism):
     def check(self, model: ModelConfig) -> None:
         if self.blocks is not None and 2 * model.n_layers % self.blocks:
             raise UserError("model.depth.blocks", f"a divisor of the {2 * model.n_layers} sublayers", self.blocks)
-        after: Any = _Probe()
-        try:
-            left_alone = (
-                model.norm_placement.combine(_Probe(), None, [lambda x: None] * 2, lambda x, out: after) is after
-            )
-        except TypeError:
-            left_alone = False
-        if not left_alone:
-            expected = "one that leaves the stream to attention_residuals (N of a sublayer's output alone)"
-            raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
+        check_stream_left_alone(model, self.name)
 
     def _length(self, model: ModelConfig) -> int:
         """Sublayers in a block."""
@@ -151,3 +167,6 @@ class AttentionResiduals(DepthMechanism):
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"
         return [("attention residuals", f"{form}, up to {max(self._sources(model))} sources")]
+
+    def draw(self, axes: Any, model: ModelConfig) -> None:
+        draw_sources(axes, self._sources(model), "what sublayers, and the end, attend over")

@@ -53,6 +53,15 @@ class _Model(DepthModel):
             set_start(weights, start)
 
 
+def draw_outputs(axes: Any, n_layers: int, dilation: int, title: str) -> None:
+    """Draw which block outputs (columns) are mixed after which block (rows)."""
+    cells = [(j, i) for i in range(1, n_layers + 1) for j in range(i % dilation, i + 1, dilation)]
+    axes.scatter(*zip(*cells), marker="s", s=24, color="#4c78a8", label="block output")
+    axes.set(xlabel="output (0: embeddings)", ylabel="after block", title=title)
+    axes.set(xlim=(-1, n_layers + 1), ylim=(n_layers + 1, -1))
+    axes.legend(loc="upper right", frameon=False)
+
+
 @dataclass(frozen=True)
 class DenseFormer(DepthMechanism):
     """Average block outputs over depth.
@@ -82,8 +91,4 @@ class DenseFormer(DepthMechanism):
         return [("block outputs averaged per layer", f"{self._outputs_read(model) / model.n_layers:.1f} on average")]
 
     def draw(self, axes: Any, model: ModelConfig) -> None:
-        cells = [(j, i) for i in range(1, model.n_layers + 1) for j in range(i % self.dilation, i + 1, self.dilation)]
-        axes.scatter(*zip(*cells), marker="s", s=24, color="#4c78a8", label="block output")
-        axes.set(xlabel="output (0: embeddings)", ylabel="average after block", title="averaged block outputs")
-        axes.set(xlim=(-1, model.n_layers + 1), ylim=(model.n_layers + 1, -1))
-        axes.legend(loc="upper right", frameon=False)
+        draw_outputs(axes, model.n_layers, self.dilation, "averaged block outputs")

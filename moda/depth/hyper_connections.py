@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
-class _Connection(nn.Module):
+class Connection(nn.Module):
+    """A connection has methods ``read`` and ``write``, called by name, so that module hooks (offloading) see the calls."""
+
+    def forward(self, method: str, *args: torch.Tensor) -> torch.Tensor:
+        """Call a method by name."""
+        return getattr(self, method)(*args)
+
+
+class _Connection(Connection):
     """The connection of one sublayer: ``alpha`` is A_m beside A_r."""
 
     def __init__(self, n: int, d_model: int, dynamic: bool, first: int) -> None:
@@ -80,17 +88,17 @@ class _Connection(nn.Module):
 
 
 class StreamsLayer(DepthLayer):
-    """A block's two connections, each a module with ``read`` and ``write``."""
+    """A block's two connections."""
 
-    def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
+    def __init__(self, attention: Connection, feed_forward: Connection) -> None:
         super().__init__()
         self.connections = nn.ModuleDict({"attention": attention, "feed_forward": feed_forward})
 
     def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
-        return self.connections[sublayer].read(stream)  # type: ignore[operator]
+        return self.connections[sublayer]("read", stream)
 
     def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
-        return self.connections[sublayer].write(stream, out)  # type: ignore[operator]
+        return self.connections[sublayer]("write", stream, out)
 
 
 class _Pass(DepthPass):

@@ -35,6 +35,8 @@ from moda_kernels.depth.layout import DepthLayout
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
 
+#: What a sublayer receives: ``[B, T, d_model]``, or for an attention three of them, for its queries, keys and values.
+Received = torch.Tensor | tuple[torch.Tensor, ...]
 #: Tensors that go into a block and come out of it.
 State = tuple[torch.Tensor, ...]
 #: What a block was called with besides the stream: document boundaries, masks, the KV cache. Hosts know what is in it.
@@ -78,8 +80,8 @@ class AttentionHost(Protocol):
         """The gain of a QK-norm, ``[H * D]`` or ``[D]``."""
         ...
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Raw queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hk * D]`` of ``x`` ``[B, T, d_model]``."""
+    def project(self, x: Received) -> tuple[torch.Tensor, ...]:
+        """Raw queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hk * D]`` of one input, or of one each."""
         ...
 
     def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
@@ -107,6 +109,20 @@ class AttentionHost(Protocol):
         """Attention under one softmax over the sequence and the slots that this layer reads; and the next state.
 
         :param top: how many of the slots a token's query head keeps, those of the largest logits (ties stay); None for all.
+        """
+        ...
+
+    def attend_slots(
+        self,
+        q: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
+        state: State,
+        context: Context,
+        top: int | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """Attention ``[B, T, H, D]`` over the slots that this layer reads alone, under a softmax of their own; the next state.
+
+        :param own: a key and a value per token ``[B, T, H, D]`` that it sees besides; without them, no slot to read gives zeros.
         """
         ...
 
@@ -140,7 +156,7 @@ class DepthLayer(nn.Module):
         """Call a method by name."""
         return getattr(self, method)(*args)
 
-    def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
+    def receive(self, sublayer: str, stream: Any) -> Received:
         """What a sublayer (``attention`` or ``feed_forward``) reads from the stream, before the norm placement."""
         return stream
 
@@ -149,7 +165,7 @@ class DepthLayer(nn.Module):
         return stream + out
 
     def attend(
-        self, attention: AttentionHost, x: torch.Tensor, state: State, context: Context
+        self, attention: AttentionHost, x: Received, state: State, context: Context
     ) -> tuple[torch.Tensor, State]:
         """The attention's output ``[B, T, d_model]`` for its input, and the next state."""
         q, k, v = attention.project(x)
@@ -224,6 +240,8 @@ class DepthMechanism(Registered):
     #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names. The three
     #: parallel ones are refused for every mechanism yet: blocks do not split what a mechanism keeps.
     refused: ClassVar[Mapping[str, str]] = _REFUSED
+    #: Whether what a block receives grows with depth, so that each layer is compiled to a graph of its own.
+    graph_per_layer: ClassVar[bool] = False
     #: Parameters (globs of names) that weight decay must leave alone.
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from moda.ranges import Count
 
-from .hyper_connections import EPS, StreamsLayer, StreamsModel, streams_memory
+from .hyper_connections import EPS, Connection, StreamsLayer, StreamsModel, streams_memory
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, set_start
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def sinkhorn(logits: torch.Tensor, iterations: int) -> torch.Tensor:
     return matrix
 
 
-class _Connection(nn.Module):
+class _Connection(Connection):
     """The connection of one sublayer: pre, post and res side by side in ``phi`` and ``b``."""
 
     def __init__(self, n: int, d_model: int, iterations: int) -> None:

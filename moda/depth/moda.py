@@ -42,6 +42,7 @@ from .mechanism import (
     DepthModel,
     DepthPass,
     Host,
+    Received,
     SlotMemory,
     State,
 )
@@ -91,7 +92,7 @@ class _Projection(nn.Module):
         self.w_v = nn.Linear(d_model, width, bias=bias)
 
 
-class _Layer(DepthLayer):
+class SlotsLayer(DepthLayer):
     """Reads slots in the attention; writes a slot after the attention and one before the FFN."""
 
     def __init__(self, mechanism: MoDA, model: ModelConfig, index: int) -> None:
@@ -107,8 +108,9 @@ class _Layer(DepthLayer):
         self.ffn_slot = _Projection(*sizes) if layout.written_slot(index, FFN) is not None else None
 
     def attend(
-        self, attention: AttentionHost, x: torch.Tensor, state: State, context: Context
+        self, attention: AttentionHost, x: Received, state: State, context: Context
     ) -> tuple[torch.Tensor, State]:
+        assert isinstance(x, torch.Tensor)
         raw_q, raw_k, raw_v = attention.project(x)
         q, k = attention.normalise(raw_q, attention.q_norm), attention.normalise(raw_k, attention.k_norm)
         v = raw_v.unflatten(-1, (-1, attention.head_dim))
@@ -120,7 +122,7 @@ class _Layer(DepthLayer):
         q, k = attention.rotate(q, k, context)
         if reader and q_depth is None:
             q_depth = self._times_gain(attention, q)
-        out, state = attention.attend_with_slots(q, k, v, q_depth, state, context, self.top)
+        out, state = self._read(attention, q, k, v, q_depth, state, context)
         if self.writes_attention:
             if self.attention_slot is not None:
                 k, v = self._project(attention, x, self.attention_slot, context)
@@ -141,6 +143,19 @@ class _Layer(DepthLayer):
             k, v = self._project(attention, x, self.ffn_slot, context)
             state = attention.write_slot(k, v, FFN, state, context)
         return ffn(x), state
+
+    def _read(
+        self,
+        attention: AttentionHost,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_depth: torch.Tensor | None,
+        state: State,
+        context: Context,
+    ) -> tuple[torch.Tensor, State]:
+        """The attention ``[B, T, Hq, D]`` over the sequence and the slots, and the next state."""
+        return attention.attend_with_slots(q, k, v, q_depth, state, context, self.top)
 
     def _project(
         self, attention: AttentionHost, x: torch.Tensor, projection: _Projection, context: Context
@@ -194,7 +209,9 @@ class _Pass(DepthPass):
         return stream
 
 
-class _Model(DepthModel):
+class SlotsModel(DepthModel):
+    """Opens the memory of the slots for each pass."""
+
     def __init__(self, layout: DepthLayout) -> None:
         super().__init__()
         self.layout = layout
@@ -241,10 +258,10 @@ class MoDA(DepthMechanism):
             raise UserError("model.attention_backend", expected, model.attention_backend.value)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
-        return _Layer(self, model, index)
+        return SlotsLayer(self, model, index)
 
     def build_model(self, model: ModelConfig) -> DepthModel:
-        return _Model(self.layout(model.n_layers))
+        return SlotsModel(self.layout(model.n_layers))
 
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         assert model.head_dim is not None

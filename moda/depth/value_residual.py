@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from .mechanism import AttentionHost, Context, DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
+from .mechanism import AttentionHost, Context, DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, Received, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -31,7 +31,7 @@ class _Layer(DepthLayer):
         self.reset_parameters()
 
     def attend(
-        self, attention: AttentionHost, x: torch.Tensor, state: State, context: Context
+        self, attention: AttentionHost, x: Received, state: State, context: Context
     ) -> tuple[torch.Tensor, State]:
         q, k, v = attention.project(x)
         q, k = attention.normalise(q, attention.q_norm), attention.normalise(k, attention.k_norm)

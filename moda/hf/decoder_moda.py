@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moda.config.model import ModelConfig
-from moda.depth.mechanism import DepthLayer, DepthModel, State
+from moda.depth.mechanism import DepthLayer, DepthModel, Received, State
+from moda.placements.placement import receive_each
 from moda_kernels.depth.layout import DepthLayout
 
 
@@ -88,8 +89,6 @@ class MoDAAttention(nn.Module):
 class _Steps:
     """The decoding side of :class:`moda.depth.mechanism.AttentionHost`. A slot in the state is a pair ``[B, T, Hk, D]``.
 
-    ``weights``: the last attention's probabilities ``[B, Hq, T, keys + S]``, of the keys and then of the S depth slots.
-
     No module itself: module hooks move their arguments to a device, and must leave the attention where it is.
     """
 
@@ -97,7 +96,16 @@ class _Steps:
         self.attention = attention
         self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.weights: torch.Tensor | None = None
+        self._weights: list[torch.Tensor | None] = [None, None]
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """The attention's probabilities ``[B, Hq, T, keys + S]``, of the keys and then of the S depth slots.
+
+        They add up to 1. Where slots have a softmax of their own, both parts do (the second with a token's own pair, if any).
+        """
+        given = [x for x in self._weights if x is not None]
+        return torch.cat(given, dim=-1) if given else None
 
     def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return tuple(linear(x) for linear in linears)
@@ -110,8 +118,10 @@ class _Steps:
             ones = torch.ones_like(ones, device="cpu")
         return norm(ones.to(_wide(norm.weight))) * math.sqrt(1 + norm.eps)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.linear(x, self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+    def project(self, x: Received) -> tuple[torch.Tensor, ...]:
+        parts = x if isinstance(x, tuple) else (x, x, x)
+        linears = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        return tuple(linear(part) for linear, part in zip(linears, parts, strict=True))
 
     def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         if self.attention.per_head:
@@ -146,18 +156,44 @@ class _Steps:
         logits = logits.masked_fill(~mask[:, None, None], -math.inf)
         n = keys.shape[2]
         if state:
-            depth_k, depth_v = (torch.stack(state[i::2]).to(wide) for i in (0, 1))  # [S, B, T, Hk, D]
             by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
-            depth = torch.einsum("btkgd,sbtkd->bkgts", by_group, depth_k) * scale
-            if top is not None and top < len(depth_k):
-                depth = depth.masked_fill(depth < depth.topk(top).values[..., -1:], -math.inf)
+            depth, depth_v = self._depth_logits(by_group, state, top)
             logits = torch.cat([logits, depth], dim=-1)
         weights = logits.softmax(-1)
-        self.weights = weights.flatten(1, 2).to(q.dtype)
+        self._weights[0] = weights.flatten(1, 2).to(q.dtype)
         out = torch.einsum("bkgts,bksd->btkgd", weights[..., :n], values.to(wide))
         if state:
             out = out + torch.einsum("bkgts,sbtkd->btkgd", weights[..., n:], depth_v)
         return out.flatten(2, 3).to(q.dtype), state
+
+    def attend_slots(
+        self,
+        q: torch.Tensor,
+        own: State | None,
+        state: State,
+        context: Mapping[str, Any],
+        top: int | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        if not state:
+            return torch.zeros_like(q) if own is None else own[1], state
+        grouped = q.unflatten(2, (self.n_kv_heads, -1)).to(_wide(q))
+        logits, values = self._depth_logits(grouped, state, top)
+        if own is not None:
+            logit, value = self._depth_logits(grouped, own, None)
+            logits, values = torch.cat([logits, logit], dim=-1), torch.cat([values, value])
+        weights = logits.softmax(-1)
+        among = weights[..., : len(state) // 2].flatten(1, 2).to(q.dtype)
+        self._weights[1] = among.repeat_interleave(self.n_heads // q.shape[2], dim=1)
+        return torch.einsum("bkgts,sbtkd->btkgd", weights, values).flatten(2, 3).to(q.dtype), state
+
+    @staticmethod
+    def _depth_logits(grouped: torch.Tensor, state: State, top: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[B, Hk, G, T, S]`` of queries ``[B, T, Hk, G, D]``, and values ``[S, B, T, Hk, D]``, of the slots."""
+        keys, values = (torch.stack(state[i::2]).to(grouped.dtype) for i in (0, 1))
+        logits = torch.einsum("btkgd,sbtkd->bkgts", grouped, keys) / math.sqrt(grouped.shape[-1])
+        if top is not None and top < len(keys):
+            logits = logits.masked_fill(logits < logits.topk(top).values[..., -1:], -math.inf)
+        return logits, values
 
     def write_slot(
         self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Mapping[str, Any]
@@ -227,7 +263,7 @@ class MoDALayer(nn.Module):
         steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache}
         for sublayer in ("attention", "feed_forward"):
             norms = [getattr(self, name) for name in self.placement.norm_names(sublayer)]
-            x = self.placement.receive(self.depth("receive", sublayer, stream), norms)
+            x = receive_each(self.placement, self.depth("receive", sublayer, stream), norms)
             if sublayer == "attention":
                 out, state = self.depth("attend", steps, x, state, context)
             else:

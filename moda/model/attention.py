@@ -13,8 +13,8 @@ from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
 
-from moda.depth.mechanism import Context, DepthLayer, State
-from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel
+from moda.depth.mechanism import Context, DepthLayer, Received, State
+from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel, slot_attention
 from moda_kernels.depth.masked import masked_attention
 
 from .linear import joint_linear
@@ -134,7 +134,9 @@ class DepthAttention(Attention):
     def gain(self, norm: Any) -> torch.Tensor:
         return norm.weight
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def project(self, x: Received) -> tuple[torch.Tensor, ...]:
+        if isinstance(x, tuple):
+            return tuple(linear(part) for linear, part in zip((self.w_q, self.w_k, self.w_v), x, strict=True))
         return joint_linear(x, self.w_q, self.w_k, self.w_v)
 
     def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
@@ -182,6 +184,19 @@ class DepthAttention(Attention):
         )
         return out.view(q.shape), (order, row)
 
+    def attend_slots(
+        self,
+        q: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
+        state: State,
+        context: Context,
+        top: int | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        order, row = state
+        pair = None if own is None else (_one_row(own[0], context), _one_row(own[1], context))
+        out, order = slot_attention(_one_row(q, context), order, row, pair, depth_top=top)
+        return out.view(q.shape), (order, row)
+
     def write_slot(self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Context) -> State:
         order, row = state
         return depth_write(order, _one_row(k, context), _one_row(v, context), row, kind), row
@@ -190,7 +205,7 @@ class DepthAttention(Attention):
         return self.w_out(out.flatten(2))
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, *, depth: DepthLayer, state: State, **context: Any
+        self, x: Received, *, depth: DepthLayer, state: State, **context: Any
     ) -> tuple[torch.Tensor, State]:
         """What the mechanism makes of these steps: ``[B, T, d_model]`` and the next state. Checkpointing may wrap it."""
         return depth("attend", self, x, state, context)

@@ -15,7 +15,7 @@ from olmo_core.nn.transformer.block import TransformerBlockBase
 from moda.config.model import ModelConfig
 from moda.depth.mechanism import DepthLayer, State
 from moda.placements import NormPlacement
-from moda.placements.placement import Add, Norms
+from moda.placements.placement import Add, Norms, receive_each
 from moda.typed import from_dict
 
 from .attention import use_operator
@@ -120,7 +120,7 @@ class DepthBlock(PlacedBlock):
         del loss_div_factor
         for name in ("attention", "feed_forward"):
             norms, add = self.norms(name), functools.partial(self.depth, "add", name)
-            x = self.placement.receive(self.depth("receive", name, stream), norms)
+            x = receive_each(self.placement, self.depth("receive", name, stream), norms)
             if name == "attention":
                 out, state = self.attention(x, depth=self.depth, state=state, **context)
             else:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from moda.registered import Registered
 
-__all__ = ["Add", "NormPlacement", "Norms"]
+__all__ = ["Add", "NormPlacement", "Norms", "receive_each"]
 
 #: The norms of one sublayer, in the order of :attr:`NormPlacement.norms`.
 Norms = Sequence[Callable[[Any], Any]]
@@ -43,3 +43,8 @@ class NormPlacement(Registered):
     def norm_names(cls, sublayer: str) -> tuple[str, ...]:
         """Names of a block's norms for ``attention`` or ``feed_forward``."""
         return tuple(f"{name}_{sublayer}_norm".lstrip("_") for name in cls.norms)
+
+
+def receive_each(placement: NormPlacement, x: Any, norms: Norms) -> Any:
+    """What a sublayer receives of a tensor, or of each of a tuple's: an attention's inputs for queries, keys and values."""
+    return tuple(placement.receive(part, norms) for part in x) if isinstance(x, tuple) else placement.receive(x, norms)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moda_kernels import ATTENTION, FFN, DepthLayout, DepthStream, depth_attention, depth_write
+from moda_kernels import ATTENTION, FFN, DepthLayout, DepthStream, depth_attention, depth_write, slot_attention
 from moda_kernels.depth.deferral import Deferral
 from moda_kernels.moda_attention import Deferred, Inputs, get_backend, make_problem
 from moda_kernels.moda_attention.naive import naive_attention
@@ -134,6 +134,44 @@ CASES = [
     ),
     pytest.param(layout(5, window=5, choose=LISTS["every-second"]), 8, id="dilated-window-b8"),
 ]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["slots", "slots-and-own"])
+@pytest.mark.parametrize("defer", [1, 3])
+def test_slots_under_a_softmax_of_their_own(defer: int, own: bool, poisoned: None) -> None:
+    """With one more pair per token, whose share is a function of the LSE, and without; the first layer reads no slot."""
+    case, (x, weights) = layout(5, kinds=1), toy(5)
+
+    def query(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q.unflatten(2, (k.shape[2], -1)).mean(3) if own else q
+
+    def joined(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return x + (out.repeat_interleave(2, dim=2) if own else out).flatten(2)
+
+    def lists(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        slots: list[tuple[torch.Tensor, ...]] = []
+        for w in weights:
+            q, k, v, *_ = parts(x, w, 1, 16)
+            seen = [*slots, (k, v)] if own else slots
+            slots = [*slots, (k, v)]
+            if seen:
+                dk, dv = (torch.stack([slot[i] for slot in seen]) for i in (0, 1))
+                x = joined(x, naive_attention(query(q, k), None, None, dk, dv)[0])
+        return x
+
+    def stream(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        stream = DepthStream(case, "split", defer)
+        order = stream.start(x.device)
+        for layer, w in enumerate(weights):
+            q, k, v, *_ = parts(x, w, 1, 16)
+            row = stream.layer_rows[layer]
+            out, order = slot_attention(query(q, k), order, row, (k, v) if own else None)
+            if case.written_slot(layer, ATTENTION) is not None:
+                order = depth_write(order, k, v, row, ATTENTION)
+            x = joined(x, out)
+        return x
+
+    judge(stream, lists, x, weights)
 
 
 @pytest.mark.parametrize("layout, defer", CASES)

@@ -104,11 +104,14 @@ OTHERS = [
     dict(mechanism="denseformer"),
     dict(mechanism="denseformer", dilation=2),
     dict(mechanism="denseformer", dilation=3),
+    dict(mechanism="depth_attention"),
+    dict(mechanism="depth_attention", stride=3, recent=1),
 ]
 
 
 def other_options(depth: dict) -> dict[str, Any]:
-    return {"other": depth["mechanism"], "dilation": depth.get("dilation", 1)}
+    options = {"stride": SMALL["n_layers"] // 2} if depth["mechanism"] == "depth_attention" else {}
+    return {**options, **{("other" if k == "mechanism" else k): v for k, v in depth.items()}}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -126,7 +129,33 @@ CHECKPOINTING = [
 ]
 
 
-@pytest.mark.parametrize("depth", [DEPTH, *OTHERS[:2]], ids=["moda", "value_residual", "denseformer"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_depth_under_a_softmax_of_its_own(placement: str) -> None:
+    apart = {**DEPTH, "apart": True}
+    check(build(placement, {"mechanism": "depth_only"}), placement, apart)
+
+
+@pytest.mark.parametrize(
+    "variant, reads, top",
+    [
+        (dict(key_norm="reader", rope="none", attention="project"), "all", None),
+        (dict(key_norm="reader", ffn=False), {"recent": 1}, None),
+        (dict(key_norm="none"), {"dynamic": 2}, 2),
+    ],
+    ids=["reader", "window", "dynamic"],
+)
+def test_variants_of_a_softmax_of_its_own(variant: dict, reads: Any, top: int | None) -> None:
+    net = build("post", {"mechanism": "depth_only", "read": reads, **variant})
+    plain = {**DEPTH, "apart": True, **variant, "top": top}
+    if reads == {"recent": 1}:
+        plain["reads"] = lambda layer, kinds: range(max(0, layer - 1), layer)
+    check(net, "post", plain)
+
+
+CHECKPOINTED = [*OTHERS[:2], OTHERS[4], dict(mechanism="depth_only")]
+
+
+@pytest.mark.parametrize("depth", [DEPTH, *CHECKPOINTED], ids=lambda d: d.get("mechanism", "moda"))
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=variant_id)
 def test_activation_checkpointing(checkpointing: dict, depth: dict) -> None:
     net = build("post", depth)
@@ -136,7 +165,9 @@ def test_activation_checkpointing(checkpointing: dict, depth: dict) -> None:
         block.attention.rope.warmup_cache(16, torch.device("cpu"))
     calls = []
     net.blocks["1"].attention.q_norm.register_forward_hook(lambda *_: calls.append(1))
-    plain = (None, other_options(depth)) if "mechanism" in depth else (depth, {})
+    plain: tuple[Any, dict] = (None, other_options(depth)) if "mechanism" in depth else (depth, {})
+    if depth.get("mechanism") == "depth_only":
+        plain = {**DEPTH, "apart": True}, {}
     check(net, "post", plain[0], **plain[1])
     again = checkpointing["mode"] == Mode.full or "blocks.*.attention" in checkpointing.get("modules", ())
     if checkpointing["mode"] in (Mode.full, Mode.selected_modules):

@@ -11,6 +11,7 @@ from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.transformer import Transformer, TransformerBlockType, TransformerConfig
 
 from moda.config.model import ModelConfig
+from moda.depth import DepthMechanism
 from moda.model import DepthTransformer, ModelTransformerConfig, attention, transformer_config
 from moda.model.attention import OperatorBackend
 from moda.typed import from_dict, to_dict
@@ -199,12 +200,16 @@ def test_a_plain_model_with_flash_attention_4() -> None:
     assert all(v.passed for v in verdicts), report(verdicts)
 
 
-@pytest.mark.parametrize("mechanism", ["moda", "value_residual", "denseformer", None])
+SHARED = [m.name for m in DepthMechanism.known.values() if not m.graph_per_layer and m.name != "hyper_connections"]
+
+
+@pytest.mark.parametrize("mechanism", [*SHARED, None])  # without the one whose layers are those of mhc
 def test_blocks_share_compiled_graphs(mechanism: str | None) -> None:
     """No graph breaks, and at most two graphs for six layers: the first or the last layer may differ from the others."""
     from torch._dynamo.utils import counters
 
-    depth = None if mechanism is None else {"mechanism": mechanism}
+    options = {"iterations": 2} if mechanism == "mhc" else {}
+    depth = None if mechanism is None else {"mechanism": mechanism, **options}
     model = build(depth=depth, attention_backend="auto" if depth else "reference", n_layers=6)
     ids = torch.randint(0, 211, (2, 9))
     eager = model(ids, labels=ids, return_logits=True)
@@ -222,3 +227,14 @@ def test_blocks_share_compiled_graphs(mechanism: str | None) -> None:
     torch.testing.assert_close(out.logits, eager.logits)
     for g, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_a_graph_per_layer_is_allowed_where_what_blocks_receive_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = torch._dynamo.config
+    for mechanism, allowed in (("mhc", 8), ("delta_residuals", 40 + 8)):
+        monkeypatch.setattr(limits, "recompile_limit", 8)
+        model = build(depth={"mechanism": mechanism}, n_layers=40, norm_placement="pre")
+        for block in (*model.blocks.values(), model.lm_head):
+            monkeypatch.setattr(block, "compile", lambda **options: None)  # which asks for a C++ compiler
+        model.apply_compile()
+        assert limits.recompile_limit == allowed

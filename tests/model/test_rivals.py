@@ -13,7 +13,7 @@ from moda.config.model import ModelConfig
 from moda.errors import UserError
 from moda.model import transformer_config
 from tests.model.test_against_plain import SMALL, TOLERANCE, build
-from tests.plain_model import PlainDecoder, rms
+from tests.plain_model import PLACEMENTS, PlainDecoder, rms
 from tests.test_extending import known_everywhere
 from tests.tiny import ROOT
 
@@ -85,6 +85,48 @@ def attention_residuals(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) 
     return attend(finished, "depth.reader")
 
 
+def delta(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tensor:
+    total = d.p["embeddings.weight"][ids]
+    embedding, outputs, finished = total, [], []  # type: ignore[var-annotated]
+    for layer in range(d.n_layers):
+        for sublayer in SUBLAYERS:
+            sources = [embedding, *outputs] if outputs else []
+            if blocks is not None:
+                sources = finished
+            x = total
+            if sources:
+                name = f"blocks.{layer}.depth.readers.{sublayer}"
+                keys = torch.stack([rms(v, d.p[f"{name}.gain"]) for v in sources])
+                p = torch.einsum("d,nbtd->nbt", d.p[f"{name}.query"], keys).softmax(0)
+                x = total + torch.einsum("nbt,nbtd->btd", p, torch.stack(sources))
+            out = placed(d, sublayer, layer, x)
+            if blocks is not None and sublayer == "attention" and layer % (d.n_layers // blocks) == 0:
+                finished = [*finished, sum(outputs) if outputs else embedding]
+                outputs = []
+            outputs.append(out)
+            total = total + out
+    return total
+
+
+def mudd(d: PlainDecoder, ids: torch.Tensor, dynamic: bool) -> torch.Tensor:
+    outputs = [d.p["embeddings.weight"][ids]]
+    ways = [outputs[0]] * 4
+    for layer in range(d.n_layers):
+        names = [f"blocks.{layer}.{name}_norm.weight" for name in SUBLAYERS]
+        names += [f"blocks.{layer}.post_{name}_norm.weight" for name in SUBLAYERS]
+        norms = [d.p.get(name) for name in names]
+        before = d.placement in ("pre", "peri")
+        out = d.attention(tuple(rms(x, norms[0]) if before else x for x in ways[:3]), layer)
+        h = PLACEMENTS[d.placement](ways[3], lambda _, out=out: out, [norms[0], norms[2]])
+        outputs.append(PLACEMENTS[d.placement](h, lambda x, layer=layer: d.ffn(x, layer), [norms[1], norms[3]]))
+        a = d.p[f"depth.mixers.{layer}.static"].expand(*ids.shape, -1, -1)
+        if dynamic:
+            hidden = rms(outputs[-1], None) @ d.p[f"depth.mixers.{layer}.w_1.weight"].T
+            a = a + (torch.nn.functional.gelu(hidden) @ d.p[f"depth.mixers.{layer}.w_2"]).reshape(a.shape)
+        ways = [sum(a[..., c, j, None] * x for j, x in enumerate(outputs)) for c in range(a.shape[2])]  # type: ignore[misc]
+    return ways[-1]
+
+
 CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
     "hyper-connections": (dict(mechanism="hyper_connections", streams=3), hyper_connections, (3, True)),
     "one stream": (dict(mechanism="hyper_connections", streams=1), hyper_connections, (1, True)),
@@ -92,12 +134,18 @@ CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
     "mhc": (dict(mechanism="mhc", streams=3, iterations=5), mhc, (3, 5)),
     "attention residuals": (dict(mechanism="attention_residuals"), attention_residuals, (None,)),
     "blocks": (dict(mechanism="attention_residuals", blocks=4), attention_residuals, (4,)),
+    "mudd": (dict(mechanism="mudd"), mudd, (True,)),
+    "static mudd": (dict(mechanism="mudd", dynamic=False), mudd, (False,)),
+    "delta": (dict(mechanism="delta_residuals"), delta, (None,)),
+    "delta blocks": (dict(mechanism="delta_residuals", blocks=2), delta, (2,)),
     "one block": (dict(mechanism="attention_residuals", blocks=1), attention_residuals, (1,)),
 }
 
 
-@pytest.mark.parametrize("placement", ["pre", "peri"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, placement",
+    [(case, p) for case in CASES for p in (PLACEMENTS if CASES[case][1] is mudd else ("pre", "peri"))],
+)
 def test_logits_and_gradients(case: str, placement: str) -> None:
     depth, plain, options = CASES[case]
     net = build(placement, depth)
@@ -122,10 +170,12 @@ def test_logits_and_gradients(case: str, placement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "depth", [dict(mechanism="hyper_connections"), dict(mechanism="mhc")], ids=lambda d: d["mechanism"]
+    "depth",
+    [dict(mechanism="hyper_connections"), dict(mechanism="mhc"), dict(mechanism="mudd")],
+    ids=lambda d: d["mechanism"],
 )
-def test_several_streams_begin_as_a_plain_one(depth: dict[str, Any]) -> None:
-    """All streams stay equal, and what a sublayer reads is the plain stream; norms' eps alone would see the sum's scale."""
+def test_models_that_begin_as_a_plain_one(depth: dict[str, Any]) -> None:
+    """Several streams stay equal, and what a sublayer reads is the plain one; norms' eps alone would see the sum's scale."""
     ids = torch.arange(12).reshape(2, 6)
     logits = []
     for mechanism in (None, depth):
@@ -147,7 +197,12 @@ def test_several_streams_begin_as_a_plain_one(depth: dict[str, Any]) -> None:
         (["model.depth={mechanism: mhc, iterations: 0}"], "model.depth.iterations"),
         (["model.depth={mechanism: attention_residuals, blocks: 3}"], "a divisor of the 8 sublayers"),
         (["model.depth={mechanism: attention_residuals}", "model.norm_placement=post"], "leaves the stream .*got post"),
-        (["model.depth={mechanism: mhc, dynamic: true}"], "it is an option of hyper_connections"),
+        (["model.depth={mechanism: delta_residuals, blocks: 3}"], "a divisor of the 4 layers"),
+        (["model.depth={mechanism: delta_residuals}", "model.norm_placement=post"], "leaves the stream to delta_"),
+        (["model.depth={mechanism: depth_attention, recent: -1}"], "model.depth.recent"),
+        (["model.depth={mechanism: depth_attention, stride: 0}"], "model.depth.stride"),
+        (["model.depth={mechanism: mudd, read: all}"], "it is an option of moda, depth_only"),
+        (["model.depth={mechanism: mhc, dynamic: true}"], "it is an option of hyper_connections, mudd"),
     ],
 )
 def test_what_cannot_be(overrides: list[str], error: str) -> None:
@@ -163,13 +218,21 @@ def test_what_cannot_be(overrides: list[str], error: str) -> None:
         "mhc",
         "attention_residuals",
         "attention_residuals, blocks: 2",
+        "delta_residuals",
+        "delta_residuals, blocks: 1",
+        "depth_attention",
+        "depth_attention, stride: 1",
+        "depth_only",
+        "depth_only, ffn: false, key_norm: reader",
+        "mudd",
+        "mudd, dynamic: false",
     ],
 )
 def test_known_everywhere(depth: str) -> None:
     known_everywhere([f"model.depth={{mechanism: {depth}}}"], depth.split(",")[0])
 
 
-@pytest.mark.parametrize("case", ["hyper-connections", "mhc", "blocks"])
+@pytest.mark.parametrize("case", ["hyper-connections", "mhc", "blocks", "mudd", "delta", "delta blocks"])
 def test_activation_checkpointing(case: str) -> None:
     net, other = build("pre", CASES[case][0]), build("pre", CASES[case][0])
     other.apply_activation_checkpointing(mode=TransformerActivationCheckpointingMode.full)

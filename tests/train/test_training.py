@@ -222,6 +222,8 @@ PARALLEL = {
     "fsdp, value residual": ["model.depth.mechanism=value_residual"],
     "fsdp, denseformer": ["model.depth.mechanism=denseformer"],
     "fsdp, mhc": ["model.depth.mechanism=mhc"],
+    "fsdp, mudd": ["model.depth.mechanism=mudd"],
+    "fsdp, depth attention": ["model.depth.mechanism=depth_attention"],
     "fsdp, attention residuals": ["model.depth.mechanism=attention_residuals", "model.norm_placement=pre"],
 }
 

@@ -5,7 +5,7 @@
 """
 
 from .layout import ATTENTION, FFN, DepthLayout
-from .ops import depth_attention, depth_write
+from .ops import depth_attention, depth_write, slot_attention
 from .stream import DepthStream
 
-__all__ = ["ATTENTION", "FFN", "DepthLayout", "DepthStream", "depth_attention", "depth_write"]
+__all__ = ["ATTENTION", "FFN", "DepthLayout", "DepthStream", "depth_attention", "depth_write", "slot_attention"]

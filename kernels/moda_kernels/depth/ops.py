@@ -78,11 +78,16 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
 
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
-    order: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, row: Tensor,
-    causal: bool, scale: float | None, depth_top: int | None,
+    order: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None, cu_seqlens: Tensor | None,
+    row: Tensor, causal: bool, scale: float | None, depth_top: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
+    if x.k is None and x.depth_k is None:
+        B, T, Hq, _ = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full((B, Hq, T), float("-inf"), dtype=wide, device=q.device)
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch.empty_like(order)
     p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
     out, lse = get_backend(stream.backend, p.kind).forward(p, x)
     return out, lse, torch.empty_like(order)
@@ -97,23 +102,26 @@ def _(order, q, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
 def _read_backward(
-    grad_order: Tensor, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None,
-    out: Tensor, lse: Tensor, row: Tensor, causal: bool, scale: float | None, depth_top: int | None,
+    grad_order: Tensor, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
+    q_depth: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, row: Tensor, causal: bool,
+    scale: float | None, depth_top: int | None,
 ) -> list[Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     stream.begin_backward(layer)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
+    if x.k is None and x.depth_k is None:
+        return [torch.empty_like(grad_order), torch.zeros_like(q, memory_format=torch.contiguous_format)]
     p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
     backend = get_backend(stream.backend, p.kind)
     depth = stream.depth_gradients(layer, backend, q)
-    dq, dk, dv, dqd = backend.backward(p, grad_out, None, x, Result(out, lse), depth)
+    dq, dk, dv, dqd = backend.backward(p, grad_out, grad_lse, x, Result(out, lse), depth)
     if q_depth is not None and dqd is None:  # a layer that reads nothing: its depth query has no part in the output
         dqd = torch.zeros_like(q_depth)
     return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd) if g is not None)]
 
 
 @_read_backward.register_fake
-def _(grad_order, grad_out, q, k, v, q_depth, *rest):  # type: ignore[no-untyped-def]
+def _(grad_order, grad_out, grad_lse, q, k, v, q_depth, *rest):  # type: ignore[no-untyped-def]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, q_depth) if x is not None]
     return [torch.empty_like(grad_order), *grads]
 
@@ -124,8 +132,12 @@ def _read_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) -> tuple[Any, ...]:
-    order, dq, dk, dv, *dqd = _read_backward(grad_order, grad_out, *ctx.saved_tensors, *ctx.options)
-    return order, dq, dk, dv, *(dqd or [None]), None, None, None, None, None
+    saved = ctx.saved_tensors
+    if saved[1] is not None:  # nobody sees the LSE of a read together with the sequence
+        grad_lse = None
+    order, *grads = _read_backward(grad_order, grad_out, grad_lse, *saved, *ctx.options)
+    remaining = iter(grads)
+    return order, *(None if x is None else next(remaining) for x in saved[:4]), None, None, None, None, None
 
 
 _read.register_autograd(_read_grad, setup_context=_read_context)
@@ -153,3 +165,28 @@ def depth_attention(
         return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask, depth_top), order
     out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, causal, scale, depth_top)
     return out, order
+
+
+def slot_attention(
+    q: Tensor, order: Tensor, row: Tensor, own: tuple[Tensor, Tensor] | None = None, *, scale: float | None = None,
+    depth_top: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer's attention over the slots it reads from the stream alone, under a softmax of their own.
+
+    With a pair ``own`` each token sees that key and value as well, merged by log-sum-exp. Without one, a layer that reads no
+    slot gets zeros.
+
+    :param q: ``[B, T, H, D]``, H a multiple of the slots' heads.
+    :param own: keys and values ``[B, T, H, D]`` of one more pair per token.
+    :param order, row: those of :func:`depth_write`. :param scale, depth_top: those of :func:`depth_attention`, for slots.
+
+    :returns: the output ``[B, T, H, D]`` and the next ``order``.
+    """
+    out, lse, order = _read(order, q, None, None, None, None, row, True, scale, depth_top)
+    if own is None:
+        return out, order
+    k, v = own
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logit = (q.to(lse.dtype) * k.to(lse.dtype)).sum(-1) * scale
+    weight = torch.sigmoid(logit - lse.mT)[..., None]
+    return (weight * v + (1 - weight) * out).to(q.dtype), order
