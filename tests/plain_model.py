@@ -92,10 +92,12 @@ class PlainDecoder:
     def qk_norm(self, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         return rms(self.heads(x), gain) if self.head_norm else self.heads(rms(x, gain))
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, layer: int, projected: bool) -> None:
+    def write(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, projected: bool) -> None:
         """Write keys as a reader will see them but for a reader's gain, which has to be applied by the reader."""
         assert self.depth is not None
         v = self.heads(v)
+        if self.depth.get("value_norm"):
+            v = v / (x.square().mean(-1) + 1e-6).sqrt()[..., None, None]
         if self.depth["key_norm"] == "reader":
             self.slots.append((self.qk_norm(k, None), v))
             return
@@ -108,7 +110,7 @@ class PlainDecoder:
     def project(self, x: torch.Tensor, layer: int, kind: str) -> None:
         name = f"blocks.{layer}.depth.{kind}_slot"
         if f"{name}.w_k.weight" in self.p:
-            self.write(self.linear(x, f"{name}.w_k"), self.linear(x, f"{name}.w_v"), layer, True)
+            self.write(x, self.linear(x, f"{name}.w_k"), self.linear(x, f"{name}.w_v"), layer, True)
         else:  # no layer reads it
             self.slots.append((torch.tensor(math.nan), torch.tensor(math.nan)))
 
@@ -168,7 +170,7 @@ class PlainDecoder:
             if self.depth["attention"] == "project":
                 self.project(x, layer, "attention")
             else:
-                self.write(raw_k, raw_v, layer, False)
+                self.write(x, raw_k, raw_v, layer, False)
         return self.linear(out.flatten(2), f"{name}.w_out")
 
     def ffn(self, x: torch.Tensor, layer: int) -> torch.Tensor:

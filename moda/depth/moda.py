@@ -100,6 +100,7 @@ class SlotsLayer(DepthLayer):
         layout = mechanism.layout(model.n_layers)
         self.top = mechanism.read.kept
         self.key_norm, self.rotated = mechanism.key_norm, mechanism.rope == DepthRoPE.same_position
+        self.value_norm = model.norm_eps if mechanism.value_norm else None
         self.writes_attention = layout.written_slot(index, ATTENTION) is not None
         assert model.n_kv_heads is not None and model.head_dim is not None
         sizes = (model.d_model, model.n_kv_heads * model.head_dim, model.bias)
@@ -127,7 +128,9 @@ class SlotsLayer(DepthLayer):
             if self.attention_slot is not None:
                 k, v = self._project(attention, x, self.attention_slot, context)
             elif reader or not self.rotated:
-                k, v = self._slot(attention, raw_k, raw_v, context, projected=False)
+                k, v = self._slot(attention, x, raw_k, raw_v, context, projected=False)
+            else:
+                v = self._value(x, v)
             state = attention.write_slot(k, v, ATTENTION, state, context)
         return attention.output(out), state
 
@@ -162,19 +165,34 @@ class SlotsLayer(DepthLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A slot from a tensor ``[B, T, d_model]`` of the block."""
         k, v = attention.linear(x, projection.w_k, projection.w_v)
-        return self._slot(attention, k, v, context, projected=True)
+        return self._slot(attention, x, k, v, context, projected=True)
 
     def _slot(
-        self, attention: AttentionHost, k: torch.Tensor, v: torch.Tensor, context: Context, *, projected: bool
+        self,
+        attention: AttentionHost,
+        x: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        *,
+        projected: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A slot ``[B, T, Hk, D]`` in its final form, of raw keys and values ``[B, T, Hk * D]``."""
+        """A slot ``[B, T, Hk, D]`` in its final form, of raw keys and values ``[B, T, Hk * D]`` of ``x``."""
         if self.key_norm == KeyNorm.reader:
             k = attention.normalise(k, _WithoutGain(attention.k_norm))
         else:
             k = attention.normalise(k, None if projected and self.key_norm == KeyNorm.none else attention.k_norm)
         if self.rotated:
             k, _ = attention.rotate(k, k, context)
-        return k, v.unflatten(-1, (-1, attention.head_dim))
+        return k, self._value(x, v.unflatten(-1, (-1, attention.head_dim)))
+
+    def _value(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Values ``[B, T, Hk, D]`` of ``x`` ``[B, T, d_model]`` as a slot has them."""
+        if self.value_norm is None:
+            return v
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1) + self.value_norm)
+        return (v.to(wide.dtype) * scale[..., None, None]).to(v.dtype)
 
     @staticmethod
     def _times_gain(attention: AttentionHost, q: torch.Tensor) -> torch.Tensor:
@@ -228,6 +246,8 @@ class MoDA(DepthMechanism):
     :param ffn: whether each FFN's input is projected to one more slot (Table 3 row 4).
     :param key_norm: the norm that depth keys go through: the ``writer``'s, the ``reader``'s or ``none``.
     :param rope: depth keys rotated at the ``same_position`` as their token, or not (``none``).
+    :param value_norm: divide a slot's values by the RMS of what they are projected from, which grows with depth where no norm
+        precedes the sublayer, as in ``reordered`` (this project's; keys are normalised anyway).
     :param read: which slots a layer reads: a slot policy.
     """
 
@@ -239,6 +259,7 @@ class MoDA(DepthMechanism):
     ffn: bool = True
     key_norm: KeyNorm = KeyNorm.writer
     rope: DepthRoPE = DepthRoPE.same_position
+    value_norm: bool = False
     read: SlotPolicy = All()
 
     def layout(self, n_layers: int) -> DepthLayout:

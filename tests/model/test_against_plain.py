@@ -71,7 +71,7 @@ VARIANTS = [
     for a, f, n, r in itertools.product(
         ("reuse", "project"), (True, False), ("writer", "reader", "none"), ("same_position", "none")
     )
-]
+] + [{**DEPTH, "value_norm": True}, {**DEPTH, "value_norm": True, "attention": "project", "rope": "none"}]
 
 
 def variant_id(v: object) -> str:
