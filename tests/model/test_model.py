@@ -86,9 +86,13 @@ def test_vocabulary_padding_stays_out_of_the_softmax() -> None:
     assert not padded.embeddings.weight.grad[211:].any()
 
 
-@pytest.mark.parametrize("key_norm", ["writer", "reader"])
-def test_packed_documents_do_not_see_each_other(key_norm: str) -> None:
-    model = build(depth={"mechanism": "moda", "key_norm": key_norm})
+@pytest.mark.parametrize(
+    "depth",
+    [{"mechanism": name} for name in DepthMechanism.known] + [{"mechanism": "moda", "key_norm": "reader"}],
+    ids=str,
+)
+def test_packed_documents_do_not_see_each_other(depth: dict[str, Any]) -> None:
+    model = build(depth=depth, norm_placement="pre")
     first, second = torch.randint(0, 211, (1, 5)), torch.randint(0, 211, (1, 7))
     apart = torch.cat([model(first), model(second)], dim=1)
     lengths = torch.tensor([[5, 7]], dtype=torch.int32)
