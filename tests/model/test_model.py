@@ -135,7 +135,7 @@ def test_parallelism_that_would_split_the_stream_is_refused() -> None:
         model.apply_fsdp(wrapping_strategy="fine_grained")
 
 
-SHARED = [m.name for m in DepthMechanism.known.values() if not m.graph_per_layer and m.name != "hyper_connections"]
+SHARED = [name for name in DepthMechanism.known if name != "hyper_connections"]
 
 
 @pytest.mark.parametrize("mechanism", SHARED)  # without the one whose layers are those of mhc
@@ -144,7 +144,7 @@ def test_blocks_share_compiled_graphs(mechanism: str) -> None:
     from torch._dynamo.utils import counters
 
     options = {"iterations": 2} if mechanism == "mhc" else {}
-    model = build(depth={"mechanism": mechanism, **options}, n_layers=6)
+    model = build(depth={"mechanism": mechanism, **options}, n_layers=6, norm_placement="pre")
     ids = torch.randint(0, 211, (2, 9))
     eager = model(ids, labels=ids)
     eager.loss.backward()
@@ -161,14 +161,3 @@ def test_blocks_share_compiled_graphs(mechanism: str) -> None:
     torch.testing.assert_close(out.logits, eager.logits)
     for g, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(p.grad, g)
-
-
-def test_a_graph_per_layer_is_allowed_where_what_blocks_receive_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = torch._dynamo.config
-    for mechanism, allowed in (("mhc", 8), ("delta_residuals", 40 + 8)):
-        monkeypatch.setattr(limits, "recompile_limit", 8)
-        model = build(depth={"mechanism": mechanism}, n_layers=40, norm_placement="pre")
-        for block in (*model.blocks.values(), model.lm_head):
-            monkeypatch.setattr(block, "compile", lambda **options: None)  # which asks for a C++ compiler
-        model.apply_compile()
-        assert limits.recompile_limit == allowed

@@ -77,12 +77,12 @@ def attention_residuals(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) 
     for layer in range(d.n_layers):
         for sublayer in SUBLAYERS:
             values = finished + ([sum(outputs)] if outputs else [])  # type: ignore[list-item]
-            x = attend(values, f"blocks.{layer}.depth.readers.{sublayer}")
+            x = attend(values, f"depth.readers.{2 * layer + SUBLAYERS.index(sublayer)}")
             outputs.append(placed(d, sublayer, layer, x))
             if len(outputs) == length:
                 finished.append(sum(outputs))  # type: ignore[arg-type]
                 outputs = []
-    return attend(finished, "depth.reader")
+    return attend(finished, f"depth.readers.{2 * d.n_layers}")
 
 
 def delta(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tensor:
@@ -95,7 +95,7 @@ def delta(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tenso
                 sources = finished
             x = total
             if sources:
-                name = f"blocks.{layer}.depth.readers.{sublayer}"
+                name = f"depth.readers.{2 * layer + SUBLAYERS.index(sublayer) - 1}"
                 keys = torch.stack([rms(v, d.p[f"{name}.gain"]) for v in sources])
                 p = torch.einsum("d,nbtd->nbt", d.p[f"{name}.query"], keys).softmax(0)
                 x = total + torch.einsum("nbt,nbtd->btd", p, torch.stack(sources))
@@ -146,7 +146,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
     "case, placement",
     [(case, p) for case in CASES for p in (PLACEMENTS if CASES[case][1] is mudd else ("pre", "peri"))],
 )
-def test_logits_and_gradients(case: str, placement: str) -> None:
+def test_logits_and_gradients(case: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moda.depth.attention_residuals.CHUNK", 4)
     depth, plain, options = CASES[case]
     net = build(placement, depth)
     generator = torch.Generator().manual_seed(2)
