@@ -56,7 +56,7 @@ class _Read(torch.autograd.Function):
         scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, dtype=wide).square() / x.shape[-1] + eps)
         logits = _dot(x, queries) * scale[..., None]  # the query meets the norm's scale afterwards
         lse = logits.logsumexp(0)
-        out = torch.einsum("nbtc,nbtd->cbtd", (logits - lse).exp().to(x.dtype), x)
+        out = torch.einsum("nbtc,nbtd->cbtd", (logits - lse).exp().to(x.dtype), x).to(x.dtype)
         ctx.save_for_backward(queries, logits, lse, scale, out, *sources)
         return out, lse.movedim(-1, 0)
 
