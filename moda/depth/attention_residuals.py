@@ -7,10 +7,14 @@ With v_0 the embedding, v_i the output of sublayer i, and a query w and a norm o
 and the final norm receives such a sum as well. The block form keeps sums: sublayers are divided into blocks, a finished block is
 the sum of its outputs, and a sublayer attends over the embedding, the finished blocks and the sum of its own block so far. At
 the start w is zero, which is the mean.
+
+Before a block of the model its two sublayers read what is there already, in one pass over it; within the block the second one
+adds what the first one gave, by log-sum-exp. So blocks receive the same few tensors in every layer, and share compiled graphs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +24,75 @@ import torch.nn as nn
 from moda.errors import UserError
 from moda.ranges import Count
 
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
 
-#: The residual stream: what is attended over, each ``[B, T, d_model]``.
-Sources = tuple[torch.Tensor, ...]
+#: Sources whose gradients are computed at once.
+CHUNK = 16
+
+
+def _dot(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """``[..., c]`` of ``x [..., d]`` and queries ``[c, d]``, in fp32 or above, on a GPU without a wide copy of ``x``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda and x.dtype != wide:
+        return torch.mm(x.flatten(0, -2), queries.to(x.dtype).mT, out_dtype=wide).unflatten(0, x.shape[:-1])
+    return x.to(wide) @ queries.to(wide).mT
+
+
+class _Read(torch.autograd.Function):
+    """Attention of c queries ``[c, d]`` over n sources ``[B, T, d]``: sums ``[c, B, T, d]`` and natural-log LSE ``[c, B, T]``.
+
+    All queries share a pass over the sources, which are saved as they are: what is stacked lives as long as the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.stack(sources)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, dtype=wide).square() / x.shape[-1] + eps)
+        logits = _dot(x, queries) * scale[..., None]  # the query meets the norm's scale afterwards
+        lse = logits.logsumexp(0)
+        out = torch.einsum("nbtc,nbtd->cbtd", (logits - lse).exp().to(x.dtype), x).to(x.dtype)
+        ctx.save_for_backward(queries, logits, lse, scale, out, *sources)
+        return out, lse.movedim(-1, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+        queries, logits, lse, scale, out, *sources = ctx.saved_tensors
+        shift = (grad_lse - (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).movedim(0, -1)
+        grad_queries, grads = torch.zeros_like(queries, dtype=lse.dtype), []
+        for lo in range(0, len(sources), CHUNK):
+            x, part, r = torch.stack(sources[lo : lo + CHUNK]), logits[lo : lo + CHUNK], scale[lo : lo + CHUNK]
+            p = (part - lse).exp()
+            d_logits = p * (torch.einsum("cbtd,nbtd->nbtc", grad_out, x).to(p.dtype) + shift)
+            d_dots = (d_logits * r[..., None]).to(x.dtype)
+            grad_queries += torch.einsum("nbtc,nbtd->cd", d_dots, x)
+            d_norm = (d_logits * part).sum(-1) * r.square() / x.shape[-1]
+            grad = torch.einsum("nbtc,cbtd->nbtd", p.to(x.dtype), grad_out) + d_dots @ queries.to(x.dtype)
+            grads += (grad - d_norm[..., None].to(x.dtype) * x).unbind()
+        return grad_queries.to(queries.dtype), None, *grads
+
+
+def read(
+    readers: Sequence[nn.Module], sources: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What readers get of the sources ``[B, T, d]``: sums ``[c, B, T, d]``, LSEs ``[c, B, T]``, and the readers' queries."""
+    last = sources[-1]
+    queries = torch.stack([reader() for reader in readers]).to(last.device)
+    return *_Read.apply(queries, readers[0].eps, *(x.to(last.device) for x in sources)), queries
+
+
+def join(own: torch.Tensor, query: torch.Tensor, eps: float, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """What a reader gets of one more source, beside the sum ``out [B, T, d]`` and the LSE ``[B, T]`` of the others."""
+    x = own.to(lse.dtype)
+    logit = (x @ query.to(x.dtype)) * torch.rsqrt(x.square().mean(-1) + eps)
+    weight = torch.sigmoid(logit - lse)[..., None]
+    return (weight * x + (1 - weight) * out).to(own.dtype)
 
 
 class Reader(nn.Module):
@@ -39,58 +105,80 @@ class Reader(nn.Module):
         self.gain = nn.Parameter(torch.empty(d_model))
         self.reset_parameters()
 
-    def weights(self, sources: Sources) -> torch.Tensor:
-        """The weight of each source, ``[n, B, T]``, in fp32 or above."""
-        wide = torch.promote_types(sources[0].dtype, torch.float32)
-        query = self.query.to(wide) * self.gain.to(wide)
-        logits = []
-        for source in sources:  # the query meets the norm's scale afterwards: no normalised copies are kept
-            x = source.to(wide)
-            logits.append((x @ query) * torch.rsqrt(x.square().mean(-1) + self.eps))
-        return torch.stack(logits).softmax(0)
-
-    def forward(self, sources: Sources) -> torch.Tensor:
-        weights = self.weights(sources).to(sources[0].dtype)
-        total = weights[0, ..., None] * sources[0]
-        for weight, source in zip(weights[1:], sources[1:]):
-            total = total + weight[..., None] * source
-        return total
+    def forward(self) -> torch.Tensor:
+        """The query with the norm's gain, in fp32 or above."""
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        return self.query.to(wide) * self.gain.to(wide)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.query)
         nn.init.ones_(self.gain)
 
 
-class _Layer(DepthLayer):
-    """:param begins: by sublayer, whether its output begins a block."""
+class ReadersModel(DepthModel):
+    """The readers of all sublayers."""
 
-    def __init__(self, d_model: int, eps: float, begins: dict[str, bool]) -> None:
+    def __init__(self, n: int, model: ModelConfig) -> None:
         super().__init__()
-        self.begins = begins
-        self.readers = nn.ModuleDict({sublayer: Reader(d_model, eps) for sublayer in begins})
+        self.readers = nn.ModuleList(Reader(model.d_model, model.norm_eps) for _ in range(n))
+
+    def reset_parameters(self) -> None:
+        for reader in self.readers:
+            reader.reset_parameters()  # type: ignore[operator]
+
+
+class _Layer(DepthLayer):
+    """The stream is the attention's input; of its FFN's reader the sum, the LSE and the query; and the newest source.
+
+    :param begins: by sublayer, whether its output begins a block.
+    """
+
+    def __init__(self, eps: float, begins: dict[str, bool]) -> None:
+        super().__init__()
+        self.eps, self.begins = eps, begins
 
     def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
-        return self.readers[sublayer](stream)
+        return stream[0] if sublayer == "attention" else join(stream[-1], stream[2], self.eps, *stream[:2])
 
     def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
-        return (*stream, out) if self.begins[sublayer] else (*stream[:-1], stream[-1] + out)
+        newest = stream[-1]
+        if sublayer == "attention":
+            return (*stream[1:-1], out if self.begins[sublayer] else newest + out)
+        return (newest, out) if self.begins[sublayer] else (newest + out,)
 
 
 class _Pass(DepthPass):
-    def __init__(self, reader: nn.Module) -> None:
-        self.reader = reader
+    def __init__(self, readers: nn.ModuleList, length: int, h: torch.Tensor) -> None:
+        self.readers, self.length, self.sources = readers, length, [h]
+
+    def _begins(self, layer: int) -> bool:
+        return 2 * layer % self.length == 0
+
+    def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
+        attention, feed_forward = self.readers[2 * layer : 2 * layer + 2]
+        if self._begins(layer):
+            (x, out), (_, lse), (_, query) = read([attention, feed_forward], self.sources)
+        else:  # what the attention gives joins the newest source before the FFN reads it
+            x = read([attention], self.sources)[0][0]
+            out, lse, query = (part[0] for part in read([feed_forward], self.sources[:-1]))
+        return (x, out, lse, query, self.sources[-1]), ()
+
+    def leave(self, layer: int, stream: Any, state: State) -> Any:
+        kept = self.sources if self._begins(layer) else self.sources[:-1]
+        self.sources = [*kept, *stream]
+        return stream
 
     def finish(self, stream: Any) -> torch.Tensor:
-        return self.reader(stream)
+        return read([self.readers[-1]], self.sources)[0][0]
 
 
-class _Model(DepthModel):
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.reader = Reader(d_model, eps)
+class _Model(ReadersModel):
+    def __init__(self, length: int, model: ModelConfig) -> None:
+        super().__init__(2 * model.n_layers + 1, model)
+        self.length = length
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return (h,), _Pass(self.reader)
+        return h, _Pass(self.readers, self.length, h)
 
 
 class _Probe:
@@ -112,6 +200,16 @@ def check_stream_left_alone(model: ModelConfig, mechanism: str) -> None:
         raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
 
 
+def readers_memory(model: ModelConfig, sources: int, tokens: int, element_size: int) -> dict[str, float]:
+    """Bytes of what readers of at most so many sources need."""
+    size = float(tokens * model.d_model * element_size)
+    return {
+        "outputs of sublayers": 2 * model.n_layers * size,  # the block form keeps partial sums in their place
+        "sums of sources": 2 * model.n_layers * size,
+        "sources stacked": sources * size,
+    }
+
+
 def draw_sources(axes: Any, counts: list[int], title: str) -> None:
     """Draw which sources (columns) each sublayer (row) attends over, of its number of sources."""
     cells = [(source, row) for row, n in enumerate(counts) for source in range(n)]
@@ -130,8 +228,7 @@ class AttentionResiduals(DepthMechanism):
 
     name = "attention_residuals"
     source = "arXiv 2603.15031"
-    graph_per_layer = True
-    no_weight_decay = ("*.depth.readers.*", "depth.reader.*")
+    no_weight_decay = ("depth.readers.*",)
 
     blocks: Count | None = None
 
@@ -147,10 +244,10 @@ class AttentionResiduals(DepthMechanism):
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         length = self._length(model)
         begins = {name: (2 * index + i) % length == 0 for i, name in enumerate(("attention", "feed_forward"))}
-        return _Layer(model.d_model, model.norm_eps, begins)
+        return _Layer(model.norm_eps, begins)
 
     def build_model(self, model: ModelConfig) -> DepthModel:
-        return _Model(model.d_model, model.norm_eps)
+        return _Model(self._length(model), model)
 
     def _sources(self, model: ModelConfig) -> list[int]:
         """How many sources each sublayer, and the end, attends over."""
@@ -161,8 +258,7 @@ class AttentionResiduals(DepthMechanism):
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        kept = 2 * model.n_layers  # the block form keeps partial sums in their place
-        return {"outputs of sublayers": float(kept * tokens * model.d_model * element_size)}
+        return readers_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

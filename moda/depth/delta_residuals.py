@@ -8,7 +8,7 @@ The final norm receives r. The first sublayer has nothing to pick from. The bloc
 of the outputs of finished blocks of layers; a block counts as finished after the next one's first attention. This is the authors'
 code (its modes delta and delta_block) but for two things. Their block's sum is the stream less the previous block's sum, which
 from the second finished block on is not the block's own; their documentation speaks of the block's own, as here. They draw w like
-any linear; here it begins at zero, which is the mean, as in attention residuals.
+any linear; here it begins at zero, which is the mean, as in attention residuals. Sources are read as there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn as nn
 from moda.errors import UserError
 from moda.ranges import Count
 
-from .attention_residuals import Reader, check_stream_left_alone, draw_sources
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host
+from .attention_residuals import ReadersModel, check_stream_left_alone, draw_sources, join, read, readers_memory
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -32,44 +32,66 @@ __all__ = ["DeltaResiduals"]
 
 
 class _Layer(DepthLayer):
-    """The stream is the sum and the sources; in the block form the sum, that of the unfinished block, and the sources.
+    """The stream is the attention's input; of its FFN's reader the sum, the LSE and the query; the sum r; and new outputs.
 
-    :param reads: the sublayers that have sources.
-    :param begins: whether the layer begins a block; None for the full form.
+    :param full: whether the attention's output is a source of the FFN.
     """
 
-    def __init__(self, d_model: int, eps: float, reads: tuple[str, ...], begins: bool | None) -> None:
+    def __init__(self, eps: float, full: bool) -> None:
         super().__init__()
-        self.begins = begins
-        self.readers = nn.ModuleDict({sublayer: Reader(d_model, eps) for sublayer in reads})
+        self.eps, self.full = eps, full
 
     def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
-        if sublayer not in self.readers:
-            return stream[0]
-        return stream[0] + self.readers[sublayer](stream[1 if self.begins is None else 2 :])
+        x, picked, lse, query, total, *new = stream
+        if sublayer == "attention":
+            return x
+        return total + (join(new[0], query, self.eps, picked, lse) if self.full else picked)
 
     def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
-        total, *rest = stream
-        if self.begins is None:
-            return (total + out, *(rest or [total]), out)
-        unfinished, *sources = rest
-        if self.begins and sublayer == "attention":
-            return (total + out, out, *sources, unfinished)
-        return (total + out, unfinished + out, *sources)
+        return (*stream[:4], stream[4] + out, *stream[5:], out)
 
 
 class _Pass(DepthPass):
-    def finish(self, stream: Any) -> torch.Tensor:
-        return stream[0]
+    def __init__(self, readers: nn.ModuleList, length: int | None, h: torch.Tensor) -> None:
+        self.readers, self.length = readers, length
+        self.sources: list[torch.Tensor] = []
+        self.unfinished = h
+
+    def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
+        for_attention, sources = self.sources, self.sources
+        if self.length is None and not layer or self.length is not None and layer % self.length == 0:
+            sources = [*sources, self.unfinished]
+        feed_forward = self.readers[2 * layer]
+        if not for_attention:
+            x = stream
+            picked, lse, query = (part[0] for part in read([feed_forward], sources))
+        elif len(sources) == len(for_attention):
+            (x, picked), (_, lse), (_, query) = read([self.readers[2 * layer - 1], feed_forward], sources)
+            x = stream + x
+        else:
+            x = stream + read([self.readers[2 * layer - 1]], for_attention)[0][0]
+            picked, lse, query = (part[0] for part in read([feed_forward], sources))
+        self.sources = sources
+        return (x, picked, lse, query, stream), ()
+
+    def leave(self, layer: int, stream: Any, state: State) -> Any:
+        *_, total, attention, feed_forward = stream
+        if self.length is None:
+            self.sources = [*self.sources, attention, feed_forward]
+        else:
+            begun = layer % self.length == 0
+            given = attention + feed_forward
+            self.unfinished = given if begun else self.unfinished + given
+        return total
 
 
-class _Model(DepthModel):
-    def __init__(self, full: bool) -> None:
-        super().__init__()
-        self.full = full
+class _Model(ReadersModel):
+    def __init__(self, length: int | None, model: ModelConfig) -> None:
+        super().__init__(2 * model.n_layers - 1, model)  # the first sublayer has no sources
+        self.length = length
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return (h,) if self.full else (h, h), _Pass()
+        return h, _Pass(self.readers, self.length, h)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,6 @@ class DeltaResiduals(DepthMechanism):
 
     name = "delta_residuals"
     source = "arXiv 2605.18855"
-    graph_per_layer = True
 
     blocks: Count | None = None
 
@@ -99,21 +120,16 @@ class DeltaResiduals(DepthMechanism):
         return [n for pair in zip(finished, (layer // length + 1 for layer in range(model.n_layers))) for n in pair]
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
-        reads = tuple(
-            name for i, name in enumerate(("attention", "feed_forward")) if self._sources(model)[2 * index + i]
-        )
-        begins = None if self.blocks is None else index % (model.n_layers // self.blocks) == 0
-        return _Layer(model.d_model, model.norm_eps, reads, begins)
+        return _Layer(model.norm_eps, self.blocks is None)
 
     def build_model(self, model: ModelConfig) -> DepthModel:
-        return _Model(self.blocks is None)
+        return _Model(None if self.blocks is None else model.n_layers // self.blocks, model)
 
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        kept = 2 * model.n_layers  # the block form keeps partial sums in their place
-        return {"outputs of sublayers": float(kept * tokens * model.d_model * element_size)}
+        return readers_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

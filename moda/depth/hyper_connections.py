@@ -34,7 +34,7 @@ EPS = 1e-6
 
 
 class Connection(nn.Module):
-    """A connection has methods ``read`` and ``write``, called by name, so that module hooks (offloading) see the calls."""
+    """A module with methods ``read`` and ``write``, called by name so that module hooks (offloading) see the calls."""
 
     def forward(self, method: str, *args: torch.Tensor) -> torch.Tensor:
         """Call a method by name."""

@@ -240,8 +240,6 @@ class DepthMechanism(Registered):
     #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names. The three
     #: parallel ones are refused for every mechanism yet: blocks do not split what a mechanism keeps.
     refused: ClassVar[Mapping[str, str]] = _REFUSED
-    #: Whether what a block receives grows with depth, so that each layer is compiled to a graph of its own.
-    graph_per_layer: ClassVar[bool] = False
     #: Parameters (globs of names) that weight decay must leave alone.
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
 

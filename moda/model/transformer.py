@@ -262,19 +262,12 @@ class DepthTransformer(Transformer):
             lm_head_kwargs["labels"] = labels
         return self.lm_head(h, **lm_head_kwargs)
 
-    def apply_compile(self) -> None:
-        """Compile block by block. Where each layer has its own graph, PyTorch's limit is raised: past it layers run eagerly."""
-        super().apply_compile()
-        if self.mechanism.graph_per_layer:
-            limits = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, self.n_layers + 8)  # type: ignore[attr-defined]
-
     def _mark_dynamic(self, x: Any) -> None:
         """Compile for any batch size and length: of ``[B, T]``, ``[B, T, d]``, ``[n, B, T, d]``, and tuples of them."""
         if isinstance(x, tuple):
             for part in x:
                 self._mark_dynamic(part)
-        elif self.compile_enabled:
+        elif self.compile_enabled and x.ndim > 1:
             batch = max(0, x.ndim - 3)
             mark_dynamic(x, (batch, batch + 1), strict=False)
 

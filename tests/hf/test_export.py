@@ -327,9 +327,20 @@ def test_a_static_cache_and_hidden_states() -> None:
         torch.testing.assert_close(exported.lm_head(out.hidden_states[-1]), out.logits)
 
 
-def test_attention_weights_of_the_sequence_and_of_the_depth_slots() -> None:
-    """They give the attention's output: of layer l, over its own values and those of the same token in layers 0 to l - 1."""
-    _, exported = pair(config_of(depth=dict(mechanism="moda", attention="reuse", ffn=False)))
+SLOTS = [
+    dict(mechanism="moda", ffn=False),
+    dict(mechanism="depth_only", ffn=False),
+    dict(mechanism="depth_attention", stride=1),
+]
+
+
+@pytest.mark.parametrize("depth", SLOTS, ids=lambda d: d["mechanism"])
+def test_attention_weights_of_the_sequence_and_of_the_depth_slots(depth: dict[str, Any]) -> None:
+    """They give the attention's output: of layer l, over its own values and those of the same token in layers 0 to l - 1.
+
+    In Depth-Attention the latter, already mixed themselves, are mixed with the layer's own first, and the sequence sees the mix.
+    """
+    _, exported = pair(config_of(depth=depth))
     values: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
     for layer in exported.model.layers:
@@ -342,8 +353,14 @@ def test_attention_weights_of_the_sequence_and_of_the_depth_slots() -> None:
     assert len(again.attentions) == 4 and len(again.hidden_states) == 5
     for layer, weights in enumerate(attentions):
         wide = [v.repeat_interleave(2, dim=2) for v in values[: layer + 1]]
+        if depth["mechanism"] == "depth_attention":
+            among = [weights[..., 9 + s].transpose(1, 2)[..., None] for s in range(layer)]
+            own = 1 - sum(among)
+            mixed = own * wide[layer] + sum(w * v for w, v in zip(among, wide))  # type: ignore[misc]
+            values[layer] = mixed[:, :, ::2]
+            wide, weights = [*wide[:layer], mixed], weights[..., :9]
         found = torch.einsum("bhts,bshd->bthd", weights[..., :9], wide[layer])
-        for s in range(layer):
+        for s in range(weights.shape[-1] - 9):
             found = found + weights[..., 9 + s].transpose(1, 2)[..., None] * wide[s]
         torch.testing.assert_close(found, outputs[layer], rtol=0, atol=TOLERANCE)
 

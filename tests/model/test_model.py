@@ -90,9 +90,13 @@ def test_vocabulary_padding_stays_out_of_the_softmax() -> None:
     assert not padded.embeddings.weight.grad[211:].any()
 
 
-@pytest.mark.parametrize("key_norm", ["writer", "reader"])
-def test_packed_documents_do_not_see_each_other(key_norm: str) -> None:
-    model = build(depth={"mechanism": "moda", "key_norm": key_norm})
+@pytest.mark.parametrize(
+    "depth",
+    [{"mechanism": name} for name in DepthMechanism.known] + [{"mechanism": "moda", "key_norm": "reader"}],
+    ids=str,
+)
+def test_packed_documents_do_not_see_each_other(depth: dict[str, Any]) -> None:
+    model = build(depth=depth, norm_placement="pre")
     first, second = torch.randint(0, 211, (1, 5)), torch.randint(0, 211, (1, 7))
     apart = torch.cat([model(first), model(second)], dim=1)
     lengths = torch.tensor([[5, 7]], dtype=torch.int32)
@@ -200,7 +204,7 @@ def test_a_plain_model_with_flash_attention_4() -> None:
     assert all(v.passed for v in verdicts), report(verdicts)
 
 
-SHARED = [m.name for m in DepthMechanism.known.values() if not m.graph_per_layer and m.name != "hyper_connections"]
+SHARED = [name for name in DepthMechanism.known if name != "hyper_connections"]
 
 
 @pytest.mark.parametrize("mechanism", [*SHARED, None])  # without the one whose layers are those of mhc
@@ -210,7 +214,8 @@ def test_blocks_share_compiled_graphs(mechanism: str | None) -> None:
 
     options = {"iterations": 2} if mechanism == "mhc" else {}
     depth = None if mechanism is None else {"mechanism": mechanism, **options}
-    model = build(depth=depth, attention_backend="auto" if depth else "reference", n_layers=6)
+    backend = "auto" if depth else "reference"
+    model = build(depth=depth, attention_backend=backend, n_layers=6, norm_placement="pre")
     ids = torch.randint(0, 211, (2, 9))
     eager = model(ids, labels=ids, return_logits=True)
     eager.loss.backward()
@@ -227,14 +232,3 @@ def test_blocks_share_compiled_graphs(mechanism: str | None) -> None:
     torch.testing.assert_close(out.logits, eager.logits)
     for g, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(p.grad, g)
-
-
-def test_a_graph_per_layer_is_allowed_where_what_blocks_receive_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = torch._dynamo.config
-    for mechanism, allowed in (("mhc", 8), ("delta_residuals", 40 + 8)):
-        monkeypatch.setattr(limits, "recompile_limit", 8)
-        model = build(depth={"mechanism": mechanism}, n_layers=40, norm_placement="pre")
-        for block in (*model.blocks.values(), model.lm_head):
-            monkeypatch.setattr(block, "compile", lambda **options: None)  # which asks for a C++ compiler
-        model.apply_compile()
-        assert limits.recompile_limit == allowed

@@ -10,8 +10,11 @@ from olmo_core.nn.transformer import TransformerActivationCheckpointingMode
 
 from moda.config import load_config
 from moda.config.model import ModelConfig
+from moda.depth.attention_residuals import _Read
+from moda.depth.mudd import _Mix
 from moda.errors import UserError
 from moda.model import transformer_config
+from moda_kernels.yardstick import report, verdicts
 from tests.model.test_against_plain import SMALL, TOLERANCE, build
 from tests.plain_model import PLACEMENTS, PlainDecoder, rms
 from tests.test_extending import known_everywhere
@@ -77,12 +80,12 @@ def attention_residuals(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) 
     for layer in range(d.n_layers):
         for sublayer in SUBLAYERS:
             values = finished + ([sum(outputs)] if outputs else [])  # type: ignore[list-item]
-            x = attend(values, f"blocks.{layer}.depth.readers.{sublayer}")
+            x = attend(values, f"depth.readers.{2 * layer + SUBLAYERS.index(sublayer)}")
             outputs.append(placed(d, sublayer, layer, x))
             if len(outputs) == length:
                 finished.append(sum(outputs))  # type: ignore[arg-type]
                 outputs = []
-    return attend(finished, "depth.reader")
+    return attend(finished, f"depth.readers.{2 * d.n_layers}")
 
 
 def delta(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tensor:
@@ -95,7 +98,7 @@ def delta(d: PlainDecoder, ids: torch.Tensor, blocks: int | None) -> torch.Tenso
                 sources = finished
             x = total
             if sources:
-                name = f"blocks.{layer}.depth.readers.{sublayer}"
+                name = f"depth.readers.{2 * layer + SUBLAYERS.index(sublayer) - 1}"
                 keys = torch.stack([rms(v, d.p[f"{name}.gain"]) for v in sources])
                 p = torch.einsum("d,nbtd->nbt", d.p[f"{name}.query"], keys).softmax(0)
                 x = total + torch.einsum("nbt,nbtd->btd", p, torch.stack(sources))
@@ -146,7 +149,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
     "case, placement",
     [(case, p) for case in CASES for p in (PLACEMENTS if CASES[case][1] is mudd else ("pre", "peri"))],
 )
-def test_logits_and_gradients(case: str, placement: str) -> None:
+def test_logits_and_gradients(case: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moda.depth.attention_residuals.CHUNK", 4)
     depth, plain, options = CASES[case]
     net = build(placement, depth)
     generator = torch.Generator().manual_seed(2)
@@ -243,3 +247,40 @@ def test_activation_checkpointing(case: str) -> None:
         grads.append([p.grad for p in model.parameters()])
     for ours, truth in zip(*grads):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
+
+
+def read_plainly(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    """What two queries ``[2, d]`` get of the sources, with the LSE beside it."""
+    logits = torch.einsum("cd,nbtd->cbtn", weights, torch.stack([rms(x, None) for x in sources]))
+    out = torch.einsum("cbtn,nbtd->cbtd", logits.softmax(-1), torch.stack(sources))
+    return torch.cat([out, logits.logsumexp(-1, keepdim=True).to(out.dtype)], dim=-1)
+
+
+def read_together(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    out, lse = _Read.apply(weights, 1e-6, *sources)
+    return torch.cat([out, lse[..., None].to(out.dtype)], dim=-1)
+
+
+def mix_plainly(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    return torch.stack([sum(w[..., None] * x for w, x in zip(way.unbind(-1), sources)) for way in weights.unbind(2)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "ours, plain, shape",
+    [(read_together, read_plainly, (2, 64)), (_Mix.apply, mix_plainly, (2, 16, 4, 20))],
+    ids=["read", "mix"],
+)
+def test_sources_in_half_precision(ours: Any, plain: Any, shape: tuple[int, ...], device: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in (shape, *[(2, 16, 64)] * 20)]
+
+    def run(f: Any, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = f(*leaves)
+        seed = torch.sin(torch.arange(out.numel(), device=device)).view_as(out).to(dtype)
+        weights, *sources = torch.autograd.grad(out, leaves, seed)
+        return {"out": out.detach(), "weights": weights, "sources": torch.stack(sources)}
+
+    judged = verdicts(run(ours, torch.bfloat16), run(plain, torch.bfloat16), run(plain, torch.float64))
+    assert all(v.passed for v in judged), report(judged)
