@@ -144,7 +144,7 @@ class AttentionResiduals(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         kept = 2 * model.n_layers  # the block form keeps partial sums in their place
         return {"outputs of sublayers": float(kept * tokens * model.d_model * element_size)}
 

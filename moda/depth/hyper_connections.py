@@ -109,7 +109,7 @@ class StreamsModel(DepthModel):
         return h.expand(self.n, *h.shape).contiguous(), _Pass()
 
 
-def streams_memory(model: ModelConfig, streams: int, tokens: int, element_size: int) -> dict[str, float]:
+def streams_memory(model: ModelConfig, streams: int, tokens: float, element_size: int) -> dict[str, float]:
     """Bytes of the streams that the backward pass needs: before and after each sublayer, besides the plain one."""
     return {"residual streams": 2.0 * model.n_layers * streams * tokens * model.d_model * element_size}
 
@@ -141,7 +141,7 @@ class HyperConnections(DepthMechanism):
         projection = 2 * (n - 1) * (n + 2) * model.d_model if self.dynamic else 0  # of all streams but the counted one
         return 2 * model.n_layers * (mixing + projection)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return streams_memory(model, self.streams, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

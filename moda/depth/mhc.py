@@ -107,7 +107,7 @@ class MHC(DepthMechanism):
         n = self.streams
         return 2 * model.n_layers * (2 * n * (n + 2) * model.d_model + 4 * self.iterations * n * n)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return streams_memory(model, self.streams, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

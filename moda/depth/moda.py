@@ -255,10 +255,16 @@ class MoDA(DepthMechanism):
         read = [len(slots) for slots in self.layout(model.n_layers).reads]
         return sum(read), sum(n if self.read.kept is None else min(n, self.read.kept) for n in read)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        layout = self.layout(model.n_layers)
-        rows = layout.training.total
-        return {"depth keys, values and their gradients": 2.0 * rows * tokens * self._width(model) * element_size}
+    def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
+        """Projections of slots before their norm, their joint matrices, and depth queries of their own."""
+        layout, width = self.layout(model.n_layers), 2 * self._width(model)
+        slots = [layout.written_slot(layer, FFN) for layer in range(model.n_layers)]
+        if self.attention == AttentionSlot.project:
+            slots += [layout.written_slot(layer, ATTENTION) for layer in range(model.n_layers)]
+        projected = sum(slot is not None for slot in slots)
+        assert model.head_dim is not None
+        queries = model.n_layers * model.n_heads * model.head_dim if self.key_norm == KeyNorm.reader else 0
+        return element_size * (projected * width * (tokens + model.d_model) + queries * tokens)
 
     @staticmethod
     def _width(model: ModelConfig) -> int:
