@@ -62,6 +62,7 @@ def test_activations_are_what_a_block_saves(depth: Any, compiled: bool) -> None:
     assert torch.isfinite(out.loss)
     estimated = sum(memory._block(config, TOKENS, 2, compiled).values())
     if depth is not None:
+        # The second and last layer writes no slot, so that the first has all that is MoDA's.
         estimated += config.model.depth.block_memory(config.model, TOKENS, 2)  # type: ignore[union-attr]
     assert estimated == pytest.approx(sum(watched.saved.values()), rel=0.03 if compiled else 0.08)
 
