@@ -70,7 +70,7 @@ def peak_of(config: Path, overrides: list[str], steps: int = 3) -> dict[str, Any
                 with module._train_microbatch_context(i, 2):
                     module.model_forward(ids, **options).loss.backward()  # type: ignore[union-attr]
             module._clip_grad_norm(1.0)
-            module.optim.step()
+            module.optim.step()  # type: ignore[union-attr]
             module.zero_grads()
 
         row["step_ms"] = round(quantiles([1e3 * seconds(step) for _ in range(steps)][1:]).median, 1)

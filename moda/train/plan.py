@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -121,8 +122,8 @@ def _proposal(p: Plan) -> RunConfig | None:
     if p.world_size > 8 and p.world_size % 8 == 0:
         kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
     for data, degree in kinds:
-        options = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
-        none = dict(block_interval=None, modules=None, memory_budget=None)
+        options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
+        none: dict[str, Any] = dict(block_interval=None, modules=None, memory_budget=None)
         asked = dataclasses.replace(
             p.config,
             train=dataclasses.replace(train, microbatch_size=Auto.auto),
