@@ -67,6 +67,25 @@ def test_activations_are_what_a_block_saves(depth: Any, compiled: bool) -> None:
     assert estimated == pytest.approx(sum(watched.saved.values()), rel=0.03 if compiled else 0.08)
 
 
+#: GiB of forward and backward, bf16 parameters (``bench.py training``), H200 and H100, when the loss came from logits.
+MEASURED = {
+    ("olmo2_700m", 8): 71.12, ("moda_700m", 8): 72.93, ("olmo2_700m", 4): 36.3, ("moda_700m", 4): 37.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, batch", MEASURED, ids=str)
+def test_activations_of_whole_models_are_the_measured_ones(name: str, batch: int) -> None:
+    """Their peak was at the loss: parameters, activations, depth keys and values, logits in bf16 and once in fp32."""
+    t = transformer_config(load_config(ROOT / "configs" / f"{name}.yaml").model)
+    tokens = batch * 4096
+    parts = [2.0 * t.num_params, 6.0 * tokens * t.vocab_size, 2.0 * tokens * t.d_model]
+    parts += [n * t.n_layers for n in memory._block(t, tokens, 2, True).values()]
+    parts += memory._slots(t, tokens, 2, True)[0].values()
+    if t.model.depth is not None:
+        parts.append(t.model.depth.block_memory(t.model, tokens, 2))
+    assert sum(parts) / 2**30 == pytest.approx(MEASURED[name, batch], rel=0.01)
+
+
 def plan_of(name: str, *overrides: str, gpus: int = 1, gib: float = 80) -> Plan:
     return make_plan(load_config(ROOT / "configs" / name, ["data.tokenizer=dolma2", *overrides]), gpus, a_gpu(gib))
 
