@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,11 +31,14 @@ CASES = (
     "olmo2_1.5b.yaml train.microbatch_size=2",
     "moda_1.5b.yaml train.microbatch_size=2",
     "moda_1.5b.yaml train.microbatch_size=4 parallel.activation_checkpointing=full",
-    "moda_700m.yaml train.microbatch_size=4 parallel.data=ddp",
 )
 
 
-def peak_of(config: Path, overrides: list[str], steps: int = 3) -> dict[str, Any]:
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def peak_of(config: Path, overrides: list[str], steps: int = 4) -> dict[str, Any]:
     """One row: estimate and measured peak in this process, which must not have used the GPU before."""
     from olmo_core.train import teardown_training_environment
     from olmo_core.utils import get_default_device
@@ -56,22 +60,16 @@ def peak_of(config: Path, overrides: list[str], steps: int = 3) -> dict[str, Any
     prepare_environment(c.train.seed)
     try:
         device = get_default_device()
-        module = build_train_module(plan, device)
-        module._set_model_mode("train")
-        shape = (c.train.microbatch, c.train.sequence_length)
+        module: Any = build_train_module(plan, device)
+        module._attach_trainer(SimpleNamespace(record_metric=_nothing, record_ce_loss=_nothing))
+        module.scheduler = None
+        shape = (2 * c.train.microbatch, c.train.sequence_length)
         ids = torch.randint(0, plan.tokenizer.config.vocab_size, shape, device=device)
-        options: dict[str, Any] = dict(
-            labels=ids, ignore_index=-100, loss_reduction="sum", z_loss_multiplier=c.optim.z_loss,
-            loss_div_factor=torch.tensor(2.0 * ids.numel(), device=device), return_logits=False,
-        )  # fmt: skip
 
         def step() -> None:
-            for i in range(2):
-                with module._train_microbatch_context(i, 2):
-                    module.model_forward(ids, **options).loss.backward()  # type: ignore[union-attr]
-            module._clip_grad_norm(1.0)
-            module.optim.step()  # type: ignore[union-attr]
             module.zero_grads()
+            module.train_batch({"input_ids": ids})
+            module.optim_step()
 
         row["step_ms"] = round(quantiles([1e3 * seconds(step) for _ in range(steps)][1:]).median, 1)
         if device.type == "cuda":
@@ -98,7 +96,7 @@ def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:
     parser.add_argument(
         "--configs", type=Path, default=root / "configs", help="folder of CASE's files (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=number(int, 2), default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=number(int, 2), default=4, help="default: %(default)s")
     about = "a file of --configs with overrides, in quotes; all of the table by default"
     parser.add_argument("cases", nargs="*", metavar="CASE", help=about)
 

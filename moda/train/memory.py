@@ -101,22 +101,24 @@ def _shards(config: RunConfig, world_size: int) -> int:
 
 
 def _states(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: bool, size: int) -> dict[str, float]:
-    """Parameters and what goes with them, all fp32 but the copies that FSDP gathers."""
-    shards, params = _shards(config, world_size), float(t.num_params)
+    """Parameters and what goes with them, fp32 but for the copies that compute: gathered by FSDP, or of all for one process."""
+    shards, params, tensor = _shards(config, world_size), float(t.num_params), config.parallel.tensor
     out = {
         "parameters": 4 * params / shards,
         "gradients": 4 * params / shards,
         "optimizer (two moments)": 8 * params / shards,
     }
-    if config.parallel.data == DataParallel.ddp:
-        if gpu or world_size > 1:
-            out["buckets of gradients"] = 4 * params / shards
+    if world_size == 1:
         if gpu:
-            out["bf16 copies (autocast)"] = 2 * params / shards
-    elif gpu or world_size > 1:
+            out["bf16 copies"] = 2 * params
+    elif config.parallel.data == DataParallel.ddp:
+        out["buckets of gradients"] = 4 * params / shards
+        if gpu:
+            out["bf16 copies"] = 2 * params / shards
+    else:
         outside = t.d_model * t.vocab_size * (1 if t.tie_word_embeddings else 2)
         gathered = outside + (2 + config.parallel.prefetch) * (params - outside) / t.n_layers
-        out["gathered copies (FSDP)"] = size * gathered / config.parallel.tensor
+        out["gathered copies (FSDP)"] = size * gathered / tensor
     return out
 
 
