@@ -161,7 +161,9 @@ def _kept(config: RunConfig) -> float:
     return p.memory_budget or 0.0 if mode == Checkpointing.budget else 1.0
 
 
-def _slots(t: ModelTransformerConfig, tokens: float, size: int, gpu: bool) -> tuple[dict[str, float], dict[str, float]]:
+def slots_memory(
+    t: ModelTransformerConfig, tokens: float, size: int, gpu: bool
+) -> tuple[dict[str, float], dict[str, float]]:
     """The depth stream's buffers: those of the whole pass, and those of the backward pass."""
     model = t.model
     layout = None if model.depth is None else model.depth.layout(model.n_layers)
@@ -199,7 +201,7 @@ def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
     stream = tokens * t.d_model * size
     parts["activations: block inputs"] = (1 - kept) * t.n_layers * stream
     parts["activations: head"] = stream
-    slots, late = _slots(t, tokens, size, gpu)
+    slots, late = slots_memory(t, tokens, size, gpu)
     parts |= slots
     if depth is not None:
         parts |= depth.memory(model, tokens, size)

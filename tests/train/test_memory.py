@@ -80,7 +80,7 @@ def test_activations_of_whole_models_are_the_measured_ones(name: str, batch: int
     tokens = batch * 4096
     parts = [2.0 * t.num_params, 6.0 * tokens * t.vocab_size, 2.0 * tokens * t.d_model]
     parts += [n * t.n_layers for n in memory._block(t, tokens, 2, True).values()]
-    parts += memory._slots(t, tokens, 2, True)[0].values()
+    parts += memory.slots_memory(t, tokens, 2, True)[0].values()
     if t.model.depth is not None:
         parts.append(t.model.depth.block_memory(t.model, tokens, 2))
     assert sum(parts) / 2**30 == pytest.approx(MEASURED[name, batch], rel=0.01)
