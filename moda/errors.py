@@ -15,11 +15,15 @@ class UserError(Exception):
     :param expected: what is allowed.
     :param got: what was given, or None if nothing was.
     :param hint: what to do about it.
+    :param every_rank: whether each process that raises it says so, and not the first alone.
     """
 
-    def __init__(self, key: str, expected: str, got: object | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, key: str, expected: str, got: object | None = None, hint: str | None = None, *, every_rank: bool = False
+    ) -> None:
         super().__init__(key, expected, got, hint)  # all of them, so that it can be pickled and sent to other processes
         self.key, self.expected, self.got, self.hint = key, expected, got, hint
+        self.every_rank = every_rank
 
     def __str__(self) -> str:
         text = f"{_short(self.key)}: expected {self.expected}"

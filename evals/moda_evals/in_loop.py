@@ -118,7 +118,7 @@ def _evaluator(task: Task, tokenizer: TextTokenizer, config: RunConfig, trainer:
     if cut:
         log.warning("%s: %d prompts are longer than %d tokens and lose their beginning", task.name, cut, length)
     options: dict[str, Any] = {"device": trainer.device, "group": trainer.dp_process_group}
-    return TaskEvaluator(task, questions, spans, batch_tokens=config.train.microbatch_size * length, **options)
+    return TaskEvaluator(task, questions, spans, batch_tokens=config.train.microbatch * length, **options)
 
 
 def downstream_callbacks(plan: Plan, trainer: Trainer) -> dict[str, Callback]:

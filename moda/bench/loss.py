@@ -120,9 +120,9 @@ def loss_table(
     labels = torch.randint(0, vocab, (tokens,), **options)
     data = (hidden, weight, labels, vocab)
     gradients = hidden.nbytes + weight.nbytes
-    columns = ("status", "median_ms", "p20_ms", "p80_ms", "over_logits", "extra_mib")
+    columns: tuple[str, ...] = ("status", "median_ms", "p20_ms", "p80_ms", "over_logits", "extra_mib")
     columns += tuple(f"{x}{y}_error" for x in ("loss", "hidden", "weight") for y in ("", "_plain"))
-    out = {name: dict.fromkeys(columns, "") for name in VARIANTS}
+    out: dict[str, dict[str, Any]] = {name: dict.fromkeys(columns, "") for name in VARIANTS}
     for name, row in out.items():
         torch.compiler.reset()
         try:

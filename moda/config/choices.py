@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["Backend", "Checkpointing", "DataParallel", "Optimizer", "QKNorm"]
+__all__ = ["Auto", "Backend", "Checkpointing", "DataParallel", "Optimizer", "QKNorm"]
+
+
+class Auto(str, Enum):
+    auto = "auto"
 
 
 class QKNorm(str, Enum):
@@ -32,6 +36,7 @@ class DataParallel(str, Enum):
 
 
 class Checkpointing(str, Enum):
+    auto = "auto"
     none = "none"
     full = "full"
     selected_blocks = "selected_blocks"

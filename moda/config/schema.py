@@ -13,7 +13,7 @@ from moda.errors import UserError
 from moda.ranges import NotNegative, Positive, Range, Seed, Share, Steps, Tokens
 from moda.typed import Section
 
-from .choices import Checkpointing, DataParallel, Optimizer
+from .choices import Auto, Checkpointing, DataParallel, Optimizer
 from .data import DataConfig, MixtureSection, MixtureSource, TokenizerSection, Verify
 from .model import ModelConfig
 from .names import folder_name
@@ -60,7 +60,7 @@ class TrainConfig(Section):
 
     :param sequence_length: tokens in a sequence.
     :param global_batch_size: sequences in an optimizer step, over all ranks.
-    :param microbatch_size: sequences that one rank runs at a time.
+    :param microbatch_size: sequences that one rank runs at a time; ``auto`` for as many as fit its memory by the estimate.
     :param max_tokens: stop after this many tokens, however large the batches were; give this or ``max_steps``.
     :param max_steps: stop after this many steps.
     :param seed: of the initial weights and the order of the data; a run keeps it.
@@ -76,7 +76,7 @@ class TrainConfig(Section):
 
     sequence_length: Annotated[int, Range(1, 2**30, unit="tokens")] = 4096
     global_batch_size: Annotated[int, Range(1, 2**30, unit="sequences")] = 1024
-    microbatch_size: Annotated[int, Range(1, 2**30, unit="sequences")] = 8
+    microbatch_size: Annotated[int, Range(1, 2**30, unit="sequences")] | Auto = 8
     max_tokens: Tokens | None = None
     max_steps: Steps | None = None
     seed: Seed = 0
@@ -93,6 +93,12 @@ class TrainConfig(Section):
         if (self.max_tokens is None) == (self.max_steps is None):
             both = "neither" if self.max_tokens is None else "both"
             raise UserError("train.max_tokens", "exactly one of train.max_tokens and train.max_steps", both)
+
+    @property
+    def microbatch(self) -> int:
+        """``microbatch_size`` once it is a number: in the configuration of a plan."""
+        assert isinstance(self.microbatch_size, int)
+        return self.microbatch_size
 
     @property
     def tokens_per_step(self) -> int:
@@ -115,7 +121,8 @@ class ParallelConfig(Section):
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
     :param tensor: tensor-parallel ranks (1; more only without a depth mechanism).
-    :param activation_checkpointing: what is recomputed in the backward pass.
+    :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
+        estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.
     :param modules: globs of module names, for ``selected_modules``.
     :param memory_budget: from 0 (recompute all) to 1, for ``budget``.
@@ -294,7 +301,8 @@ class RunConfig(Section):
         folder_name("name", self.name)
         if self.train.save_folder is None:
             self.train.save_folder = f"runs/{self.name}"
-        if self.train.global_batch_size % self.train.microbatch_size:
+        size = self.train.microbatch_size
+        if isinstance(size, int) and self.train.global_batch_size % size:
             raise UserError(
                 "train.microbatch_size",
                 f"a divisor of train.global_batch_size ({self.train.global_batch_size})",

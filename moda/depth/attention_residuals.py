@@ -200,7 +200,7 @@ def check_stream_left_alone(model: ModelConfig, mechanism: str) -> None:
         raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
 
 
-def readers_memory(model: ModelConfig, sources: int, tokens: int, element_size: int) -> dict[str, float]:
+def readers_memory(model: ModelConfig, sources: int, tokens: float, element_size: int) -> dict[str, float]:
     """Bytes of what readers of at most so many sources need."""
     size = float(tokens * model.d_model * element_size)
     return {
@@ -257,7 +257,7 @@ class AttentionResiduals(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return readers_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

@@ -128,7 +128,7 @@ class DeltaResiduals(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return readers_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

@@ -84,8 +84,11 @@ class DenseFormer(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 2 * model.d_model * self._outputs_read(model)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        return {"block outputs and their gradients": 2.0 * element_size * tokens * model.d_model * (model.n_layers + 1)}
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return {"block outputs": float(element_size * tokens * model.d_model * (model.n_layers + 1))}
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return {"gradients of block outputs": float(element_size * tokens * model.d_model * (model.n_layers + 1))}
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         return [("block outputs averaged per layer", f"{self._outputs_read(model) / model.n_layers:.1f} on average")]

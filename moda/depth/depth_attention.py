@@ -102,11 +102,10 @@ class DepthAttention(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 4 * self._width(model) * (self.layout(model.n_layers).slots_read + model.n_layers)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         size = float(tokens * self._width(model) * element_size)
         return {
-            "keys and values in slots and their gradients": 2 * size * self.layout(model.n_layers).training.total,
-            "values before mixing and what is read": 2 * size * model.n_layers,
+            "values before mixing and what is read": 5 * size * model.n_layers,
         }
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

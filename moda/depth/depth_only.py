@@ -51,7 +51,7 @@ class DepthOnly(MoDA):
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         assert model.head_dim is not None
         size = float(tokens * model.n_heads * model.head_dim * element_size)
-        return {**super().memory(model, tokens, element_size), "outputs of both attentions": size * model.n_layers}
+        return {**super().memory(model, tokens, element_size), "outputs of both attentions": 2 * size * model.n_layers}

@@ -117,9 +117,18 @@ class StreamsModel(DepthModel):
         return h.expand(self.n, *h.shape).contiguous(), _Pass()
 
 
-def streams_memory(model: ModelConfig, streams: int, tokens: int, element_size: int) -> dict[str, float]:
-    """Bytes of the streams that the backward pass needs: before and after each sublayer, besides the plain one."""
-    return {"residual streams": 2.0 * model.n_layers * streams * tokens * model.d_model * element_size}
+def streams_memory(model: ModelConfig, streams: int, tokens: float, element_size: int) -> dict[str, float]:
+    """Bytes of the streams between blocks, besides the plain one."""
+    return {"residual streams": float(model.n_layers * (streams - 1) * tokens * model.d_model * element_size)}
+
+
+def streams_block_memory(model: ModelConfig, streams: int, kept: float, tokens: float, element_size: int) -> float:
+    """What blocks keep of the streams besides their inputs.
+
+    :param kept: tensors of the streams' width that the compiler's partitioner saves per block, counted.
+    """
+    width = kept * streams - (streams - 1)
+    return width * model.n_layers * tokens * model.d_model * element_size
 
 
 @dataclass(frozen=True)
@@ -149,8 +158,11 @@ class HyperConnections(DepthMechanism):
         projection = 2 * (n - 1) * (n + 2) * model.d_model if self.dynamic else 0  # of all streams but the counted one
         return 2 * model.n_layers * (mixing + projection)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return streams_memory(model, self.streams, tokens, element_size)
+
+    def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
+        return streams_block_memory(model, self.streams, 10.5 if self.dynamic else 6.1, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         kind = "dynamic" if self.dynamic else "static"

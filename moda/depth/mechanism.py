@@ -307,8 +307,16 @@ class DepthMechanism(Registered):
         """Forward FLOPs per token besides the matrix products with its own parameters."""
         return 0
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        """Bytes that a forward and backward pass of ``tokens`` tokens keeps, by purpose."""
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        """Bytes that a forward pass of ``tokens`` tokens keeps between blocks for the backward one, by purpose, besides slots."""
+        return {}
+
+    def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
+        """Bytes that all blocks together keep of their own, besides what attention, FFN and norms do."""
+        return 0.0
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        """Bytes that the backward pass needs further, by purpose, besides the gradients of slots."""
         return {}
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:

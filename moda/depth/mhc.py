@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from moda.ranges import Count
 
-from .hyper_connections import EPS, Connection, StreamsLayer, StreamsModel, streams_memory
+from .hyper_connections import EPS, Connection, StreamsLayer, StreamsModel, streams_block_memory, streams_memory
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, set_start
 
 if TYPE_CHECKING:
@@ -107,8 +107,11 @@ class MHC(DepthMechanism):
         n = self.streams
         return 2 * model.n_layers * (2 * n * (n + 2) * model.d_model + 4 * self.iterations * n * n)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return streams_memory(model, self.streams, tokens, element_size)
+
+    def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
+        return streams_block_memory(model, self.streams, 11.2, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         return [("residual streams", f"{self.streams}, doubly stochastic, {self.iterations} iterations")]

@@ -293,10 +293,20 @@ class MoDA(DepthMechanism):
         read = [len(slots) for slots in self.layout(model.n_layers).reads]
         return sum(read), sum(n if self.read.kept is None else min(n, self.read.kept) for n in read)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
-        layout = self.layout(model.n_layers)
-        rows = layout.training.total
-        return {"depth keys, values and their gradients": 2.0 * rows * tokens * self._width(model) * element_size}
+    def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
+        """Projections of slots before their norm, their joint matrices, depth queries, and what is normalised in fp32."""
+        layout, width = self.layout(model.n_layers), self._width(model)
+        written = {
+            kind: sum(layout.written_slot(layer, kind) is not None for layer in range(model.n_layers))
+            for kind in (ATTENTION, FFN)
+        }
+        projected = written[FFN] + (written[ATTENTION] if self.attention == AttentionSlot.project else 0)
+        assert model.head_dim is not None
+        queries = model.n_layers * model.n_heads * model.head_dim if self.key_norm == KeyNorm.reader else 0
+        total = element_size * (2 * width * projected * (tokens + model.d_model) + queries * tokens)
+        if self.value_norm:  # of an attention slot the values, of an FFN slot the tensor that they are of
+            total += 4 * tokens * (written[ATTENTION] * width + written[FFN] * model.d_model)
+        return total
 
     @staticmethod
     def _width(model: ModelConfig) -> int:

@@ -151,10 +151,10 @@ class MUDD(DepthMechanism):
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         return 2 * model.d_model * self._sums(model)
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         size = float(element_size * tokens * model.d_model)
         return {
-            "block outputs and their gradients": 2 * size * (model.n_layers + 1),
+            "block outputs": size * (model.n_layers + 1),
             "inputs of q, k and v": (WAYS - 1) * size * (model.n_layers - 1),
             "block outputs stacked, twice": 2 * size * (model.n_layers + 1),
         }

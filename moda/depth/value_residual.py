@@ -84,7 +84,7 @@ class ValueResidual(DepthMechanism):
     def build_model(self, model: ModelConfig) -> DepthModel:
         return _Model()
 
-    def memory(self, model: ModelConfig, tokens: int, element_size: int) -> dict[str, float]:
+    def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         assert model.n_kv_heads is not None and model.head_dim is not None
         mixed = model.n_layers - 1  # each layer keeps its values for the gradients of the weights
         return {

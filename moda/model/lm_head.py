@@ -50,7 +50,11 @@ class PaddedLMHead(LMHead):
 
     The loss is computed without the logits (:mod:`moda.model.loss`), except where they are asked for, one loss per token is to be
     differentiated, only some positions are wanted, the head has a bias, or tensor parallelism splits its matrix.
+
+    :ivar logits_with_losses: whether losses per token come with logits where ``return_logits`` is not given.
     """
+
+    logits_with_losses: bool = True
 
     def __init__(self, *, padding: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -78,9 +82,11 @@ class PaddedLMHead(LMHead):
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor | LMOutputWithLoss:
-        """OLMo-core's head, but where labels are given there are logits only for ``return_logits=True``."""
+        """OLMo-core's head. A loss that is one number comes with logits only for ``return_logits=True``."""
         some = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         per_token = loss_reduction == "none"
+        if per_token and return_logits is None:
+            return_logits = self.logits_with_losses
         if labels is None or return_logits or some or self.tp_enabled or self.w_out.bias is not None or (
             per_token and torch.is_grad_enabled()
         ):  # fmt: skip

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moda.train.plan import estimate_memory, make_plan
+from moda.train.memory import estimate_memory
+from moda.train.plan import make_plan
 from moda.train.progress import format_duration
 
 from .match import flops_per_token, model_of, tokens_of

@@ -114,7 +114,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     model.init_seed = c.train.seed
     schedule = CosWithWarmup if c.train.max_tokens is None else CosineOverTokens
     options: dict[str, Any] = dict(
-        rank_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
+        rank_microbatch_size=c.train.microbatch * c.train.sequence_length,
         max_sequence_length=c.train.sequence_length,
         optim=_optimizer(plan, model),
         max_grad_norm=c.optim.max_grad_norm,
@@ -138,7 +138,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     assert isinstance(built, TransformerTrainModule)
     built.model.init_weights(
         max_seq_len=c.train.sequence_length,
-        max_local_microbatch_size=c.train.microbatch_size * c.train.sequence_length,
+        max_local_microbatch_size=c.train.microbatch * c.train.sequence_length,
         device=device,
         world_mesh=built.world_mesh,
     )

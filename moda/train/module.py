@@ -30,8 +30,10 @@ class HalfCopies:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._own = list(model.parameters())
-        self._copies = [nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self._own]
+        self._own: list[torch.Tensor] = list(model.parameters())
+        self._copies: list[torch.Tensor] = [
+            nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self._own
+        ]
         copies = dict(zip(map(id, self._own), self._copies))
         modules = list(model.modules())
         places = [

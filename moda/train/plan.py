@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from moda.config.choices import Backend
+from moda.config.choices import Auto, Backend, Checkpointing
 from moda.config.names import own_folder
-from moda.config.schema import Checkpointing, DataParallel, RunConfig
+from moda.config.schema import DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig, transformer_config
 
-__all__ = ["Plan", "estimate_memory", "make_plan"]
+from .memory import ASSUMED, Device, estimate_memory, fitted, this_machine
+
+__all__ = ["Plan", "make_plan"]
 
 #: FLOPs of a microbatch below which CUDA graphs pay: about a quarter of a second on an H100.
 _SHORT = 1e14
@@ -25,16 +29,18 @@ _SHORT = 1e14
 class Plan:
     """A checked run.
 
-    :param config: the resolved configuration.
+    :param config: the resolved configuration, without ``auto``.
     :param tokenizer: the data's tokenizer.
     :param transformer: OLMo-core's form of the model.
     :param world_size: processes that train.
+    :param device: the memory that each of them is planned for.
     """
 
     config: RunConfig
     tokenizer: Tokenizer
     transformer: ModelTransformerConfig
     world_size: int
+    device: Device
 
     @property
     def steps(self) -> int:
@@ -49,7 +55,7 @@ class Plan:
     def graphs_pay(self) -> bool:
         """Whether a microbatch is too short for the host to launch its kernels in time (and can be captured)."""
         c = self.config
-        flops = self.flops_per_token * c.train.sequence_length * c.train.microbatch_size
+        flops = self.flops_per_token * c.train.sequence_length * c.train.microbatch
         return flops < _SHORT and not self.cannot_capture
 
     @property
@@ -78,6 +84,31 @@ class Plan:
             "forward_flops_causal": self.transformer.paper_forward_flops(length, causal=True),
         }
 
+    def proposal(self) -> list[tuple[str, str]]:
+        """The settings that fit the devices, whatever the configuration says."""
+        fit = _proposal(self)
+        if fit is None:
+            return [("proposed", f"nothing fits the {self.device}: more GPUs share the model under parallel.data=fsdp")]
+        parallel = fit.parallel
+        degree = "" if parallel.shard_degree is None else f" parallel.shard_degree={parallel.shard_degree}"
+        memory = sum(estimate_memory(dataclasses.replace(self, config=fit)).values())
+        settings = (
+            f"train.microbatch_size={fit.train.microbatch} parallel.data={parallel.data.value}{degree} "
+            f"parallel.activation_checkpointing={parallel.activation_checkpointing.value}"
+        )
+        return [("proposed", f"{settings} ({memory / 2**30:,.1f} GiB)")]
+
+    def duration(self, mfu: float, peak: float) -> list[tuple[str, str]]:
+        """How long the run takes if ``mfu`` of each device's ``peak`` FLOP/s go into the model."""
+        train = self.config.train
+        seconds = self.steps * train.tokens_per_step * self.flops_per_token / (mfu * peak)
+        hours = seconds / 3600
+        assumed = f"assumed: MFU {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s; no evaluation, no checkpoints"
+        return [
+            ("GPU-hours", f"{hours:,.4g} ({assumed})"),
+            (f"days on {self.world_size} GPU{'s' * (self.world_size > 1)}", f"{hours / 24 / self.world_size:,.4g}"),
+        ]
+
     def rows(self) -> list[tuple[str, str]]:
         """What ``--dry-run`` prints below the configuration."""
         t, train = self.transformer, self.config.train
@@ -94,15 +125,41 @@ class Plan:
             ("steps", f"{self.steps:,}"),
             ("tokens in all", f"{self.steps * train.tokens_per_step:,}"),
             ("processes", f"{self.world_size}"),
+            ("sequences per microbatch", f"{train.microbatch}"),
+            ("activation checkpointing", self.config.parallel.activation_checkpointing.value),
         ]
         memory = estimate_memory(self)
-        rows.append(("memory per process (estimate)", f"{sum(memory.values()) / 2**30:,.2f} GiB"))
+        total, device = sum(memory.values()), self.device
+        fits = "" if total <= device.room else ", more than fits" if total <= device.memory else ", more than there is"
+        rows.append(("memory per process (estimate)", f"{total / 2**30:,.2f} GiB{fits} ({device})"))
         rows += [(f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
         return rows
 
 
-def make_plan(config: RunConfig, world_size: int) -> Plan:
-    """Check what concerns several sections and the number of processes.
+def _proposal(p: Plan) -> RunConfig | None:
+    """The fastest settings that fit: the fewest processes that share a model, no recomputation, the largest microbatch."""
+    parallel, train = p.config.parallel, p.config.train
+    kinds: list[tuple[DataParallel, int | None]] = [(DataParallel.fsdp, None)]
+    if p.world_size > 8 and p.world_size % 8 == 0:
+        kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
+    for data, degree in kinds:
+        options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
+        none: dict[str, Any] = dict(block_interval=None, modules=None, memory_budget=None)
+        asked = dataclasses.replace(
+            p.config,
+            train=dataclasses.replace(train, microbatch_size=Auto.auto),
+            parallel=dataclasses.replace(parallel, **options, **none),
+        )
+        fit = fitted(asked, p.transformer, p.world_size, p.device)
+        if sum(estimate_memory(dataclasses.replace(p, config=fit)).values()) <= p.device.room:
+            return fit
+    return None
+
+
+def make_plan(config: RunConfig, world_size: int, device: Device | None = None) -> Plan:
+    """Check what concerns several sections and the number of processes, and choose what is ``auto``.
+
+    :param device: the memory to plan for: by default that of this machine's GPU, or of one with 80 GiB.
 
     :raises UserError: naming the key.
     """
@@ -112,7 +169,6 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     assert not isinstance(config.data.tokenizer, str)
     tokenizer = load_tokenizer(config.data.tokenizer)
     transformer = transformer_config(config.model, tokenizer.config.vocab_size)
-    made = Plan(config, tokenizer, transformer, world_size)
     vocab = transformer.vocab_size - transformer.lm_head.padding
     if vocab < tokenizer.config.vocab_size:
         raise UserError(
@@ -121,7 +177,11 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     if world_size % parallel.tensor:
         raise UserError("parallel.tensor", f"a divisor of the {world_size} processes", parallel.tensor)
     replicas = world_size // parallel.tensor
-    if train.global_batch_size % (train.microbatch_size * replicas):
+    if not isinstance(train.microbatch_size, int):
+        if train.global_batch_size % replicas:
+            expected = f"a multiple of the {replicas} processes"
+            raise UserError("train.global_batch_size", expected, train.global_batch_size)
+    elif train.global_batch_size % (train.microbatch_size * replicas):
         raise UserError(
             "train.global_batch_size",
             f"a multiple of train.microbatch_size x processes ({train.microbatch_size} x {replicas})",
@@ -132,6 +192,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
             raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
         if parallel.shard_degree is not None and replicas % parallel.shard_degree:
             raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    device = device or (this_machine() if torch.cuda.is_available() else ASSUMED)
+    made = Plan(fitted(config, transformer, world_size, device), tokenizer, transformer, world_size, device)
     if train.cuda_graph:
         reason = "this machine has no CUDA device" if not torch.cuda.is_available() else made.cannot_capture
         if reason is not None:
@@ -156,29 +218,3 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
 def wandb_needs_key() -> bool:
     """Whether Weights & Biases sends anything anywhere (``WANDB_MODE``)."""
     return os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
-
-
-def estimate_memory(plan: Plan) -> dict[str, float]:
-    """Bytes a process needs, by purpose. An estimate: fragmentation and kernels' scratch space are left out.
-
-    Parameters, gradients and AdamW's two moments are fp32 (16 bytes per parameter) and sharded by FSDP; activations are bf16 on a
-    GPU. Without checkpointing a layer keeps about 16 tensors of width d_model and 3 of the FFN's width for each token.
-    """
-    c, t = plan.config, plan.transformer
-    shards = plan.world_size if c.parallel.data == DataParallel.fsdp else c.parallel.shard_degree or 1
-    if c.parallel.data == DataParallel.ddp:
-        shards = 1
-    tokens = c.train.microbatch_size * c.train.sequence_length
-    half = 2
-    assert t.block.feed_forward is not None
-    width = 16 * t.d_model + 3 * t.block.feed_forward.hidden_size
-    kept = 1.0 if c.parallel.activation_checkpointing == Checkpointing.none else 0.15
-    vocab = t.vocab_size - t.lm_head.padding
-    memory = {
-        "parameters, gradients, optimizer": 16.0 * t.num_params / shards,
-        "activations": kept * half * tokens * width * t.n_layers,
-        "logits and their gradient": 10.0 * tokens * vocab,
-    }
-    if t.model.depth is not None:
-        memory.update(t.model.depth.memory(t.model, tokens, half))
-    return memory

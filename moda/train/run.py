@@ -1,6 +1,7 @@
 """``train``: one run from its configuration to its last checkpoint, resumed where it stopped."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from olmo_core.data.data_loader import NumpyDataLoaderBase
 from olmo_core.distributed.utils import get_rank, is_distributed
 from olmo_core.exceptions import OLMoConfigurationError, OLMoEnvironmentError
@@ -44,6 +46,7 @@ from moda.report import FILES, write_report
 from .build import build_data_loader, build_train_module, build_trainer
 from .callbacks import ClockCallback, SignalCallback
 from .environment import LOG_FILE, console, launched_world_size, on_first_rank, prepare_environment, set_up_logging
+from .memory import Device, check_memory, out_of_memory, this_machine
 from .plan import Plan, make_plan
 from .progress import format_duration
 
@@ -63,19 +66,21 @@ class Outcome:
         return 0 if self.stopped_by is None else 128 + int(self.stopped_by)
 
 
-def plan(config: RunConfig) -> Plan:
-    """Check a configuration for the processes that were launched.
+def plan(config: RunConfig, gpus: int | None = None, device: Device | None = None) -> Plan:
+    """Check a configuration for the processes that were launched, or for others.
+
+    :param gpus: how many processes, if not those. :param device: see :func:`.plan.make_plan`.
 
     :raises UserError: naming the key.
     """
-    return make_plan(config, launched_world_size())
+    return make_plan(config, gpus or launched_world_size(), device)
 
 
-def print_plan(p: Plan) -> None:
-    """The resolved configuration and what it comes to (``--dry-run``)."""
+def print_plan(p: Plan, rows: list[tuple[str, str]] | None = None) -> None:
+    """The resolved configuration and what it comes to (``--dry-run``), with further rows."""
     console.print(to_yaml(p.config), highlight=False, markup=False, end="")
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in p.rows():
+    for name, value in [*p.rows(), *(rows or [])]:
         table.add_row(name, value)
     console.print()
     console.print(table)
@@ -141,9 +146,11 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
 
     :raises UserError: for what cannot work, before any training.
     """
-    p = plan(config)
+    p = plan(config, device=this_machine())
+    check_memory(p)
     try:
         prepare_environment(config.train.seed)
+        p = _agreed(p, config)
         with contextlib.ExitStack() as held:
             on_first_rank(lambda: held.enter_context(_run_folder(Path(config.log_folder))))
             if get_rank() != 0:
@@ -152,7 +159,9 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
             outcome = _train(p, extra_callbacks)
     except (OLMoConfigurationError, OLMoEnvironmentError) as e:
         raise UserError("configuration", "settings that OLMo-core accepts", hint=str(e)) from e
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if (short := out_of_memory(p, e)) is not None:
+            raise short from None
         diverged = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(e))
         if diverged is None:
             raise
@@ -160,6 +169,15 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
         raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
     teardown_training_environment()  # not after an error: NCCL would wait for ranks that wait for this one
     return outcome
+
+
+def _agreed(p: Plan, config: RunConfig) -> Plan:
+    """What was ``auto`` as the process with the least memory has it."""
+    if not is_distributed() or p.config == config:
+        return p
+    chosen: list[Any] = [None] * p.world_size
+    dist.all_gather_object(chosen, (p.device.room, p.config))
+    return dataclasses.replace(p, config=min(chosen, key=lambda c: c[0])[1])
 
 
 @contextlib.contextmanager

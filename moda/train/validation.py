@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,11 @@ class TimedEvaluator(EvaluatorCallback):
     _evaluated_at: int | None = None
 
     def perform_eval(self, prefix: str = "eval") -> None:
+        head = cast(Any, self.trainer.train_module).model.lm_head
+        head.logits_with_losses = not all(isinstance(e, NextTokenEvaluator) for e in self.evaluators)
         with between_steps(self.trainer):
             super().perform_eval(prefix)
+        head.logits_with_losses = True
         self._evaluated_at = self.step
 
     def _log_progress(self, evaluator: Evaluator, eval_step: int) -> None:

@@ -116,7 +116,7 @@ def _run(command: str, argv: Sequence[str], name: str | None) -> int:
         args = arguments(command, argv, name)
         return importlib.import_module(f"moda_cli.{command}").run(args)
     except UserError as e:
-        if first:
+        if first or e.every_rank:
             print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

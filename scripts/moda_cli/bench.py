@@ -10,6 +10,7 @@ MODULES = (
     "moda_kernels.benchmarks.kernels",
     "moda.bench.training",
     "moda.bench.loss",
+    "moda.bench.memory",
     "moda.bench.parity",
     "moda.bench.data",
     "moda_evals.benchmark",

@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     # Read when torch is imported. Large CPU tensors (a chunk of logits) go into huge pages: page faults otherwise take longer
     # than the arithmetic. Threads that wait for each other sleep: on a busy machine they would take cores from others.
+    # A GPU's memory grows in place: what was freed in one size serves another.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moda.config import load_config

@@ -121,7 +121,13 @@ def test_plan_is_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert moda_cli.main(["plan", config, "optim.lr=0.5"]) == 0
     planned = capsys.readouterr().out
     assert moda_cli.main(["train", "--dry-run", config, "optim.lr=0.5"]) == 0
-    assert planned == capsys.readouterr().out and "lr: 0.5" in planned
+    shown = capsys.readouterr().out
+    assert "lr: 0.5" in planned and set(shown.splitlines()) < set(planned.splitlines())
+    assert "proposed" in planned and "GPU-hours" in planned and "proposed" not in shown
+    options = ["--gpus", "4", "--memory", "24", "--mfu", "0.5", "--peak", "100"]
+    assert moda_cli.main(["plan", config, "train.microbatch_size=1", *options]) == 0
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "processes 4" in planned and "24.0 GiB of an assumed GPU" in planned and "MFU 50% of 100 TFLOP/s" in planned
     assert not (tmp_path / "run").exists()
 
 

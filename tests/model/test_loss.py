@@ -62,8 +62,8 @@ def test_it_is_the_plain_loss(rows: int) -> None:
 def _judge(dtype: torch.dtype, device: str) -> None:
     given = inputs(dtype, device=device)
     low = plain(*given)
-    exact = (x.detach().double().requires_grad_() for x in given[:2])
-    judged = verdicts(chunked(*given), low, plain(*exact, given[2]))
+    hidden, weight = (x.detach().double().requires_grad_() for x in given[:2])
+    judged = verdicts(chunked(*given), low, plain(hidden, weight, given[2]))
     assert all(v.passed for v in judged), report(judged)
 
 
@@ -107,6 +107,18 @@ def test_the_head_is_olmo_cores_with_every_reduction() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
+def test_losses_per_token_come_with_logits_unless_switched_off() -> None:
+    head: Any = transformer_config(ModelConfig(64, 1, 4, 96, vocab_size=211, pad_vocab_to=128)).build().lm_head
+    torch.nn.init.normal_(head.w_out.weight, std=0.1)
+    x, labels = torch.randn(2, 9, 64), torch.randint(0, 211, (2, 9))
+    with torch.no_grad():
+        whole = head(x, labels=labels, loss_reduction="none")
+        head.logits_with_losses = False
+        bare = head(x, labels=labels, loss_reduction="none")
+    assert whole.logits.shape == (2, 9, 211) and bare.logits is None
+    torch.testing.assert_close(whole.ce_loss, bare.ce_loss)
+
+
 def test_no_gradients_where_none_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs(torch.float32)
     asked = []
@@ -139,6 +151,21 @@ def test_it_compiles_without_a_graph_break(autocast: bool) -> None:
     compiled = step(lambda head: torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True))
     for a, b in zip(compiled, step(lambda head: head)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_its_peak_at_full_size() -> None:
+    """At most 1 GiB beyond hidden states, head and both gradients."""
+    weight = torch.randn(100_352, 1024, device="cuda").to(torch.bfloat16).requires_grad_()
+    hidden = torch.randn(32_768, 1024, device="cuda").to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 100_278, (32_768,), device="cuda")
+    linear_cross_entropy(hidden[:4096], weight, labels[:4096], vocab=100_278, z_loss=1e-5)  # loads the kernels
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(hidden, weight, labels, vocab=100_278, z_loss=1e-5)[0].backward()
+    gradients = hidden.nbytes + weight.nbytes
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 2**30
 
 
 def test_a_chunk_fits_its_memory() -> None:

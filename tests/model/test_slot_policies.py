@@ -13,6 +13,7 @@ from moda.depth import MoDA
 from moda.depth.read import SlotPolicy
 from moda.errors import UserError
 from moda.model import transformer, transformer_config
+from moda.train.memory import slots_memory
 from moda_kernels import DepthStream, available_backends
 from moda_kernels.moda_attention import Inputs, get_backend, make_problem
 from tests.model.test_against_plain import DEPTH, SMALL, build, check
@@ -76,8 +77,9 @@ def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytes
     training, evaluation = ROWS[name]
     row = 8 * 14 * 2 * 8  # bytes of a number, tokens, Hk, D
     assert [size(stream) for stream in streams] == [2 * training * row, 2 * evaluation * row]
+    planned = [n for part in slots_memory(net.config, 14, 8, gpu=False) for n in part.values()]
+    assert sum(planned) == 2 * training * row
     model = net.config.model
-    assert model.depth.memory(model, 14, 8) == {"depth keys, values and their gradients": 2.0 * training * row}
     name, told = model.depth.describe(model)[2]
     assert name == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 
 import pytest
 
 from moda.bench import loss
+from moda.bench.memory import CASES, peak_of
 from moda.bench.training import MODELS, training_table
 from moda.config import load_config
 from moda.errors import UserError
@@ -37,6 +39,14 @@ def test_rows_of_tiny_models(tmp_path: Path) -> None:
 def test_an_installed_project_without_configs_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--configs: expected a folder with olmo2_700m.yaml"):
         training_table(tmp_path)
+
+
+def test_a_row_of_memory(tmp_path: Path) -> None:
+    row = peak_of(write_config(tmp_path), ["train.microbatch_size=2", "model.n_layers=2"], steps=2)
+    assert row["status"] == "ok" and row["microbatch"] == 2 and row["step_ms"] > 0 and "parameters" in row["parts_gib"]
+    for case in CASES:
+        file, *overrides = shlex.split(case)
+        load_config(ROOT / "configs" / file, overrides)
 
 
 def test_rows_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

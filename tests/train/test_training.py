@@ -192,6 +192,21 @@ def test_starting_from_the_weights_of_another_run(processes: int | None, whole: 
     assert not Path("harmed").exists()
 
 
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_auto_becomes_numbers_that_may_change(processes: int | None, whole: Path, tmp_path: Path) -> None:
+    auto = {"train": {"microbatch_size": "auto"}, "parallel": {"activation_checkpointing": "auto"}}
+    config = write_config(tmp_path, **auto)
+    begun = run(config, "train.max_steps=4", processes=processes)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    saved = json.loads((tmp_path / "run" / "step4" / "config.json").read_text())
+    assert saved["train"]["microbatch_size"] == 4 // (processes or 1)
+    assert saved["parallel"]["activation_checkpointing"] == "none"
+    assert "microbatch_size: auto" not in (tmp_path / "run" / "config.yaml").read_text()
+    resumed = run(config, "train.max_steps=6", "train.microbatch_size=1", processes=processes)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"train.microbatch_size: {4 // (processes or 1)} -> 1" in resumed.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(whole: Path, tmp_path: Path) -> None:
     two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))

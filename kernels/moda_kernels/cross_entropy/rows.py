@@ -3,6 +3,7 @@
 The second reading goes backwards, over what the caches have of the first.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
