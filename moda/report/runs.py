@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -191,7 +192,13 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Array, Array]
                 steps, values = lists[key]
                 steps.append(step)
                 values.append(value)
-    return {key: (_array(steps), _array(values)) for key, (steps, values) in lists.items()}
+    series = {key: (_array(steps), _array(values)) for key, (steps, values) in lists.items()}
+    sets = [pair for key, pair in series.items() if key.startswith("eval/") and key.endswith("/loss")]
+    if len(sets) > 1:  # at the steps at which all were evaluated
+        shared: Array = functools.reduce(np.intersect1d, [at for at, _ in sets])
+        mean = np.mean([values[np.isin(at, shared)] for at, values in sets], axis=0)
+        series = {f"eval/mean of {len(sets)} sets/loss": (shared, mean), **series}
+    return series
 
 
 def _read(folder: Path, name: str) -> Run:

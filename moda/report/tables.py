@@ -156,6 +156,47 @@ def _speedups(all_variants: Sequence[Variant], baseline: Variant) -> Table:
     return Table("Effective speedup", ["variant", "tokens", "FLOPs", "time", "reached by"], rows, notes)
 
 
+#: Settings by which a sweep may make runs equal: they do not tell which runs to compare.
+_MATCHED = ("model.ffn_hidden_size", "train.max_tokens")
+
+
+def _gains(runs: Sequence[Run]) -> Table | None:
+    """Each depth mechanism, at its best learning rate, against the plain model at its own; None without such a pair."""
+    sets, _ = names(runs)
+    metric = f"eval/{sets[0]}/loss" if sets else "loss"
+    keys = [k for k in differing(runs) if k not in ("train.seed", "optim.lr", *_MATCHED)]
+    around = [k for k in keys if not k.startswith("model.depth")]
+    groups: dict[str, list[tuple[str, Variant, Estimate]]] = {}
+    for mechanism in variants(runs, without=("train.seed", "optim.lr", *_MATCHED)):
+        rates = variants(mechanism.runs, without=("train.seed",))
+        finals = [(v.final(metric).mean, i) for i, v in enumerate(rates) if v.final(metric).n]
+        if finals:
+            best = rates[min(finals)[1]]
+            run = best.runs[0]
+            own = describe(run, [k for k in keys if k not in around and k in run.settings]) or "no mechanism"
+            groups.setdefault(describe(run, around), []).append((own, best, best.final(metric)))
+    rows = []
+    for group, found in groups.items():
+        plain = next((v for _, v, _ in found if v.runs[0].settings.get("model.depth", "") is None), None)
+        if plain is None or len(found) == 1:
+            continue
+        for own, v, final in sorted(found, key=lambda item: item[2].mean):
+            d = differences(v, plain, metric)
+            ratios, reached = speedup(v, plain)
+            gain = "" if v is plain else f"{_shown(d, '+.4f')} (n = {d.n})" if d.n else "no pair"
+            sooner = ["" if v is plain else _shown(e, ".2f") if reached else "not reached" for e in ratios.values()]
+            rate = f"{number(v.runs[0].settings.get('optim.lr')):g}"
+            rows.append([group or "all runs", own, rate, _shown(final), gain, *sooner])
+    if not rows:
+        return None
+    headings = ["", "depth", "learning rate", f"{sets[0] if sets else 'training'} loss", "difference"]
+    notes = (
+        "Each at the learning rate, of those tried, at which that loss is least. Difference: to the plain model of the same "
+        "row group, paired by seed. Tokens, FLOPs, time: how many times less is needed to reach its final training loss."
+    )
+    return Table("What depth gains", [*headings, "tokens", "FLOPs", "time"], rows, notes)
+
+
 def learning_rates(runs: Sequence[Run]) -> dict[str, dict[float, Estimate]]:
     """The final training loss by learning rate, for each variant that has several; empty where none has."""
     groups = variants(runs, without=("train.seed", "optim.lr"))
@@ -230,6 +271,8 @@ def _like_paper(paper: PaperTable, v: Variant) -> list[str]:
 def build_tables(runs: Sequence[Run], all_variants: Sequence[Variant], baseline: Variant) -> list[Table]:
     """All that apply to these runs, the table of single runs last."""
     tables = [_variants(all_variants, baseline, names(runs)[0])] if len(runs) > 1 else []
+    if (gains := _gains(runs)) is not None:
+        tables.insert(0, gains)
     if len(all_variants) > 1:
         tables.append(_speedups(all_variants, baseline))
     if curves := learning_rates(runs):

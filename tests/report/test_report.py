@@ -154,6 +154,28 @@ def test_learning_rates(tmp_path: Path) -> None:
     assert ["depth=moda", "3.0000", "2.5000", "not finite", "0.002"] in tables(tmp_path)["Learning rate"]
 
 
+def test_each_mechanism_at_its_best_rate_against_the_plain_model_at_its_own(tmp_path: Path) -> None:
+    finals = {  # by norm placement, depth and learning rate: the losses of both sets with seed 0; seed 1 has 0.1 less
+        ("pre", False, 1e-3): (3.0, 5.0), ("pre", False, 2e-3): (2.0, 4.0), ("pre", True, 1e-3): (1.0, 4.0),
+        ("pre", True, 2e-3): (1.5, 4.5), ("post", True, 1e-3): (1.0, 2.0),
+    }  # fmt: skip
+    for (placement, depth, lr), (c4, wiki) in finals.items():
+        for seed in (0, 1):
+            model = {"norm_placement": placement, "depth": MODA if depth else None, "d_model": 32}
+            folder = tmp_path / f"{placement} {depth} {lr} seed{seed}"
+            write_run(folder, falling(4, 0.1), model=model, optim={"lr": lr}, train={"seed": seed})
+            file = folder / "metrics.jsonl"
+            first, *between, last = file.read_text().splitlines()
+            loss = {"eval/c4/loss": c4 - 0.1 * seed, "eval/wiki/loss": wiki - 0.1 * seed}
+            start = json.dumps({**json.loads(first), "eval/c4/loss": 0.0})  # one set alone has no part in the mean
+            file.write_text("\n".join([start, *between, json.dumps({**json.loads(last), **loss})]))
+    (ours, plain) = tables(tmp_path)["What depth gains"]  # post has nothing to compare with
+    assert ours[:2] == ["norm_placement=pre", "depth=moda"] and plain[1] == "depth=null"
+    assert (ours[2], plain[2]) == ("0.001", "0.002")
+    assert ours[3].startswith("2.4500 ± ") and plain[3].startswith("2.9500 ± ")
+    assert ours[4] == "-0.5000 ± 0.0000 (n = 2)" and ours[5] == "1.00 ± 0.00"
+
+
 @needs_plotly
 def test_runs_in_every_state_are_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "whole", falling(4, 0.05), evals={20: 3.0})
