@@ -5,6 +5,7 @@ What is finished is skipped, what is not is resumed, a run that fails is reporte
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -87,6 +88,12 @@ def _last_line(log: Path) -> str:
     return (errors or lines or ["no message"])[-1].removeprefix("error: ")
 
 
+def end_with_parent() -> None:
+    """In a child process on Linux: get SIGTERM when the process that started it is killed. A run then saves and stops."""
+    with contextlib.suppress(AttributeError, OSError):  # no prctl elsewhere
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 def _start(cell: Cell, worker: Worker, logs: Path) -> Running:
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{cell.name}.log"
@@ -98,6 +105,7 @@ def _start(cell: Cell, worker: Worker, logs: Path) -> Running:
         process = subprocess.Popen(
             command(cell, worker.processes), stdout=output, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which asks its runs to save and stop
+            preexec_fn=end_with_parent,
         )  # fmt: skip
     return Running(cell, worker, process, log)
 

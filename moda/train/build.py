@@ -126,7 +126,9 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     built: Any
     if not is_distributed():
         dtype = torch.bfloat16 if half else None
-        graph = half and plan.graphs_pay if c.train.cuda_graph is None else c.train.cuda_graph
+        graph = c.train.cuda_graph
+        if graph is None and not (half and plan.graphs_pay):
+            graph = False
         built = OneProcessTrainModule(model, half=dtype, cuda_graph=graph, device=device, **options)
     else:
         built = TransformerTrainModuleConfig(

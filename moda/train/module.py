@@ -49,6 +49,11 @@ class HalfCopies:
         """Take the parameters' present values."""
         torch._foreach_copy_(self._copies, self._own)
 
+    def drop_gradients(self) -> None:
+        """Forget gradients of a backward pass that was broken off."""
+        for copy in self._copies:
+            copy.grad = None
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The copies are the model's parameters."""
@@ -65,6 +70,8 @@ class HalfCopies:
 def _hand_over(own: torch.Tensor, copy: torch.Tensor) -> None:
     assert copy.grad is not None
     if own.grad is None:
+        if copy.is_cuda and torch.cuda.is_current_stream_capturing():  # each replay would store, and not add
+            raise RuntimeError("a parameter had no gradient before")
         own.grad = copy.grad.to(own.dtype)
     else:
         own.grad.add_(copy.grad)
@@ -78,19 +85,20 @@ class OneProcessTrainModule(TransformerTrainModule):
     one launch after another.
 
     :param half: dtype of the model's arithmetic; None for that of its parameters.
-    :param cuda_graph: run forward and backward of a microbatch as one CUDA graph, once :data:`WARMUP` have run without.
+    :param cuda_graph: run forward and backward of a microbatch as one CUDA graph, once :data:`WARMUP` have run without. None: if
+        it can be captured.
     """
 
     def __init__(
-        self, model: Transformer, *, half: torch.dtype | None = None, cuda_graph: bool = False, **kwargs: Any
+        self, model: Transformer, *, half: torch.dtype | None = None, cuda_graph: bool | None = False, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
         self._half = half
         self._halves: HalfCopies | None = None  # made from weights that are there
-        self._graphing = cuda_graph
+        self._graphing, self._must_capture = cuda_graph is not False, cuda_graph is True
         self._warmed = 0
         self._copies: torch.cuda.Stream | None = None
-        self._stream = torch.cuda.Stream(self.device) if cuda_graph else None
+        self._stream = torch.cuda.Stream(self.device) if self._graphing else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._outputs: tuple[torch.Tensor | None, ...] = ()
@@ -161,9 +169,9 @@ class OneProcessTrainModule(TransformerTrainModule):
                 outputs = self._forward_and_backward(inputs, kwargs)
             torch.cuda.current_stream().wait_stream(self._stream)
         else:
-            if self._graph is None:
-                self._capture(inputs, kwargs)
-                assert self._graph is not None
+            if self._graph is None and not self._capture(inputs, kwargs):
+                return super().model_forward(input_ids, labels=labels, loss_div_factor=div, **kwargs)
+            assert self._graph is not None
             for static, given in zip(self._inputs, inputs):
                 static.copy_(given, non_blocking=True)
             self._graph.replay()
@@ -181,18 +189,25 @@ class OneProcessTrainModule(TransformerTrainModule):
         loss.backward()
         return loss.detach(), ce_loss.detach(), None if z_loss is None else z_loss.detach()
 
-    def _capture(self, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad and p.grad is None and self._had_gradient(p):
-                p.grad = torch.zeros_like(p)
-        self._inputs = tuple(torch.empty_like(x, device=self.device) for x in inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._outputs = self._forward_and_backward(self._inputs, kwargs)
-        self._graph = graph
-        log.info("captured a microbatch as a CUDA graph")
-
-    def _had_gradient(self, p: torch.Tensor) -> bool:
-        """Whether the optimizer has seen a gradient of a parameter, which otherwise it leaves alone."""
+    def _capture(self, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> bool:
+        """Capture a microbatch like this one; whether it could be."""
         assert self.optim is not None
-        return p in self.optim.state
+        for p in self.optim.state:  # the parameters that have had a gradient: the optimizer leaves the others alone
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        static = tuple(torch.empty_like(x, device=self.device) for x in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = self._forward_and_backward(static, kwargs)
+        except RuntimeError as e:  # something in it waits for the GPU
+            if self._must_capture:
+                raise
+            log.warning("training goes on without a CUDA graph, which could not be captured: %s", str(e).split("\n")[0])
+            self._graphing = False
+            if self._halves is not None:
+                self._halves.drop_gradients()
+            return False
+        self._graph, self._inputs, self._outputs = graph, static, outputs
+        log.info("captured a microbatch as a CUDA graph")
+        return True

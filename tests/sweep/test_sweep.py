@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from moda.sweep.state import state_of
 from moda.sweep.table import board_table, plan_table
 from moda.typed import to_dict
 from moda_cli import main
-from tests.tiny import FORK, ROOT, write_config
+from tests.tiny import FORK, ROOT, environment, write_config
 
 AXES: list[dict[str, Any]] = [
     {"model.norm_placement": ["pre", "post"]},
@@ -272,6 +273,30 @@ def test_workers() -> None:
     assert workers([], 3, 1) == [Worker()] * 3
     assert workers(["0", "1", "2"], 1, 2) == [Worker(("0", "1"), 2)]
     assert workers(["0", "1"], 2, 1) == [Worker(("0",)), Worker(("1",))] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no signal on the death of a parent")
+def test_runs_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    child = f"""if True:
+        import pathlib, signal, time
+        signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(told)!r}).touch() or exit())
+        print("ready", flush=True)
+        time.sleep(60)"""
+    parent = """if True:
+        import subprocess, sys, time
+        from moda.sweep.run import end_with_parent
+        subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True, preexec_fn=end_with_parent)
+        time.sleep(60)"""
+    process = subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE, env=environment())
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if told.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the run was not told")
 
 
 def test_a_real_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

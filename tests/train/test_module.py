@@ -23,11 +23,13 @@ from moda.model import transformer_config
 from moda.train.module import OneProcessTrainModule
 from moda.typed import from_dict
 
-VOCAB, LENGTH = 61, 16
+VOCAB, LENGTH, CPU = 61, 16, torch.device("cpu")
 
 
-def _train(module: TransformerTrainModule, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Losses and gradient norms of some steps of two microbatches, and the weights after them."""
+def _train(
+    module: TransformerTrainModule, steps: int = 3, batch: int = 4, device: torch.device = CPU
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of some steps of microbatches of two, and the weights after them."""
     seen: list[dict[str, float]] = []
 
     def record(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -37,14 +39,14 @@ def _train(module: TransformerTrainModule, steps: int = 3) -> tuple[list[dict[st
         record("loss", value)
 
     module._trainer = cast(Any, SimpleNamespace(record_metric=record, record_ce_loss=record_loss))
-    module.model.init_weights(max_seq_len=LENGTH, device=torch.device("cpu"), world_mesh=module.world_mesh)
+    module.model.init_weights(max_seq_len=LENGTH, device=device, world_mesh=module.world_mesh)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         seen.append({})
         module.zero_grads()
-        module.train_batch({"input_ids": torch.randint(0, VOCAB, (4, LENGTH), generator=generator)})
+        module.train_batch({"input_ids": torch.randint(0, VOCAB, (batch, LENGTH), generator=generator)})
         module.optim_step()
-    logits = module.eval_batch({"input_ids": torch.arange(LENGTH)[None]})
+    logits = module.eval_batch({"input_ids": torch.arange(LENGTH, device=device)[None]})
     assert isinstance(logits, torch.Tensor) and logits.dtype == torch.bfloat16
     state = module.state_dict_to_save()
     figures = {"logits": logits, **state["model"], **state["optim"]}
@@ -67,8 +69,7 @@ def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkey
         rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
         z_loss_multiplier=1e-3,
     )  # fmt: skip
-    cpu = torch.device("cpu")
-    own = OneProcessTrainModule(config.build(init_device="meta"), half=torch.bfloat16, device=cpu, **options)
+    own = OneProcessTrainModule(config.build(init_device="meta"), half=torch.bfloat16, device=CPU, **options)
     found = _train(own)
     assert all(p.dtype == torch.float32 and p.grad is not None for p in own.model.parameters())
 
@@ -79,10 +80,34 @@ def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkey
             name=DataParallelType.fsdp, param_dtype=DType.bfloat16, reduce_dtype=DType.float32
         )
         build = TransformerTrainModuleConfig(dp_config=sharded, **options).build
-        expected = _train(cast(TransformerTrainModule, build(config.build(init_device="meta"), device=cpu)))
+        expected = _train(cast(TransformerTrainModule, build(config.build(init_device="meta"), device=CPU)))
     finally:
         dist.destroy_process_group()
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("depth", [None, "moda"])
+def test_a_graph_adds_up_microbatches(depth: str | None) -> None:
+    """Steps of three microbatches, of which the first step's warm up: every later one is replayed."""
+    section: dict[str, Any] = dict(
+        d_model=64, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=96, vocab_size=VOCAB, tie_embeddings=True,
+        depth=depth and {"mechanism": depth}, attention_backend="reference",
+    )  # fmt: skip
+    device = torch.device("cuda")
+    runs = []
+    for graph in (False, True):
+        module = OneProcessTrainModule(
+            transformer_config(from_dict(ModelConfig, section, "model")).build(init_device="meta"),
+            half=torch.bfloat16, cuda_graph=graph, device=device, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
+            max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
+        )  # fmt: skip
+        runs.append(_train(module, steps=5, batch=6, device=device)[0])
+        assert (module._graph is not None) == graph
+    for eager, replayed in zip(*runs):
+        assert replayed == pytest.approx(eager, rel=1e-3), "kernels that add in any order"
+    assert runs[0][-1]["loss"] < runs[0][0]["loss"]
