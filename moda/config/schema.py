@@ -120,6 +120,7 @@ class ParallelConfig(Section):
     :param data: ``fsdp`` (FSDP2), ``hsdp`` or ``ddp``.
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
+    :param hang_timeout: seconds without a sign of life after which a rank is named and the job ended; null for never.
     :param tensor: tensor-parallel ranks (1; more only without a depth mechanism).
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
@@ -133,6 +134,7 @@ class ParallelConfig(Section):
     data: DataParallel = DataParallel.fsdp
     shard_degree: Annotated[int, Range(1, unit="processes")] | None = None
     prefetch: Annotated[int, Range(0, unit="blocks")] = 0
+    hang_timeout: Annotated[float, Range(1, unit="seconds")] | None = 600.0
     tensor: Annotated[int, Range(1, unit="processes")] = 1
     activation_checkpointing: Checkpointing = Checkpointing.none
     block_interval: Annotated[int, Range(1, unit="blocks")] | None = None

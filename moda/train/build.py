@@ -43,6 +43,7 @@ from moda.typed import to_dict
 
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
+from .heartbeat import HeartbeatCallback
 from .layers import LayersCallback
 from .module import OneProcessTrainModule
 from .plan import Plan, wandb_needs_key
@@ -203,6 +204,8 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
     }
     if isinstance(module.optim, SkipStepOptimizer):
         callbacks["skip_step"] = SkipStepCallback()
+    if plan.world_size > 1 and c.parallel.hang_timeout is not None:
+        callbacks["heartbeat"] = HeartbeatCallback(timeout=c.parallel.hang_timeout)
     if module.device.type == "cuda":
         callbacks["gpu_memory"] = GPUMemoryMonitorCallback()
     if data.validation is not None and (c.eval.interval is not None or c.eval.on_start or c.eval.on_finish):

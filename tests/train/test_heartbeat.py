@@ -1,0 +1,67 @@
+"""A rank that no longer answers is named, and the job ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from moda.train.heartbeat import Watch
+from tests.tiny import FORK, _train, write_config
+
+
+def test_a_silent_rank_is_named_and_one_that_has_ended_is_not() -> None:
+    store, now = dist.HashStore(), [0.0]
+    first, second, third = (Watch(store, rank, 3, 10, lambda: now[0]) for rank in range(3))
+    for now[0] in (5.0, 10.0, 15.0):
+        first.beat()
+        second.beat()
+        if now[0] == 5:
+            third.beat()
+        assert not first.hanging() and not second.hanging()
+    now[0] = 15.5
+    assert first.hanging() == second.hanging() == [f"2 on {socket.gethostname()}"]
+    third.beat(done=True)
+    now[0] = 20.0
+    second.beat()
+    assert first.hanging() == []
+    now[0] = 30.5
+    assert first.hanging() == [f"1 on {socket.gethostname()}"], "not the one that is done"
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_job(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, train={"max_steps": 100_000}, parallel={"hang_timeout": 2}, checkpoint={"interval": 10**6}
+    )
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    joined = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    printed = str(tmp_path / "stdout"), str(tmp_path / "stderr")
+    ranks = [
+        FORK.Process(target=_train, args=([str(config)], {**joined, "RANK": r, "LOCAL_RANK": r}, printed)) for r in "01"
+    ]
+    try:
+        for p in ranks:
+            p.start()
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
+            assert time.monotonic() < deadline and ranks[0].is_alive(), Path(printed[1]).read_text()
+            time.sleep(0.2)
+        pid = ranks[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        ranks[0].join(30)
+        assert ranks[0].exitcode == 1
+        assert f"no sign of life for 2 s from rank 1 on {socket.gethostname()}" in Path(printed[0]).read_text()
+        assert json.loads(metrics.read_text().splitlines()[-1])["step"] > 1
+    finally:
+        for p in ranks:
+            p.kill()
