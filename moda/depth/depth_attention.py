@@ -21,7 +21,7 @@ from moda.ranges import Count, Natural
 from moda_kernels.depth.layout import ATTENTION, DepthLayout
 
 from .mechanism import AttentionHost, Context, DepthLayer, DepthMechanism, DepthModel, Received, State
-from .moda import SlotsModel
+from .moda import SlotsModel, layout_of
 from .read import SlotPolicy
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class DepthAttention(DepthMechanism):
         return _Selected(max(1, n_layers // 2) if self.stride is None else self.stride, self.recent)
 
     def layout(self, n_layers: int) -> DepthLayout:
-        return DepthLayout(self._selected(n_layers).reads(n_layers, 1), 1)
+        return layout_of(self._selected(n_layers), n_layers, 1)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self.layout(model.n_layers).written_slot(index, ATTENTION) is not None)

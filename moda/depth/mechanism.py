@@ -227,6 +227,10 @@ _REFUSED = {
 }
 
 
+#: Parameters by mechanism and model: sweeps ask again and again.
+_COUNTED: dict[tuple[type, str], int] = {}
+
+
 class DepthMechanism(Registered):
     """A mechanism's options and what follows from them: a dataclass, named by ``model.depth.mechanism``.
 
@@ -299,9 +303,15 @@ class DepthMechanism(Registered):
 
     def num_params(self, model: ModelConfig) -> int:
         """Parameters that the mechanism adds, counted from its modules."""
-        with torch.device("meta"):
-            modules = [self.build_model(model), *(self.build_layer(model, index) for index in range(model.n_layers))]
-        return sum(p.numel() for module in modules for p in module.parameters())
+        key = type(self), f"{self} {model}"
+        if key not in _COUNTED:
+            with torch.device("meta"):
+                modules = [
+                    self.build_model(model),
+                    *(self.build_layer(model, index) for index in range(model.n_layers)),
+                ]
+            _COUNTED[key] = sum(p.numel() for module in modules for p in module.parameters())
+        return _COUNTED[key]
 
     def forward_flops_per_token(self, model: ModelConfig) -> int:
         """Forward FLOPs per token besides the matrix products with its own parameters."""

@@ -22,6 +22,7 @@ whatever a reader adds moves into its query (exact; a gain does not commute with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -238,6 +239,12 @@ class SlotsModel(DepthModel):
         return h, _Pass(host.open_slots(self.layout, h.device))
 
 
+@functools.lru_cache(256)  # every layer of a model asks for it
+def layout_of(read: SlotPolicy, n_layers: int, kinds: int) -> DepthLayout:
+    """The layout of a policy, the same object for equal arguments."""
+    return DepthLayout(read.reads(n_layers, kinds), kinds)
+
+
 @dataclass(frozen=True)
 class MoDA(DepthMechanism):
     """Attention over the sequence and over depth.
@@ -264,8 +271,7 @@ class MoDA(DepthMechanism):
 
     def layout(self, n_layers: int) -> DepthLayout:
         """Which slots the layers of a model write and read."""
-        kinds = 2 if self.ffn else 1
-        return DepthLayout(self.read.reads(n_layers, kinds), kinds)
+        return layout_of(self.read, n_layers, 2 if self.ffn else 1)
 
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
