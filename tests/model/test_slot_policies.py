@@ -30,6 +30,7 @@ READS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "blocks-2": ({"blocks": 2}, ((), (0, 1), (2, 3), (2, 3, 4, 5), (2, 3, 6, 7))),
     "union": ({"union": [{"stride": 4}, {"recent": 2}]}, ((), (0, 1), (0, 2, 3), (0, 4, 5), (0, 4, 6, 7))),
     "dynamic": ({"dynamic": {"top": 2, "of": {"recent": 3}}}, ((), (0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7))),
+    "listed": ({"listed": [[], [1], [0, 3], [], [2, 3, 6]]}, ((), (1,), (0, 3), (), (2, 3, 6))),
     "intersect": ({"intersect": [{"kinds": ["ffn"]}, {"recent": 4}]}, ((), (1,), (1, 3), (3, 5), (5, 7))),
 }  # fmt: skip
 
@@ -50,6 +51,7 @@ def test_logits_and_gradients(name: str, attention: str) -> None:
 ROWS = {
     "all": (16, 8), "recent-1": (5, 1), "recent-3": (11, 3), "first_recent": (11, 3), "stride-3": (12, 4), "attention": (8, 4),
     "ffn": (8, 4), "blocks-2": (12, 4), "union": (12, 4), "intersect": (6, 2), "dynamic": (11, 3),
+    "listed": (10, 3),
 }  # fmt: skip
 
 
