@@ -171,3 +171,17 @@ def test_a_table_in_parts(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == ["a,b,commit", "1,1,old", "2,2,new", "3,2,new"]
     results.merge(path, [{"a": 1, "c": 1}], key, {"commit": "other"})
     assert path.read_text().splitlines() == ["a,c,commit", "1,1,other"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant, depth", [("moda", {"mechanism": "moda"}), (OLMO_CORE, None)])
+def test_a_profile(tmp_path: Path, variant: str, depth: Any) -> None:
+    """Nearly all of a step's kernels have a known kind, and kinds and gaps come to the step."""
+    sizes = dict(d_model=512, n_layers=4, n_heads=8, n_kv_heads=4, ffn_hidden_size=2048, depth=depth)
+    config = write_config(tmp_path, model=sizes, train=dict(sequence_length=512))
+    row = run(Point(str(config), variant=variant, steps=4, profile=True), tmp_path / "point")
+    assert row["status"] == "ok" and row["peak_gib"] > 0 and 0 < row["mfu_percent"] < 100
+    parts = {kind: row[f"{kind}_ms"] for kind in (*KINDS, "gaps")}
+    assert parts["matmul"] > 0 and parts["attention"] > 0 and parts["optimizer"] > 0 and parts["loss"] > 0
+    assert (parts["depth_backward"] > 0) == (depth is not None)
+    assert parts["other"] < 0.02 * row["step_ms"] and sum(parts.values()) >= row["step_ms"] - 0.1
