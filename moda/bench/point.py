@@ -200,7 +200,7 @@ def train_steps(point: Point, folder: Path) -> dict[str, Any]:
 
     :returns: the row, on every rank.
     """
-    if point.variant == OLMO_CORE:
+    if point.variant == OLMO_CORE and launched_world_size() == 1:
         init_distributed("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo", shared_filesytem=True)
     prepare_environment(0)
     plan = _settings(point, folder)

@@ -1,9 +1,10 @@
 """How training speed scales over the GPUs of this machine: weak and strong, under FSDP2 and under HSDP.
 
 Every point is whole steps under torchrun, as `step` measures them on one process. Weak scaling gives each GPU the same work, as
-many microbatches as --microbatches says; strong scaling splits the step of the largest number of GPUs. All points of a
-configuration have the microbatch that the first one has. Points that the file has from earlier runs stay, so a table can be
-measured in parts: --series, --replicas. `over_first` is tokens/s per GPU over that of the fewest GPUs of the series.
+many microbatches as --microbatches says; strong scaling splits the step of the largest number of GPUs. All points of a run have
+the microbatch that the first one has. `over_first` is tokens/s per GPU over that of the first point of its series in the run.
+Points that the file has from earlier runs stay, so that a table can be measured in parts: --gpus, --series, --replicas, and then
+with a number for train.microbatch_size.
 """
 
 import argparse
