@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_kernels.benchmarks import results
-from moda_kernels.benchmarks.registry import Benchmark, number, results_option
+from moda_kernels.benchmarks.registry import Benchmark, number, require_gpu, results_option
 
 TABLE = "table_step.csv"
 KEY = ("config", "overrides", "variant", "gpus", "gpu")
@@ -115,6 +115,8 @@ def _add_options(parser: argparse.ArgumentParser, root: Path) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if all("=" in word for word in args.configs):  # the 700M pair
+        require_gpu()
     where = results.provenance()
     rows = step_table(points_of(args, args.root), args.rounds, args.timeout)
     for row in rows:
