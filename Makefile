@@ -1,6 +1,7 @@
 # make train   a virtual environment, everything installed, the demo trained (8 to 12 minutes on two cores)
 # make test    the same environment, then lint, type check and tests
-# make docs    a reference of the Python packages, made from their docstrings, in build/api; docs/configuration.md
+# make docs    a reference of the Python packages, made from their docstrings, in build/api; docs/configuration.md;
+#              the table of docs/scaling.md
 #
 # All can be repeated: what is installed is not installed again. On a machine with NVIDIA GPUs: make TORCH='torch>=2.10,<2.14' ...
 
@@ -36,6 +37,7 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/pdoc --docformat restructuredtext --output-directory build/api moda_kernels moda moda_evals
 	$(BIN)/python -m moda.config.reference > docs/configuration.md
+	$(BIN)/python -m moda.bench.projection docs/scaling.md
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed"'

@@ -17,7 +17,8 @@ from moda_cli._main import COMMANDS, arguments
 from tests.tiny import FORK, ROOT, make_tokenizer
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OTHERS = {"eval", "git", "lm_eval", "pre-commit", "pytest", "ruff", "mypy", "source"}  # programs that are not ours
+#: Programs that are not ours.
+OTHERS = {"docker", "eval", "export", "git", "lm_eval", "mypy", "pre-commit", "pytest", "ruff", "sbatch", "source"}
 
 
 def blocks(language: str) -> Iterator[tuple[Path, str]]:

@@ -169,7 +169,7 @@ def build_data_loader(plan: Plan, data: TrainingData, module: TransformerTrainMo
     return loader
 
 
-def _peak_flops(device: torch.device) -> int | None:
+def peak_flops(device: torch.device) -> int | None:
     """Dense bf16 FLOP/s of the device, for MFU; OLMo-core's table lacks the H200 (an H100 with more memory)."""
     if device.type != "cuda":
         return None
@@ -200,7 +200,7 @@ def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule
         "seal": SealCallback(keep=c.checkpoint.keep),
         "composition": CompositionCallback(folder=c.log_folder, drawn=data.drawn, labels=data.labels),
         "signals": SignalCallback(),
-        "speed": SpeedCallback(device_peak_flops_per_second=_peak_flops(module.device)),
+        "speed": SpeedCallback(device_peak_flops_per_second=peak_flops(module.device)),
     }
     if isinstance(module.optim, SkipStepOptimizer):
         callbacks["skip_step"] = SkipStepCallback()

@@ -117,7 +117,7 @@ def _print_data(p: Plan) -> None:
         console.print(times, highlight=False, soft_wrap=True)
 
 
-def _prepare_data(p: Plan) -> TrainingData:
+def prepare_data(p: Plan) -> TrainingData:
     """Check and, for text, tokenize the data: rank 0 first, the others once it is there."""
     built: list[TrainingData] = []
     on_first_rank(lambda: built.append(_build(p)), "data")
@@ -201,7 +201,7 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
     config = p.config
     clock = ClockCallback()
     checkpoint = on_first_rank(lambda: _choose_checkpoint(p))
-    data = _prepare_data(p)
+    data = prepare_data(p)
     device = get_default_device()
     log.info(
         "%s: %s parameters, %s tokens per step, %d process%s on %s",

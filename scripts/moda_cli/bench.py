@@ -8,6 +8,8 @@ from moda_kernels.benchmarks import registry
 
 MODULES = (
     "moda_kernels.benchmarks.kernels",
+    "moda.bench.step",
+    "moda.bench.scaling",
     "moda.bench.training",
     "moda.bench.loss",
     "moda.bench.memory",

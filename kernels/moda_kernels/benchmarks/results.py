@@ -73,3 +73,22 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], where: Mapping[str, 
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+def merge(
+    path: Path, rows: Sequence[Mapping[str, object]], key: Sequence[str], where: Mapping[str, str] | None = None
+) -> Path:
+    """:func:`write`, keeping the rows of an earlier file that differ in a column of ``key``: a table in several runs.
+
+    :param rows: at least one; an earlier file with other columns is replaced.
+    """
+    where = provenance() if where is None else where
+    fresh = [{**where, **row} for row in rows]
+    columns, kept = {*fresh[0]}, []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as f:
+            kept = [row for row in csv.DictReader(f) if {*row} == columns]
+    measured = {tuple(str(row[name]) for name in key) for row in fresh}
+    kept = [row for row in kept if tuple(row[name] for name in key) not in measured]
+    order = dict.fromkeys([*rows[0], *where])
+    return write(path, [{name: row[name] for name in order} for row in [*kept, *fresh]], {})
