@@ -174,6 +174,7 @@ def test_a_table_in_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant, depth", [("moda", {"mechanism": "moda"}), (OLMO_CORE, None)])
 def test_a_profile(tmp_path: Path, variant: str, depth: Any) -> None:
     """Nearly all of a step's kernels have a known kind, and kinds and gaps come to the step."""
