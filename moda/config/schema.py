@@ -120,7 +120,7 @@ class ParallelConfig(Section):
     :param data: ``fsdp`` (FSDP2), ``hsdp`` or ``ddp``.
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
-    :param tensor: tensor-parallel ranks (1; more only without a depth mechanism).
+    :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.
@@ -308,9 +308,18 @@ class RunConfig(Section):
                 f"a divisor of train.global_batch_size ({self.train.global_batch_size})",
                 self.train.microbatch_size,
             )
-        refused = self.model.refuses("tensor_parallel")
-        if self.parallel.tensor > 1 and refused is not None:
-            raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", self.parallel.tensor)
+        tensor, refused = self.parallel.tensor, self.model.refuses("tensor_parallel")
+        if tensor > 1 and refused is not None:
+            raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", tensor)
+        sizes = {
+            "model.n_kv_heads": self.model.n_kv_heads,
+            "model.ffn_hidden_size": self.model.ffn_hidden_size,
+            "train.sequence_length": self.train.sequence_length,
+        }
+        for key, size in sizes.items():
+            assert size is not None
+            if size % tensor:
+                raise UserError("parallel.tensor", f"a divisor of {key} ({size})", tensor)
         if self.data.document_masking:
             refused = self.model.refuses("document_masking")
             if self.model.depth is None:

@@ -35,6 +35,7 @@ from moda.errors import UserError
 from moda_kernels.depth.layout import ATTENTION, FFN, DepthLayout
 
 from .mechanism import (
+    SPLITS_BY_HEADS,
     AttentionHost,
     Context,
     DepthLayer,
@@ -107,6 +108,10 @@ class SlotsLayer(DepthLayer):
         projects = self.writes_attention and mechanism.attention == AttentionSlot.project
         self.attention_slot = _Projection(*sizes) if projects else None
         self.ffn_slot = _Projection(*sizes) if layout.written_slot(index, FFN) is not None else None
+
+    def split_by_heads(self) -> list[nn.Module]:
+        slots = [slot for slot in (self.attention_slot, self.ffn_slot) if slot is not None]
+        return [linear for slot in slots for linear in (slot.w_k, slot.w_v)]
 
     def attend(
         self, attention: AttentionHost, x: Received, state: State, context: Context
@@ -253,6 +258,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
+    refused = SPLITS_BY_HEADS
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse

@@ -12,12 +12,16 @@ from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from moda.depth.mechanism import Context, DepthLayer, Received, State
+from moda.depth.mechanism import Context, DepthLayer, Received, State, local
 from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel, slot_attention
 from moda_kernels.depth.masked import masked_attention
 
 from .linear import joint_linear
+from .split import distribute, rms_norm
 
 __all__ = ["DepthAttention", "DepthAttentionConfig", "OperatorBackend", "use_operator"]
 
@@ -127,12 +131,23 @@ class DepthAttention(Attention):
     def __init__(self, *, kernel: str = "auto", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kernel = kernel
+        self.tp_mesh: DeviceMesh | None = None
+
+    def apply_tp(self, tp_mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        """Split heads over the ranks. Inputs are local and hold all tokens (:mod:`.split`); the output is split by tokens."""
+        del args, kwargs
+        rows = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+        parallelize_module(self, tp_mesh, {**{w: ColwiseParallel() for w in ("w_q", "w_k", "w_v")}, "w_out": rows})
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                distribute(norm, tp_mesh, Replicate() if self.use_head_qk_norm else Shard(0))
+        self.tp_mesh = tp_mesh
 
     def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return joint_linear(x, *linears)
 
     def gain(self, norm: Any) -> torch.Tensor:
-        return norm.weight
+        return local(norm.weight)
 
     def project(self, x: Received) -> tuple[torch.Tensor, ...]:
         if isinstance(x, tuple):
@@ -142,8 +157,10 @@ class DepthAttention(Attention):
     def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         if self.use_head_qk_norm:
             x = x.unflatten(-1, (-1, self.head_dim))
-            return x if norm is None else norm(x)
-        return (x if norm is None else norm(x)).unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            across = None if self.use_head_qk_norm else self.tp_mesh
+            x = norm(x) if self.tp_mesh is None else rms_norm(x, norm, across)
+        return x if self.use_head_qk_norm else x.unflatten(-1, (-1, self.head_dim))
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rope is None:

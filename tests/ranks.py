@@ -1,0 +1,41 @@
+"""Two processes that meet through gloo, for tests of one function."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.tiny import FORK
+
+
+def _join(rank: int, ranks: int, port: int, out: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=ranks)
+    result = function(*args)
+    if rank == 0:
+        torch.save(result, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> Any:
+    """What ``function(*args)`` returns on rank 0 of so many ranks."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "result.pt")
+        started = [FORK.Process(target=_join, args=(rank, ranks, port, out, function, args)) for rank in range(ranks)]
+        for p in started:
+            p.start()
+        for p in started:
+            p.join(120)
+            if p.is_alive():
+                p.kill()
+        assert [p.exitcode for p in started] == [0] * ranks
+        return torch.load(out, weights_only=True)
