@@ -160,6 +160,8 @@ class ParallelConfig(Section):
             raise UserError(
                 "parallel.prefetch", f"0 with parallel.activation_checkpointing: {mode.value}", self.prefetch, reason
             )
+        if self.tensor > 1 and self.data == DataParallel.ddp:
+            raise UserError("parallel.data", "fsdp or hsdp with parallel.tensor", "ddp", "DDP keeps no distributed tensors")
         if self.shard_degree is not None and self.data != DataParallel.hsdp:
             raise UserError("parallel.shard_degree", "null unless parallel.data is hsdp", self.shard_degree)
 

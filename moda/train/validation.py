@@ -13,6 +13,7 @@ from olmo_core.distributed.utils import all_reduce_value, get_rank, get_world_si
 from olmo_core.eval import Evaluator, LMEvaluator
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback, CallbackConfig, EvaluatorCallback
+from torch.distributed import DeviceMesh
 
 from .callbacks import between_steps
 from .progress import ProgressCallback
@@ -49,10 +50,20 @@ class TimedEvaluator(EvaluatorCallback):
 
 
 class NextTokenEvaluator(LMEvaluator):
-    """OLMo-core's evaluator, counting predicted tokens only: its own counts a document's last position too, as a loss of 0."""
+    """OLMo-core's evaluator, counting predicted tokens only (``predicts`` of a batch): its own counts a document's last position
+    too, as a loss of 0.
+
+    :param mesh: the ranks that share a batch's positions under tensor parallelism, or None.
+    """
+
+    def __init__(self, *, mesh: DeviceMesh | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mesh = mesh
 
     def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
-        predicts = F.pad(batch["label_mask"][:, 1:], (0, 1), value=False)
+        predicts = batch["predicts"]
+        if self.mesh is not None:
+            predicts = predicts.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
         super().update_metrics({**batch, "label_mask": predicts}, ce_loss, logits)
 
 
@@ -94,7 +105,9 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._plan:
-            yield self.collator([self._document(i) for i in batch])
+            collated = self.collator([self._document(i) for i in batch])
+            predicts = F.pad(collated["label_mask"][:, 1:], (0, 1), value=False)
+            yield {**collated, "predicts": predicts}
 
     def _document(self, index: int | None) -> dict[str, Any]:
         item = dict(self.dataset[index or 0])
@@ -129,7 +142,8 @@ class ValidationConfig(CallbackConfig):
             rank=get_rank(group), ranks=get_world_size(group), limit=self.max_batches,
         )  # fmt: skip
         labels = sorted({metadata["label"] for metadata in dataset.metadata})
-        evaluator = NextTokenEvaluator(name="lm", batches=batches, labels=labels, device=trainer.device)
+        mesh = cast(Any, trainer.train_module).model._tp_mesh
+        evaluator = NextTokenEvaluator(mesh=mesh, name="lm", batches=batches, labels=labels, device=trainer.device)
         return TimedEvaluator(
             evaluators=[evaluator],
             eval_interval=self.interval,
