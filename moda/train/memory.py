@@ -192,20 +192,23 @@ def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
 
     kept = _kept(config)
     block = {name: ACTIVATIONS * n / tensor for name, n in _block(t, tokens, size, compiled).items()}
-    inside = 0.0 if depth is None else depth.block_memory(model, tokens, size)
+    for name in ("attention", "FFN"):  # ranks that share heads keep their inputs whole
+        block[name] += ACTIVATIONS * tokens * size * t.d_model * (1 - 1 / tensor)
+    # What a mechanism keeps has the heads of the rank; all that is between sublayers has its tokens.
+    inside = 0.0 if depth is None else depth.block_memory(model, tokens / tensor, size)
     parts: dict[str, float] = {}
     for name, n in block.items():
         parts[f"activations: {name}"] = kept * n * t.n_layers
     if inside:
         parts[f"activations: {depth.name if depth else ''}"] = kept * inside
-    stream = tokens * t.d_model * size
+    stream = tokens * t.d_model * size / tensor
     parts["activations: block inputs"] = (1 - kept) * t.n_layers * stream
     parts["activations: head"] = stream
-    slots, late = slots_memory(t, tokens, size, gpu)
+    slots, late = slots_memory(t, tokens / tensor, size, gpu)
     parts |= slots
     if depth is not None:
-        parts |= depth.memory(model, tokens, size)
-        late |= depth.backward_memory(model, tokens, size)
+        parts |= depth.memory(model, tokens / tensor, size)
+        late |= depth.backward_memory(model, tokens / tensor, size)
     head = t.d_model * t.vocab_size
     if tensor > 1:
         loss = 10.0 * tokens * t.vocab_size / tensor
