@@ -258,7 +258,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
-    refused = SPLITS_BY_HEADS
+    refused = {"pipeline_parallel": SPLITS_BY_HEADS["pipeline_parallel"]}
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse

@@ -157,8 +157,5 @@ class DepthBlock(PlacedBlock):
         self.feed_forward.apply_tp(tp_mesh, input_layout=Shard(1), output_layout=Shard(1), use_local_output=False)
         self.splits = True
 
-    def apply_cp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a depth mechanism does not work with context parallelism yet")
-
     def apply_pp(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a depth mechanism does not work with pipeline parallelism yet")
