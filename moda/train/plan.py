@@ -174,9 +174,10 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         raise UserError(
             "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
         )
-    if world_size % parallel.tensor:
-        raise UserError("parallel.tensor", f"a divisor of the {world_size} processes", parallel.tensor)
-    replicas = world_size // parallel.tensor
+    for key in ("tensor", "context"):  # at most one of them is more than 1
+        if world_size % getattr(parallel, key):
+            raise UserError(f"parallel.{key}", f"a divisor of the {world_size} processes", getattr(parallel, key))
+    replicas = world_size // (parallel.tensor * parallel.context)
     if not isinstance(train.microbatch_size, int):
         if train.global_batch_size % replicas:
             expected = f"a multiple of the {replicas} processes"

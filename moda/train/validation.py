@@ -13,7 +13,6 @@ from olmo_core.distributed.utils import all_reduce_value, get_rank, get_world_si
 from olmo_core.eval import Evaluator, LMEvaluator
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback, CallbackConfig, EvaluatorCallback
-from torch.distributed import DeviceMesh
 
 from .callbacks import between_steps
 from .progress import ProgressCallback
@@ -53,18 +52,24 @@ class NextTokenEvaluator(LMEvaluator):
     """OLMo-core's evaluator, counting predicted tokens only (``predicts`` of a batch): its own counts a document's last position
     too, as a loss of 0.
 
-    :param mesh: the ranks that share a batch's positions under tensor parallelism, or None.
+    :param model: the model, if its ranks may share a batch's positions.
     """
 
-    def __init__(self, *, mesh: DeviceMesh | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, model: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.mesh = mesh
+        self.model = model
+
+    def _part(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's positions of ``[B, T]``."""
+        if self.model is None:
+            return x
+        if self.model._cp_load_balancer is not None:
+            x = self.model._cp_load_balancer.batch_shard(inputs=[x], seq_dims=[1])[0]
+        mesh = self.model._tp_mesh
+        return x if mesh is None else x.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
 
     def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
-        predicts = batch["predicts"]
-        if self.mesh is not None:
-            predicts = predicts.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
-        super().update_metrics({**batch, "label_mask": predicts}, ce_loss, logits)
+        super().update_metrics({**batch, "label_mask": self._part(batch["predicts"])}, ce_loss, logits)
 
 
 class ValidationBatches:
@@ -142,8 +147,8 @@ class ValidationConfig(CallbackConfig):
             rank=get_rank(group), ranks=get_world_size(group), limit=self.max_batches,
         )  # fmt: skip
         labels = sorted({metadata["label"] for metadata in dataset.metadata})
-        mesh = cast(Any, trainer.train_module).model._tp_mesh
-        evaluator = NextTokenEvaluator(mesh=mesh, name="lm", batches=batches, labels=labels, device=trainer.device)
+        model = cast(Any, trainer.train_module).model
+        evaluator = NextTokenEvaluator(model=model, name="lm", batches=batches, labels=labels, device=trainer.device)
         return TimedEvaluator(
             evaluators=[evaluator],
             eval_interval=self.interval,

@@ -214,10 +214,9 @@ def validated(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_two_processes_train_the_same_model(tensor: int, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", ["parallel.prefetch=0", "parallel.tensor=2", "parallel.context=2"])
+def test_two_processes_train_the_same_model(shared: str, whole: Path, tmp_path: Path) -> None:
     two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))
-    shared = f"parallel.tensor={tensor}"
     done = run(write_config(two, eval=dict(on_start=True, on_finish=True)), shared, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     close(losses(two), losses(whole))
