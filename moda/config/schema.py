@@ -121,7 +121,7 @@ class ParallelConfig(Section):
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
     :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
-    :param context: context-parallel ranks, which share the tokens of each sequence; more than 1 for ``model.depth.mechanism: moda``.
+    :param context: context-parallel ranks, which share the tokens of each sequence; 1 for mechanisms other than ``moda``.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.
@@ -163,7 +163,9 @@ class ParallelConfig(Section):
                 "parallel.prefetch", f"0 with parallel.activation_checkpointing: {mode.value}", self.prefetch, reason
             )
         if self.tensor > 1 and self.data == DataParallel.ddp:
-            raise UserError("parallel.data", "fsdp or hsdp with parallel.tensor", "ddp", "DDP keeps no distributed tensors")
+            raise UserError(
+                "parallel.data", "fsdp or hsdp with parallel.tensor", "ddp", "DDP keeps no distributed tensors"
+            )
         if self.context > 1 and self.data != DataParallel.fsdp:
             raise UserError("parallel.data", "fsdp with parallel.context", self.data.value)
         if self.context > 1 and self.tensor > 1:

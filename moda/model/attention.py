@@ -177,7 +177,9 @@ class DepthAttention(Attention):
         if self.rope is None:
             return q, k
         assert isinstance(self.rope, RotaryEmbedding)
-        places = {name: context[name] for name in ("cu_doc_lens", "pos_sin", "pos_cos") if context.get(name) is not None}
+        places = {
+            name: context[name] for name in ("cu_doc_lens", "pos_sin", "pos_cos") if context.get(name) is not None
+        }
         return self.rope(q, k, head_first=False, **places)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:

@@ -221,7 +221,11 @@ def test_two_processes_train_the_same_model(shared: str, whole: Path, tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     close(losses(two), losses(whole))
     close(validated(two), validated(whole))
-    ours, theirs, read = weights(two / "run" / "step4"), weights(whole / "run" / "step4"), read_weights(two / "run" / "step4")
+    ours, theirs, read = (
+        weights(two / "run" / "step4"),
+        weights(whole / "run" / "step4"),
+        read_weights(two / "run" / "step4"),
+    )
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5)  # after 4 steps of up to 3e-3
         assert torch.equal(read[name.removeprefix("model.")], ours[name])
