@@ -21,7 +21,6 @@ from moda.ranges import Count, Natural
 from moda_kernels.depth.layout import ATTENTION, DepthLayout
 
 from .mechanism import (
-    SPLITS_BY_HEADS,
     AttentionHost,
     Context,
     DepthLayer,
@@ -29,6 +28,7 @@ from .mechanism import (
     DepthModel,
     Received,
     State,
+    refused_but,
 )
 from .moda import SlotsModel
 from .read import SlotPolicy
@@ -86,7 +86,7 @@ class DepthAttention(DepthMechanism):
 
     name = "depth_attention"
     source = "arXiv 2606.05014"
-    refused = SPLITS_BY_HEADS
+    refused = refused_but("tensor_parallel")
 
     stride: Count | None = None
     recent: Natural = 0

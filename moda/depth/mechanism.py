@@ -241,8 +241,9 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
-#: What is refused to a mechanism whose state has the attention's heads.
-SPLITS_BY_HEADS = {feature: reason for feature, reason in _REFUSED.items() if feature != "tensor_parallel"}
+def refused_but(*features: str) -> Mapping[str, str]:
+    """What is refused to a mechanism that works with some of the features that are refused unless a mechanism says otherwise."""
+    return {feature: reason for feature, reason in _REFUSED.items() if feature not in features}
 
 
 class DepthMechanism(Registered):

@@ -35,7 +35,6 @@ from moda.errors import UserError
 from moda_kernels.depth.layout import ATTENTION, FFN, DepthLayout
 
 from .mechanism import (
-    SPLITS_BY_HEADS,
     AttentionHost,
     Context,
     DepthLayer,
@@ -46,6 +45,7 @@ from .mechanism import (
     Received,
     SlotMemory,
     State,
+    refused_but,
 )
 from .read import All, SlotPolicy
 
@@ -258,7 +258,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
-    refused = {"pipeline_parallel": SPLITS_BY_HEADS["pipeline_parallel"]}
+    refused = refused_but("tensor_parallel", "context_parallel")
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse

@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 
 from .mechanism import (
-    SPLITS_BY_HEADS,
     AttentionHost,
     Context,
     DepthLayer,
@@ -25,6 +24,7 @@ from .mechanism import (
     Received,
     State,
     local,
+    refused_but,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ValueResidual(DepthMechanism):
 
     name = "value_residual"
     source = "arXiv 2410.17897"
-    refused = SPLITS_BY_HEADS
+    refused = refused_but("tensor_parallel")
     no_weight_decay = ("*.depth.weights",)
 
     learned: bool = True

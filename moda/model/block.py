@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from olmo_core.nn.buffer_cache import BufferCache
@@ -153,7 +153,7 @@ class DepthBlock(PlacedBlock):
             else:
                 distribute(module, tp_mesh, Replicate())
         for norm in (*self.norms("attention"), *self.norms("feed_forward")):
-            parallelize_module(norm, tp_mesh, SequenceParallel())
+            parallelize_module(cast(torch.nn.Module, norm), tp_mesh, SequenceParallel())
         self.feed_forward.apply_tp(tp_mesh, input_layout=Shard(1), output_layout=Shard(1), use_local_output=False)
         self.splits = True
 

@@ -166,8 +166,8 @@ def depth_attention(
     :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
     :param depth_top: how many slots a token's query head sees of those that the layer reads: the ones of the largest logits, and
         what ties with the last of them. None for all. The reference backend alone can.
-    :param past: earlier keys and values under the same softmax, ``[C, B / R, T, Hk, D]`` each, and R numbers. Row ``b * R + r`` of
-        the batch is a chunk of sequence b, and sees the first ``past[2][r]`` of the C chunks of its sequence, and itself causally.
+    :param past: earlier keys and values under the same softmax, ``[C, B / R, T, Hk, D]`` each, and R numbers: row ``b * R + r``
+        of the batch is a chunk of sequence b. It sees itself causally, and the first ``past[2][r]`` of that sequence's C chunks.
 
     :returns: the output ``[B, T, Hq, D]`` and the next ``order``.
 
