@@ -140,7 +140,7 @@ def _proposal(p: Plan) -> RunConfig | None:
     """The fastest settings that fit: the fewest processes that share a model, no recomputation, the largest microbatch."""
     parallel, train = p.config.parallel, p.config.train
     kinds: list[tuple[DataParallel, int | None]] = [(DataParallel.fsdp, None)]
-    if p.world_size > 8 and p.world_size % 8 == 0:
+    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == 1:
         kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
     for data, degree in kinds:
         options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)

@@ -11,7 +11,7 @@ from olmo_core.train.train_module import TransformerContextParallelConfig
 from torch.distributed import init_device_mesh
 
 from tests.model.test_against_plain import DEPTH, SMALL, TOLERANCE, build
-from tests.ranks import on_ranks
+from tests.ranks import DEVICES, on_ranks
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": (DEPTH, {}),
@@ -21,20 +21,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _run(net: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    logits = net(ids)
-    (logits * weights).sum().backward()
+    device = next(net.parameters()).device
+    (net(ids.to(device)) * weights.to(device)).sum().backward()
     return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
 
-def _compare() -> dict[str, dict[str, float]]:
+def _compare(device: str) -> dict[str, dict[str, float]]:
     """For each variant, every gradient's error relative to its largest number."""
-    mesh, ring = init_device_mesh("cpu", (dist.get_world_size(),)), TransformerContextParallelConfig.zig_zag(2).ring
+    mesh, ring = init_device_mesh(device, (dist.get_world_size(),)), TransformerContextParallelConfig.zig_zag(2).ring
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 24), generator=generator)  # type: ignore[call-overload]
     weights = torch.randn(2, 24, SMALL["vocab_size"], generator=generator, dtype=torch.float64)  # type: ignore[call-overload]
     errors: dict[str, dict[str, float]] = {}
     for name, (depth, model) in VARIANTS.items():
-        whole, split = build("post", depth, **model), build("post", depth, **model)
+        whole, split = (build("post", depth, **model).to(device) for _ in range(2))
         split.apply_cp(mesh, ring=ring)
         (part,) = split._cp_load_balancer.batch_shard(inputs=[weights], seq_dims=[1])
         truth, got = _run(whole, ids, weights), _run(split, ids, part)
@@ -45,9 +45,10 @@ def _compare() -> dict[str, dict[str, float]]:
     return errors
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3, *DEVICES])
 def errors(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
-    result: dict[str, dict[str, float]] = on_ranks(_compare, ranks=request.param)
+    three = request.param == 3
+    result: dict[str, dict[str, float]] = on_ranks(_compare, "cpu" if three else request.param, 3 if three else 2)
     return result
 
 

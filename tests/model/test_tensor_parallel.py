@@ -12,7 +12,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from tests.model.test_against_plain import DEPTH, SMALL, TOLERANCE, build
-from tests.ranks import on_ranks
+from tests.ranks import DEVICES, on_ranks
 
 READER = {**DEPTH, "key_norm": "reader", "attention": "project"}
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -45,19 +45,21 @@ def _run(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     ids, labels = (torch.randint(0, SMALL["vocab_size"], (2, 8), generator=generator) for _ in range(2))  # type: ignore[call-overload]
     labels[:, -1] = -100
+    device = next(net.parameters()).device
+    ids, labels = ids.to(device), labels.to(device)
     net.train()
     loss = net(ids, labels=labels, loss_reduction="sum", z_loss_multiplier=1e-2, return_logits=False).loss
     loss.backward()
     return {"loss": _full(loss.detach()), **{n: _full(p.grad) for n, p in net.named_parameters() if p.grad is not None}}
 
 
-def _compare() -> dict[str, dict[str, float]]:
+def _compare(device: str) -> dict[str, dict[str, float]]:
     """For each variant, every tensor's error relative to its largest number."""
     lm_head.cross_entropy_loss = _cross_entropy  # type: ignore[assignment]
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device, (2,))
     errors: dict[str, dict[str, float]] = {}
     for name, (placement, depth, model) in VARIANTS.items():
-        whole, split = build(placement, depth, **model), build(placement, depth, **model)
+        whole, split = (build(placement, depth, **model).to(device) for _ in range(2))
         split.apply_tp(mesh)
         truth, got = _run(whole), _run(split)
         missing = dict.fromkeys(truth.keys() ^ got.keys(), float("inf"))
@@ -67,9 +69,9 @@ def _compare() -> dict[str, dict[str, float]]:
     return errors
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, dict[str, float]]:
-    result: dict[str, dict[str, float]] = on_ranks(_compare)
+@pytest.fixture(scope="module", params=DEVICES)
+def errors(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+    result: dict[str, dict[str, float]] = on_ranks(_compare, request.param)
     return result
 
 
