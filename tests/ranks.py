@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from tests.tiny import FORK
 
-
 #: Where to run: a CPU, and with two GPUs those.
 DEVICES = [
     "cpu",
