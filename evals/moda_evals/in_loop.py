@@ -42,9 +42,10 @@ def check_downstream(config: RunConfig) -> None:
     section = config.eval.downstream
     if section is None:
         return
-    if config.parallel.tensor > 1:
-        expected = "parallel.tensor: 1 (its ranks have no whole logits)"
-        raise UserError("eval.downstream", expected, config.parallel.tensor)
+    for key in ("tensor", "context"):
+        if getattr(config.parallel, key) > 1:
+            expected = f"parallel.{key}: 1 (its ranks have no whole logits)"
+            raise UserError("eval.downstream", expected, getattr(config.parallel, key))
     resolve_tasks(section.tasks, "eval.downstream.tasks")
 
 

@@ -121,7 +121,8 @@ class ParallelConfig(Section):
     :param shard_degree: ranks that share one copy of the model under ``hsdp``; null for one host's.
     :param prefetch: blocks whose parameters FSDP gathers ahead.
     :param hang_timeout: seconds without a sign of life after which a rank is named and the job ended; null for never.
-    :param tensor: tensor-parallel ranks (1; more only without a depth mechanism).
+    :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
+    :param context: context-parallel ranks, which share the tokens of each sequence; 1 for mechanisms other than ``moda``.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.
@@ -136,6 +137,7 @@ class ParallelConfig(Section):
     prefetch: Annotated[int, Range(0, unit="blocks")] = 0
     hang_timeout: Annotated[float, Range(1, unit="seconds")] | None = 600.0
     tensor: Annotated[int, Range(1, unit="processes")] = 1
+    context: Annotated[int, Range(1, unit="processes")] = 1
     activation_checkpointing: Checkpointing = Checkpointing.none
     block_interval: Annotated[int, Range(1, unit="blocks")] | None = None
     modules: list[str] | None = None
@@ -162,6 +164,14 @@ class ParallelConfig(Section):
             raise UserError(
                 "parallel.prefetch", f"0 with parallel.activation_checkpointing: {mode.value}", self.prefetch, reason
             )
+        if self.tensor > 1 and self.data == DataParallel.ddp:
+            raise UserError(
+                "parallel.data", "fsdp or hsdp with parallel.tensor", "ddp", "DDP keeps no distributed tensors"
+            )
+        if self.context > 1 and self.data != DataParallel.fsdp:
+            raise UserError("parallel.data", "fsdp with parallel.context", self.data.value)
+        if self.context > 1 and self.tensor > 1:
+            raise UserError("parallel.context", "1 with parallel.tensor", self.context, "they do not work together yet")
         if self.shard_degree is not None and self.data != DataParallel.hsdp:
             raise UserError("parallel.shard_degree", "null unless parallel.data is hsdp", self.shard_degree)
 
@@ -310,15 +320,38 @@ class RunConfig(Section):
                 f"a divisor of train.global_batch_size ({self.train.global_batch_size})",
                 self.train.microbatch_size,
             )
-        refused = self.model.refuses("tensor_parallel")
-        if self.parallel.tensor > 1 and refused is not None:
-            raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", self.parallel.tensor)
+        self._check_ranks()
         if self.data.document_masking:
             refused = self.model.refuses("document_masking")
             if self.model.depth is None:
                 refused = "OLMo-core's torch attention, which runs without model.depth, has no such mask"
+            elif self.parallel.context > 1:
+                refused = "parallel.context cuts sequences, not documents"
             if refused is not None:
                 raise UserError("data.document_masking", f"false ({refused})", True)
+
+    def _check_ranks(self) -> None:
+        """Refuse ranks that cannot share the model or a sequence."""
+        tensor, refused = self.parallel.tensor, self.model.refuses("tensor_parallel")
+        if tensor > 1 and refused is not None:
+            raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", tensor)
+        context, refused = self.parallel.context, self.model.refuses("context_parallel")
+        if self.model.depth is None:
+            refused = "without a depth mechanism it is not split by tokens yet"
+        if context > 1 and refused is not None:
+            raise UserError("parallel.context", f"1 with this model.depth ({refused})", context)
+        if context > 1 and self.train.sequence_length % (2 * context):
+            expected = f"a multiple of 2 x parallel.context ({2 * context})"
+            raise UserError("train.sequence_length", expected, self.train.sequence_length)
+        sizes = {
+            "model.n_kv_heads": self.model.n_kv_heads,
+            "model.ffn_hidden_size": self.model.ffn_hidden_size,
+            "train.sequence_length": self.train.sequence_length,
+        }
+        for key, size in sizes.items():
+            assert size is not None
+            if size % tensor:
+                raise UserError("parallel.tensor", f"a divisor of {key} ({size})", tensor)
 
     @property
     def save_folder(self) -> str:

@@ -20,7 +20,16 @@ import torch
 from moda.ranges import Count, Natural
 from moda_kernels.depth.layout import ATTENTION, DepthLayout
 
-from .mechanism import AttentionHost, Context, DepthLayer, DepthMechanism, DepthModel, Received, State
+from .mechanism import (
+    AttentionHost,
+    Context,
+    DepthLayer,
+    DepthMechanism,
+    DepthModel,
+    Received,
+    State,
+    refused_but,
+)
 from .moda import SlotsModel, layout_of
 from .read import SlotPolicy
 
@@ -44,7 +53,7 @@ class _Layer(DepthLayer):
         q, k = attention.normalise(q, attention.q_norm), attention.normalise(k, attention.k_norm)
         q, k = attention.rotate(q, k, context)
         own = k, v.unflatten(-1, (-1, attention.head_dim))
-        by_head = q.unflatten(2, (attention.n_kv_heads, -1)).mean(3)
+        by_head = q.unflatten(2, (k.shape[2], -1)).mean(3)
         mixed, state = attention.attend_slots(by_head, own, state, context)
         out = attention.attend(q, k, mixed, context)
         if self.writes:
@@ -77,6 +86,7 @@ class DepthAttention(DepthMechanism):
 
     name = "depth_attention"
     source = "arXiv 2606.05014"
+    refused = refused_but("tensor_parallel")
 
     stride: Count | None = None
     recent: Natural = 0

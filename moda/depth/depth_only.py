@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .mechanism import AttentionHost, Context, DepthLayer, State
+from .mechanism import AttentionHost, Context, DepthLayer, State, refused_but
 from .moda import MoDA, SlotsLayer
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class DepthOnly(MoDA):
     """Attention over the sequence plus attention over depth, each under a softmax of its own. Options are those of MoDA."""
 
     name = "depth_only"
+    refused = refused_but("tensor_parallel")
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from moda.errors import UserError
 from moda.registered import Registered
@@ -144,6 +144,13 @@ def set_start(parameter: torch.Tensor, start: torch.Tensor) -> None:
     parameter.copy_(start)
 
 
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter as a layer computes with it: under tensor parallelism a rank's part, whose gradients the ranks add up."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial() if x.is_replicate() else x for x in parameter.placements])
+
+
 class DepthLayer(nn.Module):
     """A mechanism's part of one block. As it stands it does what a block without a mechanism does.
 
@@ -185,6 +192,13 @@ class DepthLayer(nn.Module):
         """The FFN's output ``[B, T, d_model]`` for its input, and the next state."""
         return ffn(x), state
 
+    def split_by_heads(self) -> list[nn.Module]:
+        """Linears that give keys or values, whose outputs tensor parallelism splits by heads.
+
+        There a layer sees its rank's heads only, and reads its other parameters through :func:`local`.
+        """
+        return []
+
     def reset_parameters(self) -> None:
         """Set the parameters that are not linears' (those are initialised like every other linear of the model).
 
@@ -220,7 +234,7 @@ class DepthModel(nn.Module):
 
 
 #: What a model can be asked for, and why a mechanism refuses it unless it says otherwise.
-_REFUSED = {
+_REFUSED: Mapping[str, str] = {
     "tensor_parallel": "it is not split by heads yet",
     "context_parallel": "it is not split by tokens yet",
     "pipeline_parallel": "its state would have to cross stages",
@@ -229,6 +243,11 @@ _REFUSED = {
 
 #: Parameters by mechanism and model: sweeps ask again and again.
 _COUNTED: dict[tuple[type, str], int] = {}
+
+
+def refused_but(*features: str) -> Mapping[str, str]:
+    """What is refused to a mechanism that works with some of the features that are refused unless a mechanism says otherwise."""
+    return {feature: reason for feature, reason in _REFUSED.items() if feature not in features}
 
 
 class DepthMechanism(Registered):
@@ -241,8 +260,8 @@ class DepthMechanism(Registered):
     family = "depth mechanism"
     #: The paper.
     source: ClassVar[str]
-    #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names. The three
-    #: parallel ones are refused for every mechanism yet: blocks do not split what a mechanism keeps.
+    #: Features that the mechanism does not work with, each with the reason. See :meth:`refuses` for their names. The parallel
+    #: ones are refused unless a mechanism says that it works with them.
     refused: ClassVar[Mapping[str, str]] = _REFUSED
     #: Parameters (globs of names) that weight decay must leave alone.
     no_weight_decay: ClassVar[tuple[str, ...]] = ()

@@ -46,6 +46,7 @@ from .mechanism import (
     Received,
     SlotMemory,
     State,
+    refused_but,
 )
 from .read import All, SlotPolicy
 
@@ -108,6 +109,10 @@ class SlotsLayer(DepthLayer):
         projects = self.writes_attention and mechanism.attention == AttentionSlot.project
         self.attention_slot = _Projection(*sizes) if projects else None
         self.ffn_slot = _Projection(*sizes) if layout.written_slot(index, FFN) is not None else None
+
+    def split_by_heads(self) -> list[nn.Module]:
+        slots = [slot for slot in (self.attention_slot, self.ffn_slot) if slot is not None]
+        return [linear for slot in slots for linear in (slot.w_k, slot.w_v)]
 
     def attend(
         self, attention: AttentionHost, x: Received, state: State, context: Context
@@ -260,6 +265,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
+    refused = refused_but("tensor_parallel", "context_parallel")
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse

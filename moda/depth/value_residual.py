@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from .mechanism import AttentionHost, Context, DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, Received, State
+from .mechanism import (
+    AttentionHost,
+    Context,
+    DepthLayer,
+    DepthMechanism,
+    DepthModel,
+    DepthPass,
+    Host,
+    Received,
+    State,
+    local,
+    refused_but,
+)
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -40,7 +52,7 @@ class _Layer(DepthLayer):
         if self.weights is None:
             state = (v,)
         else:
-            own, first = self.weights.to(v.dtype)
+            own, first = local(self.weights).to(v.dtype)
             v = own * v + first * state[0]
         return attention.output(attention.attend(q, k, v, context)), state
 
@@ -74,6 +86,7 @@ class ValueResidual(DepthMechanism):
 
     name = "value_residual"
     source = "arXiv 2410.17897"
+    refused = refused_but("tensor_parallel")
     no_weight_decay = ("*.depth.weights",)
 
     learned: bool = True

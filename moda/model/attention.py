@@ -12,12 +12,17 @@ from olmo_core.nn.attention.backend import TorchAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope import RotaryEmbedding
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from moda.depth.mechanism import Context, DepthLayer, Received, State
+from moda.depth.mechanism import Context, DepthLayer, Received, State, local
 from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel, slot_attention
 from moda_kernels.depth.masked import masked_attention
 
+from .chunks import past_chunks
 from .linear import joint_linear
+from .split import distribute, rms_norm
 
 __all__ = ["DepthAttention", "DepthAttentionConfig", "OperatorBackend", "use_operator"]
 
@@ -108,11 +113,6 @@ class DepthAttentionConfig(AttentionConfig):
         )
 
 
-def _one_row(x: torch.Tensor, context: Context) -> torch.Tensor:
-    """``[B, T, H, D]``, as one row ``[1, B * T, H, D]`` where the batch is packed documents."""
-    return x if context.get("cu_doc_lens") is None else x.reshape(1, -1, *x.shape[2:])
-
-
 class DepthAttention(Attention):
     """Multi-head attention (GQA) in steps: the training side of :class:`moda.depth.mechanism.AttentionHost`.
 
@@ -127,12 +127,38 @@ class DepthAttention(Attention):
     def __init__(self, *, kernel: str = "auto", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kernel = kernel
+        self.tp_mesh: DeviceMesh | None = None
+        self.cp_mesh: DeviceMesh | None = None
+
+    def apply_cp(self, cp_mesh: DeviceMesh, ring: Any = None, uly: Any = None) -> None:
+        """Split tokens over the ranks, in OLMo-core's zig-zag order (:mod:`.chunks`)."""
+        del ring, uly
+        self.cp_mesh = cp_mesh
+
+    def _rows(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """``[B, T, H, D]``, as the operator takes it.
+
+        Packed documents are one row ``[1, B * T, H, D]``, and under context parallelism each of a rank's two chunks is a row.
+        """
+        if self.cp_mesh is not None:
+            return x.reshape(2 * x.shape[0], -1, *x.shape[2:])
+        return x if context.get("cu_doc_lens") is None else x.reshape(1, -1, *x.shape[2:])
+
+    def apply_tp(self, tp_mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        """Split heads over the ranks. Inputs are local and hold all tokens (:mod:`.split`); the output is split by tokens."""
+        del args, kwargs
+        rows = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+        parallelize_module(self, tp_mesh, {**{w: ColwiseParallel() for w in ("w_q", "w_k", "w_v")}, "w_out": rows})
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                distribute(norm, tp_mesh, Replicate() if self.use_head_qk_norm else Shard(0))
+        self.tp_mesh = tp_mesh
 
     def linear(self, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return joint_linear(x, *linears)
 
     def gain(self, norm: Any) -> torch.Tensor:
-        return norm.weight
+        return local(norm.weight)
 
     def project(self, x: Received) -> tuple[torch.Tensor, ...]:
         if isinstance(x, tuple):
@@ -142,20 +168,25 @@ class DepthAttention(Attention):
     def normalise(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         if self.use_head_qk_norm:
             x = x.unflatten(-1, (-1, self.head_dim))
-            return x if norm is None else norm(x)
-        return (x if norm is None else norm(x)).unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            across = None if self.use_head_qk_norm else self.tp_mesh
+            x = norm(x) if self.tp_mesh is None else rms_norm(x, norm, across)
+        return x if self.use_head_qk_norm else x.unflatten(-1, (-1, self.head_dim))
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rope is None:
             return q, k
         assert isinstance(self.rope, RotaryEmbedding)
-        documents = context.get("cu_doc_lens")
-        return self.rope(q, k, head_first=False, **({} if documents is None else {"cu_doc_lens": documents}))
+        places = {
+            name: context[name] for name in ("cu_doc_lens", "pos_sin", "pos_cos") if context.get(name) is not None
+        }
+        return self.rope(q, k, head_first=False, **places)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
         if context.get("mask") is not None:
             return masked_attention(q, k, v, context["mask"])[0]
-        rows = (_one_row(x, context) for x in (q, k, v))
+        assert self.cp_mesh is None
+        rows = (self._rows(x, context) for x in (q, k, v))
         out = moda_attention(*rows, cu_seqlens=context.get("cu_doc_lens"), backend=self.kernel)
         assert isinstance(out, torch.Tensor)
         return out.view(q.shape)
@@ -172,15 +203,16 @@ class DepthAttention(Attention):
     ) -> tuple[torch.Tensor, State]:
         order, row = state
         out, order = depth_attention(
-            _one_row(q, context),
-            _one_row(k, context),
-            _one_row(v, context),
+            self._rows(q, context),
+            self._rows(k, context),
+            self._rows(v, context),
             order,
             row,
-            q_depth=None if q_depth is None else _one_row(q_depth, context),
+            q_depth=None if q_depth is None else self._rows(q_depth, context),
             cu_seqlens=context.get("cu_doc_lens"),
             mask=context.get("mask"),
             depth_top=top,
+            past=None if self.cp_mesh is None else past_chunks(k, v, self.cp_mesh),
         )
         return out.view(q.shape), (order, row)
 
@@ -193,13 +225,13 @@ class DepthAttention(Attention):
         top: int | None = None,
     ) -> tuple[torch.Tensor, State]:
         order, row = state
-        pair = None if own is None else (_one_row(own[0], context), _one_row(own[1], context))
-        out, order = slot_attention(_one_row(q, context), order, row, pair, depth_top=top)
+        pair = None if own is None else (self._rows(own[0], context), self._rows(own[1], context))
+        out, order = slot_attention(self._rows(q, context), order, row, pair, depth_top=top)
         return out.view(q.shape), (order, row)
 
     def write_slot(self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Context) -> State:
         order, row = state
-        return depth_write(order, _one_row(k, context), _one_row(v, context), row, kind), row
+        return depth_write(order, self._rows(k, context), self._rows(v, context), row, kind), row
 
     def output(self, out: torch.Tensor) -> torch.Tensor:
         return self.w_out(out.flatten(2))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.transformer import TransformerBlock, TransformerBlockConfig, TransformerBlockType
 from olmo_core.nn.transformer.block import TransformerBlockBase
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
 from moda.config.model import ModelConfig
 from moda.depth.mechanism import DepthLayer, State
@@ -19,6 +22,7 @@ from moda.placements.placement import Add, Norms, receive_each
 from moda.typed import from_dict
 
 from .attention import use_operator
+from .split import distribute, whole
 
 __all__ = ["DepthBlock", "ModelBlockConfig", "PlacedBlock"]
 
@@ -105,6 +109,7 @@ class DepthBlock(PlacedBlock):
     def __init__(self, *, depth: DepthLayer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.depth = depth
+        self.splits = False  # heads, over the ranks of tensor parallelism
 
     def forward(  # type: ignore[override]
         self, stream: Any, *, state: State, loss_div_factor: Any = None, **context: Any
@@ -121,18 +126,36 @@ class DepthBlock(PlacedBlock):
         for name in ("attention", "feed_forward"):
             norms, add = self.norms(name), functools.partial(self.depth, "add", name)
             x = receive_each(self.placement, self.depth("receive", name, stream), norms)
+            ffn: Any = self.feed_forward
+            if self.splits:
+                gathered, x = whole(x)
+                ffn = functools.partial(self._split_ffn, gathered)
             if name == "attention":
                 out, state = self.attention(x, depth=self.depth, state=state, **context)
             else:
-                out, state = self.depth("feed_forward", self.feed_forward, self.attention, x, state, context)
+                out, state = self.depth("feed_forward", ffn, self.attention, x, state, context)
             stream = self.placement.combine(stream, out, norms, add)
         return stream, state
 
-    def apply_tp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a depth mechanism does not work with tensor parallelism yet")
+    def _split_ffn(self, gathered: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The FFN of the tensor whose local form ``x`` is: OLMo-core splits it, and takes distributed tensors."""
+        del x
+        return self.feed_forward(gathered)
 
-    def apply_cp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a depth mechanism does not work with context parallelism yet")
+    def apply_tp(self, tp_mesh: DeviceMesh, *, input_layout: Placement, float8_enabled: bool = False) -> None:
+        """Split heads, with their slots, and the FFN over the ranks, and tokens between sublayers (:mod:`.split`)."""
+        assert input_layout == Shard(1) and not float8_enabled
+        self.attention.apply_tp(tp_mesh)
+        by_heads = self.depth.split_by_heads()
+        for module in self.depth.modules():
+            if module in by_heads:
+                parallelize_module(module, tp_mesh, ColwiseParallel())
+            else:
+                distribute(module, tp_mesh, Replicate())
+        for norm in (*self.norms("attention"), *self.norms("feed_forward")):
+            parallelize_module(cast(torch.nn.Module, norm), tp_mesh, SequenceParallel())
+        self.feed_forward.apply_tp(tp_mesh, input_layout=Shard(1), output_layout=Shard(1), use_local_output=False)
+        self.splits = True
 
     def apply_pp(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a depth mechanism does not work with pipeline parallelism yet")

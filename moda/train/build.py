@@ -30,6 +30,7 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer import (
     TransformerActivationCheckpointingConfig,
     TransformerActivationCheckpointingMode,
+    TransformerContextParallelConfig,
     TransformerDataParallelConfig,
     TransformerTensorParallelConfig,
 )
@@ -135,6 +136,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         built = TransformerTrainModuleConfig(
             dp_config=_data_parallel(plan, half),
             tp_config=TransformerTensorParallelConfig(degree=p.tensor) if p.tensor > 1 else None,
+            cp_config=TransformerContextParallelConfig.zig_zag(p.context) if p.context > 1 else None,
             autocast_precision=DType.bfloat16 if half and p.data == DataParallel.ddp else None,
             **options,
         ).build(model, device=device)

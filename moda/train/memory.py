@@ -182,8 +182,8 @@ def slots_memory(
 
 
 def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: bool) -> dict[str, float]:
-    tensor = config.parallel.tensor
-    tokens, size = config.train.microbatch * config.train.sequence_length, 2 if gpu else 4
+    tensor, context = config.parallel.tensor, config.parallel.context
+    tokens, size = config.train.microbatch * config.train.sequence_length / context, 2 if gpu else 4
     compiled = gpu if config.train.compile is None else config.train.compile
     states = _states(config, t, world_size, gpu, size)
     if gpu:
@@ -192,25 +192,30 @@ def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
 
     kept = _kept(config)
     block = {name: ACTIVATIONS * n / tensor for name, n in _block(t, tokens, size, compiled).items()}
-    inside = 0.0 if depth is None else depth.block_memory(model, tokens, size)
+    for name in ("attention", "FFN"):  # ranks that share heads keep their inputs whole
+        block[name] += ACTIVATIONS * tokens * size * t.d_model * (1 - 1 / tensor)
+    if context > 1:  # keys and values of all ranks
+        block["attention"] += 2 * tokens * context * size * t.query_width * (model.n_kv_heads or 0) / model.n_heads
+    # What a mechanism keeps has the heads of the rank; all that is between sublayers has its tokens.
+    inside = 0.0 if depth is None else depth.block_memory(model, tokens / tensor, size)
     parts: dict[str, float] = {}
     for name, n in block.items():
         parts[f"activations: {name}"] = kept * n * t.n_layers
     if inside:
         parts[f"activations: {depth.name if depth else ''}"] = kept * inside
-    stream = tokens * t.d_model * size
+    stream = tokens * t.d_model * size / tensor
     parts["activations: block inputs"] = (1 - kept) * t.n_layers * stream
     parts["activations: head"] = stream
-    slots, late = slots_memory(t, tokens, size, gpu)
+    slots, late = slots_memory(t, tokens / tensor, size, gpu)
     parts |= slots
     if depth is not None:
-        parts |= depth.memory(model, tokens, size)
-        late |= depth.backward_memory(model, tokens, size)
+        parts |= depth.memory(model, tokens / tensor, size)
+        late |= depth.backward_memory(model, tokens / tensor, size)
     head = t.d_model * t.vocab_size
     if tensor > 1:
         loss = 10.0 * tokens * t.vocab_size / tensor
     else:
-        rows = min(tokens, chunk_rows(t.d_model, t.vocab_size, size, gpu))
+        rows = min(int(tokens), chunk_rows(t.d_model, t.vocab_size, size, gpu))
         loss = rows * t.vocab_size * size + head * ((4 + size) if size < 4 else size) + 2 * stream
     per_block = (t.num_params - head) / t.n_layers / tensor
     one = sum(block.values()) + inside / t.n_layers
@@ -251,7 +256,7 @@ def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device
     if isinstance(train.microbatch_size, int):
         sizes = [train.microbatch_size]
     else:
-        sizes = _divisors(train.global_batch_size * parallel.tensor // world_size)
+        sizes = _divisors(train.global_batch_size * parallel.tensor * parallel.context // world_size)
     modes = [parallel.activation_checkpointing]
     if modes == [Checkpointing.auto]:
         modes = [Checkpointing.none] if parallel.prefetch else [Checkpointing.none, Checkpointing.full]

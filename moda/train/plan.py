@@ -140,7 +140,7 @@ def _proposal(p: Plan) -> RunConfig | None:
     """The fastest settings that fit: the fewest processes that share a model, no recomputation, the largest microbatch."""
     parallel, train = p.config.parallel, p.config.train
     kinds: list[tuple[DataParallel, int | None]] = [(DataParallel.fsdp, None)]
-    if p.world_size > 8 and p.world_size % 8 == 0:
+    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == 1:
         kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
     for data, degree in kinds:
         options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
@@ -174,9 +174,10 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         raise UserError(
             "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
         )
-    if world_size % parallel.tensor:
-        raise UserError("parallel.tensor", f"a divisor of the {world_size} processes", parallel.tensor)
-    replicas = world_size // parallel.tensor
+    for key in ("tensor", "context"):  # at most one of them is more than 1
+        if world_size % getattr(parallel, key):
+            raise UserError(f"parallel.{key}", f"a divisor of the {world_size} processes", getattr(parallel, key))
+    replicas = world_size // (parallel.tensor * parallel.context)
     if not isinstance(train.microbatch_size, int):
         if train.global_batch_size % replicas:
             expected = f"a multiple of the {replicas} processes"

@@ -49,11 +49,27 @@ class TimedEvaluator(EvaluatorCallback):
 
 
 class NextTokenEvaluator(LMEvaluator):
-    """OLMo-core's evaluator, counting predicted tokens only: its own counts a document's last position too, as a loss of 0."""
+    """OLMo-core's evaluator, counting predicted tokens only (``predicts`` of a batch): its own counts a document's last position
+    too, as a loss of 0.
+
+    :param model: the model, if its ranks may share a batch's positions.
+    """
+
+    def __init__(self, *, model: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model = model
+
+    def _part(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's positions of ``[B, T]``."""
+        if self.model is None:
+            return x
+        if self.model._cp_load_balancer is not None:
+            x = self.model._cp_load_balancer.batch_shard(inputs=[x], seq_dims=[1])[0]
+        mesh = self.model._tp_mesh
+        return x if mesh is None else x.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
 
     def update_metrics(self, batch: dict[str, Any], ce_loss: torch.Tensor | None, logits: torch.Tensor | None) -> None:
-        predicts = F.pad(batch["label_mask"][:, 1:], (0, 1), value=False)
-        super().update_metrics({**batch, "label_mask": predicts}, ce_loss, logits)
+        super().update_metrics({**batch, "label_mask": self._part(batch["predicts"])}, ce_loss, logits)
 
 
 class ValidationBatches:
@@ -94,7 +110,9 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._plan:
-            yield self.collator([self._document(i) for i in batch])
+            collated = self.collator([self._document(i) for i in batch])
+            predicts = F.pad(collated["label_mask"][:, 1:], (0, 1), value=False)
+            yield {**collated, "predicts": predicts}
 
     def _document(self, index: int | None) -> dict[str, Any]:
         item = dict(self.dataset[index or 0])
@@ -129,7 +147,8 @@ class ValidationConfig(CallbackConfig):
             rank=get_rank(group), ranks=get_world_size(group), limit=self.max_batches,
         )  # fmt: skip
         labels = sorted({metadata["label"] for metadata in dataset.metadata})
-        evaluator = NextTokenEvaluator(name="lm", batches=batches, labels=labels, device=trainer.device)
+        model = cast(Any, trainer.train_module).model
+        evaluator = NextTokenEvaluator(model=model, name="lm", batches=batches, labels=labels, device=trainer.device)
         return TimedEvaluator(
             evaluators=[evaluator],
             eval_interval=self.interval,

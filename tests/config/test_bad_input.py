@@ -78,7 +78,12 @@ CASES: list[tuple] = [
     ("train.seed=-1", ["train.seed", "from 0 to 4294967295", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
-    ("parallel.tensor=2", ["parallel.tensor", "1 with this model.depth", "2"]),
+    ("parallel={tensor: 2, data: ddp}", ["parallel.data", "fsdp or hsdp with parallel.tensor", "ddp"]),
+    ("parallel={context: 2, data: hsdp}", ["parallel.data", "fsdp with parallel.context", "hsdp"]),
+    ("parallel={context: 2, tensor: 2}", ["parallel.context", "1 with parallel.tensor", "2"]),
+    ("parallel.context=3", ["train.sequence_length", "a multiple of 2 x parallel.context (6)", "32"]),
+    ("parallel.context=2", ["parallel.context", "a divisor of the 1 processes", "2"]),
+    ("parallel.tensor=4", ["parallel.tensor", "a divisor of model.n_kv_heads (2)", "4"]),
     ("parallel.activation_checkpointing=selected_blocks", ["parallel.block_interval", "a value"]),
     ("parallel={prefetch: 1, activation_checkpointing: full}", ["parallel.prefetch", "0 with", "full", "FSDP"]),
     ("checkpoint.ephemeral_interval=9", ["checkpoint.ephemeral_interval", "less than checkpoint.interval (4)", "9"]),
@@ -108,6 +113,15 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
     assert "\n" not in text
     for word in words:
         assert word in text, text
+
+
+@pytest.mark.parametrize("depth", ["null", "{mechanism: value_residual}", "{mechanism: mudd}"])
+def test_parallelism_that_a_model_does_not_work_with(folder: Path, depth: str) -> None:
+    text = message(folder, f"model.depth={depth}", "parallel.context=2", world_size=2)
+    assert text.startswith("parallel.context: expected 1 with this model.depth"), text
+    if "mudd" in depth:
+        text = message(folder, f"model.depth={depth}", "parallel.tensor=2", world_size=2)
+        assert text.startswith("parallel.tensor: expected 1 with this model.depth (it is not split by heads yet)"), text
 
 
 @pytest.mark.parametrize(

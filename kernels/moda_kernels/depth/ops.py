@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..moda_attention.backend import get_backend
 from ..moda_attention.tensors import Result
 from .masked import masked_read
+from .past import attend_past, past_gradients
 from .stream import DepthStream, stream_of
 
 
@@ -79,7 +81,8 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
     order: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None, cu_seqlens: Tensor | None,
-    row: Tensor, causal: bool, scale: float | None, depth_top: int | None,
+    row: Tensor, past_k: Tensor | None, past_v: Tensor | None, causal: bool, scale: float | None, depth_top: int | None,
+    past: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     x, slots = stream.inputs(layer, q, k, v, q_depth)
@@ -89,8 +92,10 @@ def _read(
         lse = torch.full((B, Hq, T), float("-inf"), dtype=wide, device=q.device)
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch.empty_like(order)
     p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
-    out, lse = get_backend(stream.backend, p.kind).forward(p, x)
-    return out, lse, torch.empty_like(order)
+    result = get_backend(stream.backend, p.kind).forward(p, x)
+    if past_k is not None and past_v is not None:
+        result = attend_past(q, past_k, past_v, past, result, scale, stream.backend)
+    return *result, torch.empty_like(order)
 
 
 @_read.register_fake
@@ -103,8 +108,8 @@ def _(order, q, *rest):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
 def _read_backward(
     grad_order: Tensor, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
-    q_depth: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, row: Tensor, causal: bool,
-    scale: float | None, depth_top: int | None,
+    q_depth: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, row: Tensor, past_k: Tensor | None,
+    past_v: Tensor | None, causal: bool, scale: float | None, depth_top: int | None, past: list[int],
 ) -> list[Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     stream.begin_backward(layer)
@@ -112,23 +117,27 @@ def _read_backward(
     if x.k is None and x.depth_k is None:
         return [torch.empty_like(grad_order), torch.zeros_like(q, memory_format=torch.contiguous_format)]
     p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
-    backend = get_backend(stream.backend, p.kind)
+    backend, saved = get_backend(stream.backend, p.kind), Result(out, lse)
     depth = stream.depth_gradients(layer, backend, q)
-    dq, dk, dv, dqd = backend.backward(p, grad_out, grad_lse, x, Result(out, lse), depth)
+    dq, dk, dv, dqd = backend.backward(replace(p, partial=past_k is not None), grad_out, grad_lse, x, saved, depth)
     if q_depth is not None and dqd is None:  # a layer that reads nothing: its depth query has no part in the output
         dqd = torch.zeros_like(q_depth)
-    return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd) if g is not None)]
+    of_past: tuple[Tensor, ...] = ()
+    if past_k is not None and past_v is not None:
+        dq, *of_past = past_gradients(q, past_k, past_v, past, saved, grad_out, dq, scale, stream.backend)  # type: ignore[assignment]
+    return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd, *of_past) if g is not None)]
 
 
 @_read_backward.register_fake
-def _(grad_order, grad_out, grad_lse, q, k, v, q_depth, *rest):  # type: ignore[no-untyped-def]
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, q_depth) if x is not None]
+def _(grad_order, grad_out, grad_lse, q, k, v, q_depth, cu_seqlens, out, lse, row, past_k, past_v, *rest):  # type: ignore[no-untyped-def]
+    inputs = (q, k, v, q_depth, past_k, past_v)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
     return [torch.empty_like(grad_order), *grads]
 
 
 def _read_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, q, k, v, q_depth, cu_seqlens, row, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, q_depth, cu_seqlens, *output[:2], row)
+    _, q, k, v, q_depth, cu_seqlens, row, past_k, past_v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, q_depth, cu_seqlens, *output[:2], row, past_k, past_v)
 
 
 def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) -> tuple[Any, ...]:
@@ -137,7 +146,8 @@ def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) ->
         grad_lse = None
     order, *grads = _read_backward(grad_order, grad_out, grad_lse, *saved, *ctx.options)
     remaining = iter(grads)
-    return order, *(None if x is None else next(remaining) for x in saved[:4]), None, None, None, None, None
+    dq, dk, dv, dqd, *of_past = (None if x is None else next(remaining) for x in (*saved[:4], *saved[-2:]))
+    return order, dq, dk, dv, dqd, None, None, *of_past, None, None, None, None
 
 
 _read.register_autograd(_read_grad, setup_context=_read_context)
@@ -146,7 +156,7 @@ _read.register_autograd(_read_grad, setup_context=_read_context)
 def depth_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, row: Tensor, *,
     q_depth: Tensor | None = None, cu_seqlens: Tensor | None = None, causal: bool = True, scale: float | None = None,
-    mask: Tensor | None = None, depth_top: int | None = None,
+    mask: Tensor | None = None, depth_top: int | None = None, past: tuple[Tensor, Tensor, list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention over its sequence K/V and the slots it reads from the stream.
 
@@ -156,6 +166,8 @@ def depth_attention(
     :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
     :param depth_top: how many slots a token's query head sees of those that the layer reads: the ones of the largest logits, and
         what ties with the last of them. None for all. The reference backend alone can.
+    :param past: earlier keys and values under the same softmax, ``[C, B / R, T, Hk, D]`` each, and R numbers: row ``b * R + r``
+        of the batch is a chunk of sequence b. It sees itself causally, and the first ``past[2][r]`` of that sequence's C chunks.
 
     :returns: the output ``[B, T, Hq, D]`` and the next ``order``.
 
@@ -163,7 +175,8 @@ def depth_attention(
     """
     if mask is not None:
         return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask, depth_top), order
-    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, causal, scale, depth_top)
+    past_k, past_v, counts = past or (None, None, [])
+    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, past_k, past_v, causal, scale, depth_top, counts)
     return out, order
 
 
@@ -182,7 +195,7 @@ def slot_attention(
 
     :returns: the output ``[B, T, H, D]`` and the next ``order``.
     """
-    out, lse, order = _read(order, q, None, None, None, None, row, True, scale, depth_top)
+    out, lse, order = _read(order, q, None, None, None, None, row, None, None, True, scale, depth_top, [])
     if own is None:
         return out, order
     k, v = own

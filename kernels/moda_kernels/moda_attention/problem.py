@@ -58,6 +58,7 @@ class Problem:
     max_seqlen: int  # the longest document, or T
     slots: tuple[int, ...] | None  # increasing numbers of the slots read; None for all of the depth tensors
     depth_top: int | None = None  # a token's query head sees its slots of the largest logits only, so many
+    partial: bool = False  # in a backward pass: output and LSE are those of a softmax with further keys, elsewhere
 
     @property
     def group(self) -> int:

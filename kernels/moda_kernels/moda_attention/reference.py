@@ -125,6 +125,8 @@ class Reference(Backend):
         for lo, hi, end in _row_blocks(p):
             logits = _logits(p, lo, hi, end, x)
             probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
+            if p.partial:
+                probs = (logits - saved.lse[:, :, lo:hi].unflatten(1, (p.n_kv_heads, p.group)).unsqueeze(-1)).exp()
             do = _grouped(grad_out, p, lo, hi)
             delta = (do * _grouped(saved.out, p, lo, hi)).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
             if grad_lse is not None:
