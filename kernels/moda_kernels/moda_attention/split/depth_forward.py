@@ -14,6 +14,10 @@ part costs is arithmetic that is idle anyway; products on the vector units were 
 
 Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart. All of them are read,
 or (``LISTED``) those of an index table, at the cost of as many slots in a row.
+
+Slots in fp8 (``QUANTISED``, :mod:`..quantised`) are codes c and scales a: half the bytes. Codes are converted, exactly, to q's
+dtype for the products, and scales are applied outside of them: x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot
+is multiplied by a_V[s] before the product with c_V[s].
 """
 
 # mypy: allow-untyped-defs
@@ -33,6 +37,9 @@ from ..tiles import Tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+#: Of keys and of values; None where slots are not in fp8.
+SlotScales = tuple[Tensor | None, Tensor | None]
+
 
 @triton.jit
 def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
@@ -44,10 +51,12 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def load_slots(
-    k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
+    k_slot, v_slot, scale_slot, DTYPE: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, and both tiles."""
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles in ``DTYPE``, and
+    the scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
     position = start + n // HEADS
     valid = (position < n_slots)[:, None]
     if BLOCK_D != D:
@@ -59,16 +68,32 @@ def load_slots(
     k = tl.load(k_at, mask=valid, other=0.0, eviction_policy="evict_first")
     v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
     v = tl.load(v_at, mask=valid, other=0.0, eviction_policy="evict_first")
-    return position, number, valid, k, v
+    if QUANTISED:
+        if LISTED:
+            in_scales = slot_numbers(table_ptr, position, n_slots) * scale_slot
+        else:
+            in_scales = position.to(tl.int64) * scale_slot
+        in_scales += row + n % HEADS
+        k_scale = tl.load(k_scale_ptr + in_scales, mask=position < n_slots, other=0.0)
+        v_scale = tl.load(v_scale_ptr + in_scales, mask=position < n_slots, other=0.0)
+    else:
+        k_scale = 1.0
+        v_scale = 1.0
+    return position, number, valid, k.to(DTYPE), v.to(DTYPE), k_scale, v_scale
 
 
 @triton.jit
 def depth_logits(
-    q, k, m, n, position, n_slots, scale_log2, G: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr
-):
+    q, k, k_scale, m, n, position, n_slots, scale_log2,
+    G: tl.constexpr, HEADS: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``[BLOCK_M, BLOCK_N]`` logits in base 2: query row m is query head m % G of packed head m // G, key row n is a slot of
     packed head n % HEADS, at ``position`` among the slots read. -inf past the last and where the heads differ."""
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if QUANTISED:
+        x *= (k_scale * scale_log2)[None, :]
+    else:
+        x *= scale_log2
     seen = (position < n_slots)[None, :]
     if HEADS > 1:
         seen = seen & ((m // G)[:, None] == (n % HEADS)[None, :])
@@ -77,12 +102,13 @@ def depth_logits(
 
 @triton.jit
 def _depth_forward_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
-    T, n_slots, scale_log2, k_slot_stride, v_slot_stride, q_stride_b, q_stride_t, q_stride_h,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
+    T, n_slots, scale_log2, k_slot_stride, v_slot_stride, scale_slot_stride, q_stride_b, q_stride_t, q_stride_h,
     seq_stride_b, seq_stride_t, seq_stride_h, out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
         v_slot_stride = k_slot_stride
@@ -114,12 +140,13 @@ def _depth_forward_kernel(
     v_offset = in_slot + slot * v_slot_stride
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
+    scale_slot = tl.cast(scale_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        position, number, valid, k, v = load_slots(
-            k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
-            D, HEADS, BLOCK_D, LISTED,
+        position, number, valid, k, v, k_scale, v_scale = load_slots(
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
+            k_slot, v_slot, scale_slot, q_ptr.dtype.element_ty, D, HEADS, BLOCK_D, LISTED, QUANTISED,
         )  # fmt: skip
-        x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
+        x = depth_logits(q, k, k_scale, m, n, position, n_slots, scale_log2, G, HEADS, QUANTISED, PRECISION)
         new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
@@ -128,6 +155,8 @@ def _depth_forward_kernel(
         p = tl.exp2(x - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
+        if QUANTISED:
+            p *= v_scale[None, :]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
@@ -141,6 +170,16 @@ def slot_layout(x: Tensor) -> tuple[Tensor, int]:
     if not x[0].is_contiguous():
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def scale_layout(scales: SlotScales) -> tuple[SlotScales, int]:
+    """Scales whose slots are each contiguous and equally far apart, and that distance; 0 where there are none."""
+    k, v = scales
+    if k is None or v is None:
+        return (None, None), 0
+    if not (k[0].is_contiguous() and v[0].is_contiguous() and k.stride() == v.stride()):
+        k, v = k.contiguous(), v.contiguous()
+    return (k, v), k.stride(0)
 
 
 def packed_heads(n_kv_heads: int, group: int) -> int:
@@ -169,13 +208,14 @@ def depth_launch(q: Tensor, n_kv_heads: int, tile: Tile) -> tuple[tuple[int], di
 
 
 def depth_forward(
-    q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *,
+    q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *, slot_scales: SlotScales = (None, None),
     table: Tensor | None = None, sequence: Result | None = None, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """Attention over depth slots, merged with a sequence part if one is given.
 
     :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
     :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
+    :param slot_scales: fp32 ``[S, B, T, Hk]`` of ``depth_k`` and ``depth_v`` where they are fp8.
     :param table: int32 ``[n]`` numbers of the slots that are read; None for all.
     :param sequence: the sequence branch's normalised output, overwritten by the merged one if contiguous, and contiguous fp32
         LSE; None for depth-only attention.
@@ -189,10 +229,11 @@ def depth_forward(
     out = sequence.out if sequence is not None and sequence.out.is_contiguous() else q.new_empty(q.shape)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
     so, sl = (out, lse) if sequence is None else sequence
+    scales, scale_slot = scale_layout(slot_scales)
     grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D)))
     _depth_forward_kernel[grid](
-        q, depth_k, depth_v, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
-        *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
-        ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
+        q, depth_k, depth_v, *scales, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
+        scale_slot, *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
+        QUANTISED=scale_slot > 0, ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
     )  # fmt: skip
     return Result(out, lse)
