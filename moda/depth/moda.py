@@ -257,7 +257,7 @@ class MoDA(DepthMechanism):
         precedes the sublayer, as in ``reordered`` (this project's; keys are normalised anyway).
     :param read: which slots a layer reads: a slot policy.
     :param slot_dtype: ``fp8`` for slots in e4m3 with an fp32 scale per token and head, which take about half the bytes (this
-        project's); null for the model's dtype, as exported models have them in any case.
+        project's); null for the model's dtype, which exported models have unless they are asked to round.
     """
 
     name = "moda"

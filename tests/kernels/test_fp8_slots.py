@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from moda_kernels import ATTENTION, DepthLayout, DepthStream, depth_attention, depth_write
 from moda_kernels.depth.masked import masked_attention
 from moda_kernels.moda_attention import DepthGradients, Inputs, get_backend, make_problem
+from moda_kernels.moda_attention.fp8 import dequantise, quantise
 from moda_kernels.moda_attention.naive import naive_attention
-from moda_kernels.moda_attention.quantised import Quantised, dequantise, quantise, quantise_to
+from moda_kernels.moda_attention.quantised import Quantised, quantise_to
 from moda_kernels.moda_attention.tensors import Deferred
 from moda_kernels.yardstick import FACTOR, FLOOR, relative_error, report, verdicts
 from tests.kernels.layouts import LISTS, layout

@@ -34,7 +34,7 @@ class DepthLayout:
 
     :param reads: for each layer the candidates it reads, strictly increasing, all of layers before it.
     :param kinds: how many candidates a layer has: ``ATTENTION`` alone, or ``ATTENTION`` and ``FFN``.
-    :param quantised: whether slots are kept in fp8 with a scale per row (:mod:`..moda_attention.quantised`).
+    :param quantised: whether slots are kept in fp8 with a scale per row (:mod:`..moda_attention.fp8`).
 
     :raises ValueError: naming the layer whose reads are not possible.
     """

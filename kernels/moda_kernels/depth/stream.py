@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from ..moda_attention.backend import Backend
+from ..moda_attention.fp8 import CODES
 from ..moda_attention.problem import Problem, as_run, make_problem
-from ..moda_attention.quantised import CODES, Quantised, quantise_to
+from ..moda_attention.quantised import Quantised, quantise_to
 from ..moda_attention.tensors import DepthGradients, DepthTarget, Inputs
 from .deferral import Deferral
 from .layout import DepthLayout

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .quantised import CODES
+from .fp8 import CODES
 from .tensors import Inputs
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256

@@ -1,4 +1,4 @@
-"""Quantisation of a slot's keys and values on a GPU: each read once, codes and scales written once (:mod:`.quantised`)."""
+"""Quantisation of a slot's keys and values on a GPU: each read once, codes and scales written once (:mod:`.fp8`)."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import quantised
+from . import fp8
 from .quantised import Quantised
 from .steps import device_of, rows, strides
 
-LARGEST = tl.constexpr(quantised.LARGEST)
-LEAST = tl.constexpr(quantised.LEAST)
+LARGEST = tl.constexpr(fp8.LARGEST)
+LEAST = tl.constexpr(fp8.LEAST)
 ELEMENTS = 2048  # of a program
 
 

@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     depth_k: Tensor | None = None  # [S, B, T, Hk, D]; None where no slot is read
     depth_v: Tensor | None = None
     q_depth: Tensor | None = None  # [B, T, Hq, D], the query of the depth branch where it is not q
-    scale_k: Tensor | None = None  # fp32 [S, B, T, Hk], the scales of depth tensors in fp8 (:mod:`.quantised`)
+    scale_k: Tensor | None = None  # fp32 [S, B, T, Hk], the scales of depth tensors in fp8 (:mod:`.fp8`)
     scale_v: Tensor | None = None
 
     def with_slots(self, index: Any) -> Inputs:

@@ -15,7 +15,7 @@ part costs is arithmetic that is idle anyway; products on the vector units were 
 Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart. All of them are read,
 or (``LISTED``) those of an index table, at the cost of as many slots in a row.
 
-Slots in fp8 (``QUANTISED``, :mod:`..quantised`) are codes c and scales a: half the bytes. Codes are converted, exactly, to q's
+Slots in fp8 (``QUANTISED``, :mod:`..fp8`) are codes c and scales a: half the bytes. Codes are converted, exactly, to q's
 dtype for the products, and scales are applied outside of them: x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot
 is multiplied by a_V[s] before the product with c_V[s].
 """
