@@ -30,6 +30,8 @@ from .depth_forward import (
     SlotScales,
     depth_launch,
     depth_logits,
+    half_rows,
+    largest_scale,
     load_slots,
     rows_of_program,
     scale_layout,
@@ -79,6 +81,19 @@ def _depth_backward_kernel(
         tl.store(q_keep_ptr + keep, q, mask=md_mask)
         tl.store(do_keep_ptr + keep, do, mask=md_mask)
 
+    scale_slot = tl.cast(scale_slot_stride, tl.int64)
+    if QUANTISED:
+        if q_ptr.dtype.element_ty == tl.float32:
+            q_half, do_half = q, do
+            q_scale = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+            do_scale = q_scale
+        else:
+            q_half, q_scale = half_rows(q)
+            do_half, do_scale = half_rows(do)
+        # |do . V| <= 2 D do_scale 448 v_unit: in these units ds * a_K is at most 2^15, the largest that D <= 128 allows in fp16.
+        v_unit = largest_scale(v_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        k_unit = largest_scale(k_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        ds_unit = tl.maximum(tl.maximum(do_scale * v_unit * 448, tl.abs(delta)), 1.0e-30) * (scale / 128)
     STEP: tl.constexpr = BLOCK_N // HEADS
     step = tl.arange(0, STEP)
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
@@ -93,30 +108,35 @@ def _depth_backward_kernel(
     pending_offset = (pending_slot + step[None, :]) * (N_KV_HEADS * G) + heads[:, None]
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
-    scale_slot = tl.cast(scale_slot_stride, tl.int64)
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
     dv_slot = tl.cast(dv_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
         position, number, valid, k, v, k_scale, v_scale = load_slots(
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
-            k_slot, v_slot, scale_slot, q_ptr.dtype.element_ty, D, HEADS, BLOCK_D, LISTED, QUANTISED,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED,
         )  # fmt: skip
-        x = depth_logits(q, k, k_scale, m, n, position, n_slots, scale * LOG2_E, G, HEADS, QUANTISED, PRECISION)
+        if QUANTISED:
+            factor = (q_scale * (scale * LOG2_E))[:, None] * k_scale[None, :]
+            k = k.to(q_half.dtype)
+            x = depth_logits(q_half, k, m, n, position, n_slots, factor, G, HEADS, PRECISION)
+            dp = tl.dot(do_half, tl.trans(v.to(do_half.dtype)), input_precision=PRECISION)
+            dp *= do_scale[:, None] * v_scale[None, :]
+        else:
+            x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(x - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if QUANTISED:
-            dp *= v_scale[None, :]
         ds = p * (dp - delta[:, None]) * scale
-        p_low = p.to(k.dtype)
-        ds_low = ds.to(k.dtype)
+        p_low = p.to(q.dtype)
+        ds_low = ds.to(q.dtype)
         if QUANTISED:
-            dq = tl.dot((ds * k_scale[None, :]).to(k.dtype), k, dq, input_precision=PRECISION)
+            ds_half = ds * (1 / ds_unit)[:, None] * (k_scale * (1 / k_unit))[None, :]
+            dq = tl.dot(ds_half.to(k.dtype), k, dq, input_precision=PRECISION)
         else:
             dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
         if DEFER:
             if HEADS > 1:  # a query row has numbers in the columns of its own head only: adding up the others is exact
-                p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
-                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
+                p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(q.dtype)
+                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(q.dtype)
             keep_mask = m_mask[:, None] & (start + step < n_slots)[None, :]
             if LISTED:
                 kept = pending_slot + slot_numbers(table_ptr, start + step, n_slots)[None, :]
@@ -136,6 +156,8 @@ def _depth_backward_kernel(
             dk_at = slot_pointers(dk_ptr, start, dk_slot, dk_offset, number, in_slot, LISTED)
             store_or_add(dk_at, dk, valid, fresh, ALL_FRESH)
 
+    if QUANTISED:
+        dq *= (ds_unit * k_unit)[:, None]
     dq_ptrs = dq_ptr + batch * dq_stride_b + t * dq_stride_t + heads[:, None] * dq_stride_h + d[None, :]
     if ADD_DQ:
         dq += tl.load(dq_ptrs, mask=md_mask, other=0.0).to(tl.float32)

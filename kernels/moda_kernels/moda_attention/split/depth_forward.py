@@ -15,9 +15,11 @@ part costs is arithmetic that is idle anyway; products on the vector units were 
 Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart. All of them are read,
 or (``LISTED``) those of an index table, at the cost of as many slots in a row.
 
-Slots in fp8 (``QUANTISED``, :mod:`..fp8`) are codes c and scales a: half the bytes. Codes are converted, exactly, to q's
-dtype for the products, and scales are applied outside of them: x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot
-is multiplied by a_V[s] before the product with c_V[s].
+Slots in fp8 (``QUANTISED``, :mod:`..fp8`) are codes c and scales a: half the bytes. Scales are applied outside of the products:
+x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot is multiplied by a_V[s] before the product with c_V[s]. The
+products are of fp16 (of fp32 for fp32 queries): two e4m3 become fp16, exactly, in one instruction, but bf16 in three, two of them
+at a quarter of the rate, which would take longer than the bytes. What codes are multiplied by is brought into the range of fp16:
+q by a power of two per row (:func:`half_rows`), probabilities times a_V by the largest a_V of a program (:func:`largest_scale`).
 """
 
 # mypy: allow-untyped-defs
@@ -37,6 +39,8 @@ from ..tiles import Tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+#: Less than any scale that matters, but what is divided by it is no infinity.
+LEAST_UNIT = tl.constexpr(2.0**-40)
 #: Of keys and of values; None where slots are not in fp8.
 SlotScales = tuple[Tensor | None, Tensor | None]
 
@@ -52,11 +56,11 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
 @triton.jit
 def load_slots(
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
-    k_slot, v_slot, scale_slot, DTYPE: tl.constexpr,
+    k_slot, v_slot, scale_slot,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles in ``DTYPE``, and
-    the scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles, and the
+    scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
     position = start + n // HEADS
     valid = (position < n_slots)[:, None]
     if BLOCK_D != D:
@@ -79,21 +83,42 @@ def load_slots(
     else:
         k_scale = 1.0
         v_scale = 1.0
-    return position, number, valid, k.to(DTYPE), v.to(DTYPE), k_scale, v_scale
+    return position, number, valid, k, v, k_scale, v_scale
+
+
+@triton.jit
+def largest_scale(scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS: tl.constexpr, LISTED: tl.constexpr):
+    """The largest scale that a program reads: a pass over few bytes, which are in the cache when they are read again."""
+    n = tl.arange(0, 256)
+    largest = tl.full([256], LEAST_UNIT, dtype=tl.float32)
+    for start in tl.range(0, n_slots, 256 // HEADS):
+        position = start + n // HEADS
+        if LISTED:
+            number = slot_numbers(table_ptr, position, n_slots)
+        else:
+            number = position.to(tl.int64)
+        at = scale_ptr + (number * scale_slot + row + n % HEADS)
+        largest = tl.maximum(largest, tl.load(at, mask=position < n_slots, other=0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def half_rows(x):
+    """``x [M, D]`` in fp16 with its rows' largest in 1 .. 2, and what its rows are to be multiplied by: powers of two, so that
+    only bits below 2^-24 of a row's largest can be lost."""
+    top = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 1), 1.1754943508222875e-38)
+    exponent = top.to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (x.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def depth_logits(
-    q, k, k_scale, m, n, position, n_slots, scale_log2,
-    G: tl.constexpr, HEADS: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q, k, m, n, position, n_slots, scale_log2, G: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr
+):
     """``[BLOCK_M, BLOCK_N]`` logits in base 2: query row m is query head m % G of packed head m // G, key row n is a slot of
     packed head n % HEADS, at ``position`` among the slots read. -inf past the last and where the heads differ."""
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if QUANTISED:
-        x *= (k_scale * scale_log2)[None, :]
-    else:
-        x *= scale_log2
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     seen = (position < n_slots)[None, :]
     if HEADS > 1:
         seen = seen & ((m // G)[:, None] == (n % HEADS)[None, :])
@@ -133,6 +158,14 @@ def _depth_forward_kernel(
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
+    scale_slot = tl.cast(scale_slot_stride, tl.int64)
+    if QUANTISED:  # acc is in units of the largest scale of V
+        unit = largest_scale(v_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        acc *= 1 / unit
+        if q_ptr.dtype.element_ty == tl.float32:
+            q_scale = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        else:
+            q, q_scale = half_rows(q)
     STEP: tl.constexpr = BLOCK_N // HEADS
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
     slot = (n // HEADS).to(tl.int64)[:, None]
@@ -140,13 +173,15 @@ def _depth_forward_kernel(
     v_offset = in_slot + slot * v_slot_stride
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
-    scale_slot = tl.cast(scale_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
         position, number, valid, k, v, k_scale, v_scale = load_slots(
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
-            k_slot, v_slot, scale_slot, q_ptr.dtype.element_ty, D, HEADS, BLOCK_D, LISTED, QUANTISED,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED,
         )  # fmt: skip
-        x = depth_logits(q, k, k_scale, m, n, position, n_slots, scale_log2, G, HEADS, QUANTISED, PRECISION)
+        factor = scale_log2
+        if QUANTISED:
+            factor = (q_scale * scale_log2)[:, None] * k_scale[None, :]
+        x = depth_logits(q, k.to(q.dtype), m, n, position, n_slots, factor, G, HEADS, PRECISION)
         new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
@@ -156,10 +191,12 @@ def _depth_forward_kernel(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
         if QUANTISED:
-            p *= v_scale[None, :]
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            p *= (v_scale * (1 / unit))[None, :]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
+    if QUANTISED:
+        acc *= unit
     out_offset = batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
     tl.store(out_ptr + out_offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=md_mask)
     tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * LN_2, mask=m_mask)
