@@ -26,6 +26,7 @@ from ..steps import padded, rows, slot_numbers, slot_pointers, store_or_add, str
 from ..tensors import Deferred, DepthGradients, Result
 from ..tiles import Tile
 from .depth_forward import (
+    LEAST_ROW,
     LOG2_E,
     SlotScales,
     depth_launch,
@@ -50,7 +51,7 @@ def _depth_backward_kernel(
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr, ALL_FRESH: tl.constexpr, LISTED: tl.constexpr,
-    QUANTISED: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:  # one set of 64-bit offsets instead of four: about 24 registers, and with them a third more warps
         v_slot_stride = k_slot_stride
@@ -93,7 +94,10 @@ def _depth_backward_kernel(
         # |do . V| <= 2 D do_scale 448 v_unit: in these units ds * a_K is at most 2^15, the largest that D <= 128 allows in fp16.
         v_unit = largest_scale(v_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
         k_unit = largest_scale(k_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
-        ds_unit = tl.maximum(tl.maximum(do_scale * v_unit * 448, tl.abs(delta)), 1.0e-30) * (scale / 128)
+        ds_unit = tl.maximum(tl.maximum(do_scale * v_unit * 448, tl.abs(delta)), LEAST_ROW) * (scale / 128)
+        do_scale *= scale / ds_unit
+        delta *= scale / ds_unit
+        q_scale *= scale * LOG2_E
     STEP: tl.constexpr = BLOCK_N // HEADS
     step = tl.arange(0, STEP)
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
@@ -113,30 +117,33 @@ def _depth_backward_kernel(
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
         position, number, valid, k, v, k_scale, v_scale = load_slots(
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
-            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED, ASSEMBLY,
         )  # fmt: skip
         if QUANTISED:
-            factor = (q_scale * (scale * LOG2_E))[:, None] * k_scale[None, :]
             k = k.to(q_half.dtype)
-            x = depth_logits(q_half, k, m, n, position, n_slots, factor, G, HEADS, PRECISION)
-            dp = tl.dot(do_half, tl.trans(v.to(do_half.dtype)), input_precision=PRECISION)
-            dp *= do_scale[:, None] * v_scale[None, :]
+            x = depth_logits(q_half, k, m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
+            p = tl.exp2(x * q_scale[:, None] - lse[:, None])
+            dp = tl.dot(do_half, tl.trans(v.to(do_half.dtype)), input_precision=PRECISION) * v_scale[None, :]
+            ds = p * (dp * do_scale[:, None] - delta[:, None])  # in units of ds_unit
+            dq = tl.dot((ds * (k_scale * (1 / k_unit))[None, :]).to(k.dtype), k, dq, input_precision=PRECISION)
         else:
             x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
+            p = tl.exp2(x - lse[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p = tl.exp2(x - lse[:, None])
-        ds = p * (dp - delta[:, None]) * scale
+            ds = p * (dp - delta[:, None]) * scale
         p_low = p.to(q.dtype)
-        ds_low = ds.to(q.dtype)
-        if QUANTISED:
-            ds_half = ds * (1 / ds_unit)[:, None] * (k_scale * (1 / k_unit))[None, :]
-            dq = tl.dot(ds_half.to(k.dtype), k, dq, input_precision=PRECISION)
-        else:
+        if QUANTISED and not (DEFER and HEADS > 1):
+            ds_low = (ds * ds_unit[:, None]).to(q.dtype)
+        elif not QUANTISED:
+            ds_low = ds.to(q.dtype)
             dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
         if DEFER:
             if HEADS > 1:  # a query row has numbers in the columns of its own head only: adding up the others is exact
                 p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(q.dtype)
-                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(q.dtype)
+                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2)
+                if QUANTISED:
+                    ds_low *= ds_unit[:, None]
+                ds_low = ds_low.to(q.dtype)
             keep_mask = m_mask[:, None] & (start + step < n_slots)[None, :]
             if LISTED:
                 kept = pending_slot + slot_numbers(table_ptr, start + step, n_slots)[None, :]
@@ -164,11 +171,12 @@ def _depth_backward_kernel(
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=md_mask)
 
 
-def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
+def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool, quantised: bool = False) -> Tile:
     """The backward tile of a dtype and padded head dim."""
     if dtype == torch.float32 or block_d > 64:
         return Tile(keys=16, stages=2, warps=2)
-    return Tile(keys=16, stages=3, warps=1, registers=96) if deferred else Tile(keys=16, stages=2, warps=1)
+    registers = 128 if quantised else 96
+    return Tile(keys=16, stages=3, warps=1, registers=registers) if deferred else Tile(keys=16, stages=2, warps=1)
 
 
 def depth_backward(
@@ -205,7 +213,8 @@ def depth_backward(
     scales, scale_slot = scale_layout(slot_scales)
     dl = merged.lse if grad_lse is None else grad_lse
     deferred = isinstance(depth, Deferred)
-    grid, options = depth_launch(q, depth_k.shape[3], tile or backward_tile(q.dtype, padded(q.shape[3]), deferred))
+    tile = tile or backward_tile(q.dtype, padded(q.shape[3]), deferred, scale_slot > 0)
+    grid, options = depth_launch(q, depth_k.shape[3], tile)
     _depth_backward_kernel[grid](
         q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, *scales, table, *keep, q.shape[1], n_slots, *fresh, scale,
         k_slot_stride, v_slot_stride, scale_slot, dk.stride(0), dv.stride(0), pending_slots, first_slot,

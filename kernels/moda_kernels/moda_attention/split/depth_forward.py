@@ -25,6 +25,7 @@ q by a power of two per row (:func:`half_rows`), probabilities times a_V by the 
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 #: Less than any scale that matters, but what is divided by it is no infinity.
 LEAST_UNIT = tl.constexpr(2.0**-40)
+#: What a row of zeros is taken to have as its largest number.
+LEAST_ROW = tl.constexpr(2.0**-100)
 #: Of keys and of values; None where slots are not in fp8.
 SlotScales = tuple[Tensor | None, Tensor | None]
 
@@ -54,13 +57,28 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def codes_as_half(x, ASSEMBLY: tl.constexpr):
+    """e4m3 as fp16. Plain conversions would be moved behind the reads from shared memory, which are then byte by byte where a
+    product wants the tile transposed (half as many instructions again); assembly that is not called pure stays where it is, in
+    the layout of the load. Triton's interpreter has none."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float16)
+
+
+@triton.jit
 def load_slots(
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
     k_slot, v_slot, scale_slot,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles, and the
-    scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles (``QUANTISED``:
+    codes as fp16), and the scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
     position = start + n // HEADS
     valid = (position < n_slots)[:, None]
     if BLOCK_D != D:
@@ -73,6 +91,8 @@ def load_slots(
     v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
     v = tl.load(v_at, mask=valid, other=0.0, eviction_policy="evict_first")
     if QUANTISED:
+        k = codes_as_half(k, ASSEMBLY)
+        v = codes_as_half(v, ASSEMBLY)
         if LISTED:
             in_scales = slot_numbers(table_ptr, position, n_slots) * scale_slot
         else:
@@ -106,7 +126,7 @@ def largest_scale(scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS: tl.cons
 def half_rows(x):
     """``x [M, D]`` in fp16 with its rows' largest in 1 .. 2, and what its rows are to be multiplied by: powers of two, so that
     only bits below 2^-24 of a row's largest can be lost."""
-    top = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 1), 1.1754943508222875e-38)
+    top = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 1), LEAST_ROW)
     exponent = top.to(tl.int32, bitcast=True) & 0x7F800000
     inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
     return (x.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
@@ -132,7 +152,8 @@ def _depth_forward_kernel(
     seq_stride_b, seq_stride_t, seq_stride_h, out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
@@ -166,6 +187,7 @@ def _depth_forward_kernel(
             q_scale = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
         else:
             q, q_scale = half_rows(q)
+        q_scale *= scale_log2
     STEP: tl.constexpr = BLOCK_N // HEADS
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
     slot = (n // HEADS).to(tl.int64)[:, None]
@@ -176,13 +198,15 @@ def _depth_forward_kernel(
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
         position, number, valid, k, v, k_scale, v_scale = load_slots(
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
-            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED, ASSEMBLY,
         )  # fmt: skip
-        factor = scale_log2
-        if QUANTISED:
-            factor = (q_scale * scale_log2)[:, None] * k_scale[None, :]
-        x = depth_logits(q, k.to(q.dtype), m, n, position, n_slots, factor, G, HEADS, PRECISION)
-        new_top = tl.maximum(top, tl.max(x, axis=1))
+        if QUANTISED:  # a row's factor joins the subtraction in the exponent
+            x = depth_logits(q, k.to(q.dtype), m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
+            new_top = tl.maximum(top, tl.max(x, axis=1) * q_scale)
+            x *= q_scale[:, None]
+        else:
+            x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
+            new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
         else:
@@ -227,10 +251,12 @@ def packed_heads(n_kv_heads: int, group: int) -> int:
     return heads
 
 
-def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
-    """The forward tile of a dtype and padded head dim."""
+def forward_tile(dtype: torch.dtype, block_d: int, quantised: bool = False) -> Tile:
+    """The forward tile of a dtype and padded head dim. Slots in fp8 take as many bytes in twice the rows."""
     if dtype == torch.float32:
         return Tile(keys=16, stages=2, warps=2)
+    if quantised:
+        return Tile(keys=32, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=2, warps=2)
     return Tile(keys=16, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=3, warps=1, registers=128)
 
 
@@ -240,7 +266,8 @@ def depth_launch(q: Tensor, n_kv_heads: int, tile: Tile) -> tuple[tuple[int], di
     G = Hq // n_kv_heads
     heads = tile.heads or packed_heads(n_kv_heads, G)
     sizes = dict(N_KV_HEADS=n_kv_heads, G=G, D=D, HEADS=heads, BLOCK_M=padded(heads * G), BLOCK_D=padded(D))
-    options = dict(BLOCK_N=tile.keys, PRECISION="ieee", STAGES=tile.stages, **tile.options)
+    assembly = q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
+    options = dict(BLOCK_N=tile.keys, ASSEMBLY=assembly, PRECISION="ieee", STAGES=tile.stages, **tile.options)
     return (B * T * n_kv_heads // heads,), {**sizes, **options}
 
 
@@ -267,7 +294,7 @@ def depth_forward(
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
     so, sl = (out, lse) if sequence is None else sequence
     scales, scale_slot = scale_layout(slot_scales)
-    grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D)))
+    grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D), scale_slot > 0))
     _depth_forward_kernel[grid](
         q, depth_k, depth_v, *scales, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
         scale_slot, *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
