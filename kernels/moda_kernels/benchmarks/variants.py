@@ -96,7 +96,7 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     def backward(saved: Result) -> dict[str, torch.Tensor | None]:
         depth = None
         if inputs.depth_k is not None and inputs.depth_v is not None:
-            buffers = [torch.empty_like(t, dtype=q.dtype) for t in (inputs.depth_k, inputs.depth_v)]
+            buffers = (torch.empty_like(inputs.depth_k, dtype=q.dtype), torch.empty_like(inputs.depth_v, dtype=q.dtype))
             depth = DepthGradients(*buffers, (0, p.n_slots))
         g = backend.backward(p, grad_out, None, inputs, saved, depth)
         dk, dv = (None, None) if depth is None else (t[:: case.every] for t in depth[:2])
