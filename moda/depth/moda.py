@@ -334,7 +334,7 @@ class MoDA(DepthMechanism):
         if layout.quantised:
             assert model.n_kv_heads is not None
             rows = f"{layout.n_slots} in fp8, {layout.n_slots} of gradients"
-            slot, kind = width + 4 * model.n_kv_heads, "fp8 and scales"
+            slot, kind = width + 4 * model.n_kv_heads, "fp8"
         return [
             ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
             ("a layer reads", self.read.describe()),

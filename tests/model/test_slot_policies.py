@@ -93,7 +93,7 @@ def test_the_planner_tells_the_memory_of_the_slots(
     assert label == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
     if slot_dtype is not None:
         bytes_read = 2 * sum(map(len, READS[name][1])) * 2 * (8 + 4)
-        assert model.depth.describe(model)[3] == ("slot bytes read per token (fp8 and scales)", f"{bytes_read:,}")
+        assert model.depth.describe(model)[3] == ("slot bytes read per token (fp8)", f"{bytes_read:,}")
 
 
 def test_dynamic_is_refused_where_it_cannot_run() -> None:
