@@ -125,11 +125,12 @@ def read_fp8(backend: str, case: Case, device: str) -> None:
     if b.defers:
         pending = b.pending(1, case.S, x.q, case.Hk)
         again = b.backward(p, drawn["grad_out"], drawn["grad_lse"], x, saved, Deferred(pending, 0, 0))
-        assert torch.equal(again.q, grads.q)
+        same = FACTOR * FLOOR[torch.bfloat16 if GPU else torch.float16]  # another order of the same sums
+        assert relative_error(again.q, grads.q) < same
         flushed = [torch.empty_like(buffer) for buffer in buffers]
         pending.flush((0, 1), tuple(read), DepthGradients(flushed[0], flushed[1], (0, len(read))))
         for a, c in zip(flushed, buffers, strict=True):
-            assert relative_error(a[read], c[read]) < FACTOR * FLOOR[torch.bfloat16 if GPU else torch.float16]
+            assert relative_error(a[read], c[read]) < same
     ours = {"out": saved.out, "lse": saved.lse, "dq": grads.q, "dk": grads.k, "dv": grads.v, "dq_depth": grads.q_depth}
     ours |= {"ddepth_k": buffers[0][read], "ddepth_v": buffers[1][read]}
 

@@ -153,8 +153,7 @@ def _depth_forward_kernel(
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr,
-    ONE_STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
         v_slot_stride = k_slot_stride
