@@ -39,12 +39,20 @@ PLACEMENTS: dict[str, Callable] = {
 }
 
 
+def fp8(x: torch.Tensor) -> torch.Tensor:
+    """The nearest e4m3 numbers times a scale per row ``x[..., :]``; the gradient passes as if nothing were rounded."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / 448).to(x.dtype)
+    rounded = (x.float() / scale.float()).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return x + (rounded - x).detach()
+
+
 @dataclass
 class PlainDecoder:
     """A decoder of the parameters ``p``; one object computes one forward pass.
 
     :param depth: MoDA's attention, ffn, key_norm, rope and, unless all slots are read, ``reads``: a function of the layer and
-        the kinds of slots; ``top``: how many of the largest logits stay; ``apart``: under a softmax of their own; or None.
+        the kinds of slots; ``top``: how many of the largest logits stay; ``apart``: under a softmax of their own; ``fp8``: slots
+        rounded to it; or None.
     :param other: another mechanism, ``value_residual``, ``denseformer`` (with its ``dilation``) or ``depth_attention`` (with
         ``stride`` and ``recent``), from its paper's equation.
     """
@@ -101,11 +109,13 @@ class PlainDecoder:
         if self.depth["key_norm"] == "reader":
             self.slots.append((self.qk_norm(k, None), v))
             return
+        kept = fp8 if self.depth.get("fp8") else lambda x: x
         if self.depth["key_norm"] == "none" and projected:
             k = self.heads(k)
         else:
             k = self.qk_norm(k, self.p[f"blocks.{layer}.attention.k_norm.weight"])
-        self.slots.append((rotate(k, self.theta) if self.depth["rope"] == "same_position" else k, v))
+        k = rotate(k, self.theta) if self.depth["rope"] == "same_position" else k
+        self.slots.append((kept(k), kept(v)))
 
     def project(self, x: torch.Tensor, layer: int, kind: str) -> None:
         name = f"blocks.{layer}.depth.{kind}_slot"

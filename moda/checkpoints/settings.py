@@ -40,17 +40,17 @@ def saved_model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
 def check_same_model(folder: Path, model: ModelConfig, *, other_reads: bool = False) -> None:
     """Refuse a checkpoint of another model before anything of it is loaded.
 
-    :param other_reads: whether it may have been trained under another slot policy.
+    :param other_reads: whether it may have been trained under another slot policy, or with slots of another dtype.
 
     :raises UserError: naming the first setting that differs.
     """
     saved = to_dict(saved_model(folder, read_settings(folder)))
     for key, before, now in differences(saved, to_dict(model), "model"):
-        reads = key.startswith("model.depth.read")
+        reads = key.startswith("model.depth.read") or key == "model.depth.slot_dtype"
         if key != "model.attention_backend" and not (reads and other_reads):  # the backend changes speed, not the model
             hint = "or choose another train.save_folder"
             if reads:
-                hint += "; train.load_path starts from weights of another policy with train.load_other_reads=true"
+                hint += "; train.load_path starts from weights of other slots with train.load_other_reads=true"
             raise UserError(key, f"{before!r}, as in checkpoint {folder}", now, hint)
 
 

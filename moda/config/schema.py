@@ -66,7 +66,7 @@ class TrainConfig(Section):
     :param seed: of the initial weights and the order of the data; a run keeps it.
     :param save_folder: checkpoints, logs and metrics; ``runs/<name>`` if null. A run found there is resumed.
     :param load_path: a checkpoint to start from when the save folder has none.
-    :param load_other_reads: whether ``load_path`` may have been trained under another slot policy (``model.depth.read``).
+    :param load_other_reads: whether ``load_path`` may have been trained with other slots (``model.depth.read``, ``slot_dtype``).
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
     :param cuda_graph: whether one GPU runs forward and backward of a microbatch as one CUDA graph; null for yes where they are so
         short that launching their kernels would hold it up.

@@ -85,6 +85,13 @@ class DepthRoPE(str, Enum):
     """Left unrotated against a rotated query (the authors' language-model script)."""
 
 
+class SlotDtype(str, Enum):
+    """What slots are kept in."""
+
+    fp8 = "fp8"
+    """e4m3 with an fp32 scale per row of D numbers, quantised where written; gradients as of the model's dtype."""
+
+
 class _Projection(nn.Module):
     """The linears of one K/V pair from a tensor of the block: two matrices ``d_model x (Hk * D)``."""
 
@@ -245,9 +252,9 @@ class SlotsModel(DepthModel):
 
 
 @functools.lru_cache(256)  # every layer of a model asks for it
-def layout_of(read: SlotPolicy, n_layers: int, kinds: int) -> DepthLayout:
+def layout_of(read: SlotPolicy, n_layers: int, kinds: int, quantised: bool = False) -> DepthLayout:
     """The layout of a policy, the same object for equal arguments."""
-    return DepthLayout(read.reads(n_layers, kinds), kinds)
+    return DepthLayout(read.reads(n_layers, kinds), kinds, quantised)
 
 
 @dataclass(frozen=True)
@@ -261,6 +268,8 @@ class MoDA(DepthMechanism):
     :param value_norm: divide a slot's values by the RMS of what they are projected from, which grows with depth where no norm
         precedes the sublayer, as in ``reordered`` (this project's; keys are normalised anyway).
     :param read: which slots a layer reads: a slot policy.
+    :param slot_dtype: ``fp8`` for slots in e4m3 with an fp32 scale per token and head, which take about half the bytes (this
+        project's); null for the model's dtype, which exported models have unless they are asked to round.
     """
 
     name = "moda"
@@ -274,10 +283,12 @@ class MoDA(DepthMechanism):
     rope: DepthRoPE = DepthRoPE.same_position
     value_norm: bool = False
     read: SlotPolicy = All()
+    slot_dtype: SlotDtype | None = None
 
     def layout(self, n_layers: int) -> DepthLayout:
         """Which slots the layers of a model write and read."""
-        return layout_of(self.read, n_layers, 2 if self.ffn else 1)
+        kinds = 2 if self.ffn else 1
+        return layout_of(self.read, n_layers, kinds, self.slot_dtype == SlotDtype.fp8)
 
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
@@ -288,6 +299,9 @@ class MoDA(DepthMechanism):
 
         if self.read.kept is not None and model.attention_backend.value not in ("auto", "reference"):
             expected = f"auto or reference with model.depth.read: {self.read.name}"
+            raise UserError("model.attention_backend", expected, model.attention_backend.value)
+        if self.slot_dtype is not None and model.attention_backend.value == "fused":
+            expected = f"auto, split or reference with model.depth.slot_dtype: {self.slot_dtype.value}"
             raise UserError("model.attention_backend", expected, model.attention_backend.value)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
@@ -327,18 +341,18 @@ class MoDA(DepthMechanism):
         return model.n_kv_heads * model.head_dim
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
-        layout = self.layout(model.n_layers)
+        layout, width = self.layout(model.n_layers), self._width(model)
+        rows = f"{layout.training.total} with those of gradients"
+        slot, kind = 2 * width, "bf16"
+        if layout.quantised:
+            assert model.n_kv_heads is not None
+            rows = f"{layout.n_slots} in fp8, {layout.n_slots} of gradients"
+            slot, kind = width + 4 * model.n_kv_heads, "fp8"
         return [
             ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
             ("a layer reads", self.read.describe()),
-            (
-                "rows of the depth buffers",
-                f"{layout.training.total} with those of gradients; in evaluation {len(set(layout.rows))}",
-            ),
-            (
-                "slot bytes read per token (bf16)",
-                f"{2 * sum(self._tensors_read(model)) * self._width(model):,}",
-            ),
+            ("rows of the depth buffers", f"{rows}; in evaluation {len(set(layout.rows))}"),
+            (f"slot bytes read per token ({kind})", f"{slot * sum(self._tensors_read(model)):,}"),
             ("parameters of depth projections", f"{self.num_params(model):,}"),
         ]
 

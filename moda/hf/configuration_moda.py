@@ -19,6 +19,7 @@ class MoDAConfig(PretrainedConfig):
     """A decoder as a ``model`` section describes it: OLMo2-like, with a depth mechanism such as MoDA (arXiv 2603.15619) or none.
 
     :param model: the ``model`` section of the run's configuration, as it is.
+    :param round_slots: whether depth slots are rounded to fp8 where the section says that they were in training.
     :param max_position_embeddings: tokens of the sequences that the model was trained on.
     """
 
@@ -40,11 +41,13 @@ class MoDAConfig(PretrainedConfig):
         model: dict[str, Any] | None = None,
         max_position_embeddings: int = 4096,
         use_cache: bool = True,
+        round_slots: bool = False,
         **kwargs: Any,
     ) -> None:
         self.model = dict(model or {})
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
+        self.round_slots = round_slots
         super().__init__(**kwargs)  # type: ignore[call-arg]
 
     def section(self) -> ModelConfig:

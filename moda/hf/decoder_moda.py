@@ -19,6 +19,7 @@ from moda.config.model import ModelConfig
 from moda.depth.mechanism import DepthLayer, DepthModel, Received, State
 from moda.placements.placement import receive_each
 from moda_kernels.depth.layout import DepthLayout
+from moda_kernels.moda_attention.fp8 import rounded
 
 
 class Cache(Protocol):
@@ -205,10 +206,13 @@ class _Steps:
 
 
 class _Slots:
-    """The slot memory of decoding: pairs of tensors by slot number. See :class:`moda.depth.mechanism.SlotMemory`."""
+    """The slot memory of decoding: pairs of tensors by slot number. See :class:`moda.depth.mechanism.SlotMemory`.
 
-    def __init__(self, layout: DepthLayout) -> None:
-        self.layout = layout
+    :param rounds: whether slots are rounded to fp8 where the layout says so.
+    """
+
+    def __init__(self, layout: DepthLayout, rounds: bool) -> None:
+        self.layout, self.rounds = layout, rounds and layout.quantised
         self.slots: dict[int, State] = {}
 
     def enter(self, layer: int) -> State:
@@ -217,7 +221,7 @@ class _Slots:
     def leave(self, layer: int, state: State) -> None:
         written = [self.layout.written_slot(layer, kind) for kind in range(self.layout.kinds)]
         read = self.layout.read_slots(layer)
-        new = state[2 * len(read) :]
+        new = tuple(rounded(x) if self.rounds else x for x in state[2 * len(read) :])
         for slot in read:
             if self.layout.last_reader(slot) == layer:
                 del self.slots[slot]
@@ -300,8 +304,12 @@ class DecoderParts:
     depth: DepthModel
     norm: MoDARMSNorm
 
-    def build(self, model: ModelConfig) -> None:
-        """Make the submodules."""
+    def build(self, model: ModelConfig, round_slots: bool = False) -> None:
+        """Make the submodules.
+
+        :param round_slots: whether depth slots are rounded to fp8 where the section says so.
+        """
+        self.round_slots = round_slots
         assert model.vocab_size is not None and model.head_dim is not None
         self.head_dim, self.theta = model.head_dim, float(model.rope_theta)
         self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
@@ -311,7 +319,7 @@ class DecoderParts:
 
     def open_slots(self, layout: DepthLayout, device: torch.device) -> _Slots:
         """See :class:`moda.depth.mechanism.Host`."""
-        return _Slots(layout)
+        return _Slots(layout, self.round_slots)
 
     def run(
         self,

@@ -39,7 +39,7 @@ class MoDAModel(DecoderParts, MoDAPreTrainedModel):
 
     def __init__(self, config: MoDAConfig) -> None:
         super().__init__(config)
-        self.build(config.section())
+        self.build(config.section(), config.round_slots)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

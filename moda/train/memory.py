@@ -173,7 +173,8 @@ def slots_memory(
     rows, shift, total = layout.training
     row = 2 * tokens * model.n_kv_heads * model.head_dim * size
     own = total - layout.n_slots if shift >= layout.n_slots else 0
-    forward = {"depth keys and values": row * (total - own)}
+    slot = 2 * tokens * model.n_kv_heads * (model.head_dim + 4) if layout.quantised else row
+    forward = {f"depth keys and values{' (fp8)' if layout.quantised else ''}": slot * (total - own)}
     backward = {"gradients of depth keys and values": row * own}
     if gpu and model.attention_backend in (Backend.auto, Backend.split):
         waiting = min(DEFER, model.n_layers) * 2 * (rows[-1] + 1 + model.head_dim)

@@ -16,6 +16,7 @@ from moda.config.schema import DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig, transformer_config
+from moda_kernels.moda_attention.quantised import fp8_missing
 
 from .memory import ASSUMED, Device, estimate_memory, fitted, this_machine
 
@@ -204,6 +205,10 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
     if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):
         hint = "its kernels need a CUDA device, and this machine has none"
         raise UserError("model.attention_backend", "auto or reference here", backend.value, hint)
+    layout = None if config.model.depth is None else config.model.depth.layout(config.model.n_layers)
+    if layout is not None and layout.quantised and backend != Backend.reference and torch.cuda.is_available():
+        if (reason := fp8_missing(torch.device("cuda", torch.cuda.current_device()))) is not None:
+            raise UserError("model.depth.slot_dtype", "null on this GPU", "fp8", reason)
     if config.logging.layers_interval is not None and importlib.util.find_spec("transformers") is None:
         raise UserError("logging.layers_interval", "null without transformers", hint="pip install -e '.[hf]'")
     if config.logging.wandb.enabled and importlib.util.find_spec("wandb") is None:

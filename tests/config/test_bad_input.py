@@ -15,6 +15,7 @@ from moda.config import load_config
 from moda.config.names import folder_name, own_folder
 from moda.data import build_training_data, load_tokenizer
 from moda.errors import UserError
+from moda.train.memory import a_gpu
 from moda.train.plan import make_plan
 from tests.tiny import ROOT, make_text, make_tokenizer, run, write_config
 
@@ -75,6 +76,7 @@ CASES: list[tuple] = [
     ("name=..", ["name", "a name for a folder", "'..'"]),
     ("train.load_other_reads=true", ["train.load_path", "a checkpoint where train.load_other_reads is true", "null"]),
     ("model.depth.read={dynamic: {of: all}}", ["model.depth.read.dynamic.top", "an integer", "it has no default"]),
+    ("model.depth.slot_dtype=fp16", ["model.depth.slot_dtype", "fp8", "fp16"]),
     ("train.seed=-1", ["train.seed", "from 0 to 4294967295", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),
     ("parallel.data=hsdp", ["parallel.data", "fsdp or ddp with one process"]),
@@ -175,6 +177,27 @@ def test_kernels_need_a_gpu(folder: Path, backend: str, monkeypatch: pytest.Monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     text = message(folder, f"model.attention_backend={backend}")
     assert text.startswith(f"model.attention_backend: expected auto or reference here, got {backend} (its kernels need")
+
+
+def test_fp8_slots_need_a_gpu_that_reads_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8 = "model.depth.slot_dtype=fp8"
+    text = message(folder, fp8, "model.attention_backend=fused")
+    assert (
+        text == "model.attention_backend: expected auto, split or reference with model.depth.slot_dtype: fp8, got fused"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setitem(make_plan.__globals__, "this_machine", lambda: a_gpu(80))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (8, 0))
+    text = message(folder, fp8)
+    assert text.startswith(
+        "model.depth.slot_dtype: expected null on this GPU, got fp8 (e4m3 needs compute capability 8.9"
+    )
+    for overrides in (["model.attention_backend=reference"], ["model.attention_backend=auto"]):
+        make_plan(load_config(write_config(folder), overrides), 1)
+    make_plan(load_config(write_config(folder), [fp8, "model.attention_backend=reference"]), 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (8, 9))
+    make_plan(load_config(write_config(folder), [fp8]), 1)
 
 
 def test_batch_not_divisible_by_ranks(folder: Path) -> None:

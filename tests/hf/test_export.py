@@ -43,8 +43,8 @@ def config_of(**changes: Any) -> dict[str, Any]:
     return {**MODEL, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 61, "n_layers": 4, **changes}
 
 
-def pair(model: dict[str, Any]) -> tuple:
-    """A native model with random weights and the exported decoder with the same ones, in fp64."""
+def pair(model: dict[str, Any], **options: Any) -> tuple:
+    """A native model with random weights and the exported decoder with the same, in fp64; ``options`` are its configuration's."""
     config = transformer_config(run_config(Path("unused"), model).model, 61)
     native = randomise(config.build(init_device="cpu"), 3).eval().double()
     for module in native.modules():  # norms and rotations compute in fp32 unless told otherwise
@@ -52,7 +52,7 @@ def pair(model: dict[str, Any]) -> tuple:
             module.full_precision = False
     weights = {n: p.detach() for n, p in native.named_parameters(remove_duplicate=False)}
     section = to_dict(section_of(config))
-    exported = MoDAForCausalLM(MoDAConfig(model=section, max_position_embeddings=64)).eval().double()
+    exported = MoDAForCausalLM(MoDAConfig(model=section, max_position_embeddings=64, **options)).eval().double()
     exported.load_state_dict(to_hf(weights, 61))
     return native, exported
 
@@ -87,6 +87,15 @@ def test_every_depth_variant(depth: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", READS)
 def test_slot_policies(name: str, attention: str) -> None:
     check(config_of(n_layers=5, depth=dict(mechanism="moda", attention=attention, read=READS[name][0])))
+
+
+def test_slots_in_fp8_are_rounded_if_asked_for() -> None:
+    fp8 = config_of(depth=dict(mechanism="moda", slot_dtype="fp8"))
+    native, rounding = pair(fp8, round_slots=True)
+    with torch.no_grad():
+        truth, plain = native(IDS), pair(fp8)[1](IDS).logits
+        assert (truth - rounding(IDS).logits).abs().max() < TOLERANCE < 1e-5 < (truth - plain).abs().max()
+        assert torch.equal(plain, pair(config_of(), round_slots=True)[1](IDS).logits)
 
 
 def fits(depth: str | None, placement: str) -> bool:

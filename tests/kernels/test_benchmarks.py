@@ -34,10 +34,16 @@ def test_tables_hold_the_papers_rows() -> None:
 
 def test_floors_of_the_papers_shape() -> None:
     """Depth attention alone at T = 16384, G = 8, 64 slots, 4.24 TB/s: about 0.60 ms forward, 1.17 storing, 1.68 adding."""
-    depth = case("siblings", T=16384, sequence=False)
+    depth = case("siblings", T=16384, sequence=False, fp8=False)
     assert floor_ms(depth, "forward", H200) == pytest.approx(0.571, abs=0.01)
     assert floor_ms(depth, "backward", H200) == pytest.approx(1.14, abs=0.03)
     assert floor_ms(depth, "backward-add", H200) == pytest.approx(1.65, abs=0.03)
+    fp8 = case("siblings", T=16384, sequence=False, fp8=True)
+    queries = 16384 * 64 * (2 * 64 * 2 + 4)  # q and out or four of them, and the LSE
+    moved = 2 * 64 * 16384 * 8 * (64 + 4) + queries
+    assert floor_ms(fp8, "forward", H200) == pytest.approx(moved / H200.bandwidth * 1e3)
+    moved += 2 * 16384 * 64 * 64 * 2 + 2 * (2 * 64 * 16384 * 8 * 64 * 2)
+    assert floor_ms(fp8, "backward-add", H200) == pytest.approx(moved / H200.bandwidth * 1e3)
     row = case("2", T=16384, G=8, S=64)
     assert pairs(row) == 16384**2 / 2 + 16384 * 64
     assert floor_ms(row, "both", H200) == pytest.approx(3.5 * 4 * pairs(row) * 64 * 64 / 750e12 * 1e3)

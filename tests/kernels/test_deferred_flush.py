@@ -40,14 +40,21 @@ def parts(x: torch.Tensor, w: torch.Tensor, hk: int, d: int) -> tuple[torch.Tens
     return (q, *narrow)
 
 
-def plain(x: torch.Tensor, weights: list[torch.Tensor], layout: DepthLayout, hk: int, d: int) -> torch.Tensor:
-    """The toy model on a list of every candidate, in x's dtype."""
+def plain(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    layout: DepthLayout,
+    hk: int,
+    d: int,
+    kept: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> torch.Tensor:
+    """The toy model on a list of every candidate, in x's dtype; ``kept`` is what becomes of what is written."""
     candidates: list[tuple[torch.Tensor, torch.Tensor]] = []
     for read, w in zip(layout.reads, weights):
         q, k, v, fk, fv = parts(x, w, hk, d)
         dk, dv = (torch.stack([candidates[c][i] for c in read]) if read else None for i in (0, 1))
         out, _ = naive_attention(q, k, v, dk, dv)
-        candidates.extend([(k, v), (fk, fv)][: layout.kinds])
+        candidates.extend([(kept(k), kept(v)), (kept(fk), kept(fv))][: layout.kinds])
         x = x + out.flatten(2)
     return x
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.kernels.layouts import LISTS, layout
 
 B, T, HQ, HK, D = 2, 5, 4, 2, 8
 Weights = list[tuple[torch.Tensor, ...]]
+Kept = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_weights(n_layers: int) -> Weights:
@@ -48,18 +50,18 @@ def with_stream(
     return x
 
 
-def with_lists(x: torch.Tensor, weights: Weights, layout: DepthLayout) -> torch.Tensor:
-    """The same on a list of every candidate, by the naive equation."""
+def with_lists(x: torch.Tensor, weights: Weights, layout: DepthLayout, kept: Kept = lambda x: x) -> torch.Tensor:
+    """The same on a list of every candidate, by the naive equation; ``kept`` is what becomes of what is written."""
     candidates: list[tuple[torch.Tensor, torch.Tensor]] = []
     for read, (wq, wk, wv, wfk, wfv) in zip(layout.reads, weights):
         q, k, v = heads(x, wq), heads(x, wk), heads(x, wv)
         dk = torch.stack([candidates[c][0] for c in read]) if read else None
         dv = torch.stack([candidates[c][1] for c in read]) if read else None
         out, _ = naive_attention(q, k, v, dk, dv)
-        candidates.append((k, v))
+        candidates.append((kept(k), kept(v)))
         x = x + out.flatten(2).tanh()
         if layout.kinds == 2:
-            candidates.append((heads(x, wfk), heads(x, wfv)))
+            candidates.append((kept(heads(x, wfk)), kept(heads(x, wfv))))
     return x
 
 

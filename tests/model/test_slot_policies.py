@@ -35,15 +35,16 @@ READS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ["reuse", "project"])
+@pytest.mark.parametrize("attention, slot_dtype", [("reuse", None), ("project", None), ("reuse", "fp8")])
 @pytest.mark.parametrize("name", READS)
-def test_logits_and_gradients(name: str, attention: str) -> None:
+def test_logits_and_gradients(name: str, attention: str, slot_dtype: str | None) -> None:
     read, expected = READS[name]
     policy = SlotPolicy.from_plain(read, "read")
     assert policy.reads(5, 2) == expected and policy.to_plain() == read
     # Every parameter must have a gradient: what no layer reads has none.
-    net = build("post", {"mechanism": "moda", "attention": attention, "read": read}, n_layers=5)
-    reads = {"reads": lambda layer, kinds: expected[layer], "top": policy.kept}
+    options = {"attention": attention, "read": read, "slot_dtype": slot_dtype}
+    net = build("post", {"mechanism": "moda", **options}, n_layers=5)
+    reads = {"reads": lambda layer, kinds: expected[layer], "top": policy.kept, "fp8": slot_dtype is not None}
     check(net, "post", {**DEPTH, "attention": attention, **reads}, n_layers=5)
 
 
@@ -55,8 +56,10 @@ ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READS)
-def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, slot_dtype", [*((name, None) for name in READS), ("all", "fp8"), ("recent-3", "fp8")])
+def test_the_planner_tells_the_memory_of_the_slots(
+    name: str, slot_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streams: list[DepthStream] = []
 
     class Kept(DepthStream):
@@ -65,7 +68,7 @@ def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytes
             streams.append(self)
 
     monkeypatch.setattr(transformer, "DepthStream", Kept)
-    net = build("post", {"mechanism": "moda", "read": READS[name][0]}, n_layers=5)
+    net = build("post", {"mechanism": "moda", "read": READS[name][0], "slot_dtype": slot_dtype}, n_layers=5)
     ids = torch.randint(0, SMALL["vocab_size"], (2, 7))
     logits = net(ids)
     with torch.no_grad():
@@ -73,17 +76,26 @@ def test_the_planner_tells_the_memory_of_the_slots(name: str, monkeypatch: pytes
     logits.sum().backward()
 
     def size(stream: DepthStream) -> int:
-        tensors = [x.untyped_storage() for x in (stream.k, stream.v, stream.grad_k, stream.grad_v) if x is not None]
+        names = ("k", "v", "scale_k", "scale_v", "grad_k", "grad_v")
+        tensors = [x.untyped_storage() for n in names if (x := getattr(stream, n)) is not None]
         return sum({x.data_ptr(): x.nbytes() for x in tensors}.values())
 
     training, evaluation = ROWS[name]
-    row = 8 * 14 * 2 * 8  # bytes of a number, tokens, Hk, D
-    assert [size(stream) for stream in streams] == [2 * training * row, 2 * evaluation * row]
+    row = 2 * 8 * 14 * 2 * 8  # keys and values, bytes of a number, tokens, Hk, D
+    expected = [training * row, evaluation * row]
+    if (
+        slot_dtype is not None
+    ):  # 8 slots of keys and 8 of gradients, whatever is read; a row of 8 numbers has 8 + 4 bytes
+        expected = [8 * (row + row * 12 // 64), evaluation * row * 12 // 64]
+    assert [size(stream) for stream in streams] == expected
     planned = [n for part in slots_memory(net.config, 14, 8, gpu=False) for n in part.values()]
-    assert sum(planned) == 2 * training * row
+    assert sum(planned) == expected[0]
     model = net.config.model
-    name, told = model.depth.describe(model)[2]
-    assert name == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
+    label, told = model.depth.describe(model)[2]
+    assert label == "rows of the depth buffers" and told.endswith(f"; in evaluation {evaluation}")
+    if slot_dtype is not None:
+        bytes_read = 2 * sum(map(len, READS[name][1])) * 2 * (8 + 4)
+        assert model.depth.describe(model)[3] == ("slot bytes read per token (fp8)", f"{bytes_read:,}")
 
 
 def test_dynamic_is_refused_where_it_cannot_run() -> None:

@@ -20,14 +20,19 @@ from tests.tiny import ROOT, write_config
 def test_the_models_are_those_that_were_measured() -> None:
     with (ROOT / "docs" / "benchmarks" / "table_training.csv").open(newline="") as f:
         measured = {row["model"]: int(row["params"]) for row in csv.DictReader(f)}
-    built = {name: transformer_config(load_config(ROOT / "configs" / file).model) for name, (file, _) in MODELS.items()}
-    assert {name: model.num_params for name, model in built.items()} == measured
-    assert [model.n_layers for model in built.values()] == [38, 38, 36]
+    built = {
+        name: transformer_config(load_config(ROOT / "configs" / file, overrides).model)
+        for name, (file, overrides, _) in MODELS.items()
+    }
+    assert {name: built[name].num_params for name in measured} == measured
+    assert [model.n_layers for model in built.values()] == [38, 38, 36, 36]
+    fp8 = built["the same, fp8 slots"].model.depth
+    assert fp8 is not None and fp8.layout(36).quantised  # type: ignore[union-attr]
 
 
 def test_rows_of_tiny_models(tmp_path: Path) -> None:
     config = write_config(tmp_path).read_text()
-    for file, _ in MODELS.values():
+    for file, _, _ in MODELS.values():
         (tmp_path / file).write_text(config)
     rows = training_table(tmp_path, rounds=1, batch=1, length=16, steps=2, warmup=1, compiled=False)
     assert [row["model"] for row in rows] == list(MODELS) and rows[0]["over_baseline"] == 1.0

@@ -323,6 +323,15 @@ def test_a_checkpoint_of_another_slot_policy_is_refused_unless_asked_for(tmp_pat
         with pytest.raises(UserError, match=words):
             check_same_model(tmp_path, config(read).model)
         check_same_model(tmp_path, config(read).model, other_reads=True)
+    fp8 = run_config(
+        Path("none"),
+        {**MODEL, "vocab_size": 64, "depth": {"mechanism": "moda", "read": {"recent": 3}, "slot_dtype": "fp8"}},
+    ).model
+    with pytest.raises(
+        UserError, match="model.depth.slot_dtype: expected None, as in checkpoint .*, got fp8 .*load_other"
+    ):
+        check_same_model(tmp_path, fp8)
+    check_same_model(tmp_path, fp8, other_reads=True)
     with pytest.raises(UserError, match="model.depth.ffn: expected True"):
         other = {"mechanism": "moda", "read": "all", "ffn": False}
         check_same_model(

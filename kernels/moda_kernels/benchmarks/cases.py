@@ -6,13 +6,16 @@ The printed milliseconds are kept in ``paper_ms`` (FA2-Triton, MoDA) and, for Ta
 paper's C = 64 is the tile of its kernel, not the ``depth_chunk`` of this operator.
 
 Ours: the training shape (T = 4096, 16 / 8 heads, 72 slots: the last layer but one of the 36-layer model), which is added to
-Table 7, and the table ``siblings``: depth-only, non-causal and chunk-visible attention, lists of slots, packed documents,
-head dim 128.
+Table 7, and the table ``siblings``: depth-only, non-causal and chunk-visible attention, lists of slots, slots in fp8, packed
+documents, head dim 128.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from moda_kernels.moda_attention.fp8 import CODES, dequantise, quantise
 
 #: Milliseconds the paper prints for its four implementations (A100).
 PAPER_TABLE_7 = {"naive PyTorch": 2128.900, "flash-compatible": 13.102, "+ chunk-aware": 6.286, "+ group-aware": 1.460}
@@ -25,6 +28,7 @@ class Case:
     :param sweep: the axis that a plot shows it on.
     :param docs: the number of equally long documents.
     :param every: the S slots read are every so many of the buffers: 1 for a contiguous run.
+    :param fp8: whether slots are e4m3 with a scale per row.
     """
 
     table: str
@@ -40,6 +44,7 @@ class Case:
     sequence: bool = True
     docs: int = 1
     every: int = 1
+    fp8: bool = False
     paper_ms: tuple[float | None, float] | None = None
 
     @property
@@ -49,6 +54,7 @@ class Case:
         extras += [] if self.sequence else ["depth-only"]
         extras += [f"{self.docs}docs"] if self.docs > 1 else []
         extras += [f"every{self.every}"] if self.every > 1 else []
+        extras += ["fp8"] if self.fp8 else []
         extras += [f"B{self.B}"] if self.B > 1 else []
         return "-".join([f"T{self.T}", f"G{self.G}", f"S{self.S}", f"D{self.D}", *extras])
 
@@ -86,6 +92,10 @@ TABLES: dict[str, list[Case]] = {
         Case("siblings", "slot list", 4096, 2, 36, B=8, sequence=False),
         Case("siblings", "slot list", 4096, 2, 36, B=8, sequence=False, every=2),
         Case("siblings", "slot list", 4096, 2, 36, B=8, every=2),
+        Case("siblings", "fp8", 4096, 2, 72, B=8, sequence=False, fp8=True),
+        Case("siblings", "fp8", 4096, 2, 36, B=8, sequence=False, every=2, fp8=True),
+        Case("siblings", "fp8", 16384, 8, 64, sequence=False, fp8=True),
+        Case("siblings", "fp8", 4096, 2, 72, B=8, fp8=True),
         Case("siblings", "non-causal", 8192, 8, 64, causal=False),
         Case("siblings", "chunk", 8192, 8, 64, depth_chunk=4),
         Case("siblings", "chunk", 8192, 8, 64, depth_chunk=64),
@@ -95,24 +105,43 @@ TABLES: dict[str, list[Case]] = {
 }
 
 
+def slots(x: dict[str, torch.Tensor | None], name: str, dtype: torch.dtype, at: Any = slice(None)) -> torch.Tensor:
+    """``depth_k`` or ``depth_v`` as numbers, at an index."""
+    codes, scales = x[name], x[name.replace("depth", "scale")]
+    assert codes is not None
+    return codes[at].to(dtype) if scales is None else dequantise(codes[at], scales[at], dtype)
+
+
 def draw(case: Case, length: int | None = None) -> dict[str, torch.Tensor | None]:
-    """bf16 inputs and an output gradient on the GPU, fresh for each case; ``length`` overrides T (gate, compilation)."""
+    """bf16 inputs and an output gradient on the GPU, fresh for each case; ``length`` overrides T (gate, compilation).
+
+    Depth tensors of a case in fp8 are codes, with ``scale_k`` and ``scale_v``.
+    """
     T = case.T if length is None else length
     g = torch.Generator(device="cuda").manual_seed(T + 31 * case.G + 17 * case.S)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", generator=g, dtype=torch.float32).to(torch.bfloat16)
 
-    x: dict[str, torch.Tensor | None] = dict.fromkeys(("k", "v", "depth_k", "depth_v", "cu_seqlens"))
+    x: dict[str, torch.Tensor | None] = dict.fromkeys(
+        ("k", "v", "depth_k", "depth_v", "scale_k", "scale_v", "cu_seqlens")
+    )
     x["q"] = normal(case.B, T, case.G * case.Hk, case.D)
     if case.sequence:
         x["k"], x["v"] = (normal(case.B, T, case.Hk, case.D) for _ in range(2))
     if case.S:
-        for name in ("depth_k", "depth_v"):
-            buffer = torch.empty(case.S * case.every, case.B, T, case.Hk, case.D, device="cuda", dtype=torch.bfloat16)
+        shape = case.S * case.every, case.B, T, case.Hk, case.D
+        for name in ("k", "v"):
+            buffer = torch.empty(shape, device="cuda", dtype=CODES if case.fp8 else torch.bfloat16)
+            scales = torch.empty(shape[:-1], device="cuda")
             for s in range(len(buffer)):  # slot by slot: no fp32 copy of the whole
-                buffer[s] = normal(case.B, T, case.Hk, case.D)
-            x[name] = buffer
+                slot = normal(case.B, T, case.Hk, case.D)
+                if case.fp8:
+                    buffer[s], scales[s] = quantise(slot)
+                else:
+                    buffer[s] = slot
+            x[f"depth_{name}"] = buffer
+            x[f"scale_{name}"] = scales if case.fp8 else None
     if case.docs > 1:
         bounds = [i * T // case.docs for i in range(case.docs + 1)]
         x["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device="cuda")

@@ -5,7 +5,8 @@
                                 T S (C + 1) / 2
     bytes / memory bandwidth:   every tensor once. Forward reads q, k, v, depth K and V and writes out and the LSE; backward
                                 reads those, out, its gradient and the LSE, and writes the gradient of every input.
-                                ``add`` reads the depth gradients too (read-modify-write).
+                                ``add`` reads the depth gradients too (read-modify-write). Slots in fp8
+                                have a byte per number and 4 per scale, their gradients are bf16.
 
 Both rates are measured in the same run: a large device-to-device copy (bytes read plus written) and an 8192^3 bf16 product.
 """
@@ -52,12 +53,13 @@ def floor_ms(case: Case, what: str, ceilings: Ceilings) -> float:
     rows = case.B * case.T
     query = rows * case.G * case.Hk * case.D * element
     sequence = 2 * rows * case.Hk * case.D * element if case.sequence else 0
-    depth = 2 * case.S * rows * case.Hk * case.D * element
+    gradients = 2 * case.S * rows * case.Hk * case.D * element
+    depth = 2 * case.S * rows * case.Hk * (case.D + 4) if case.fp8 else gradients
     lse = rows * case.G * case.Hk * 4
     operations = 4 * pairs(case) * case.B * case.G * case.Hk * case.D
     moved = 2 * query + sequence + depth + lse
     if what != "forward":
         operations *= 2.5
         # read q, out, grad_out; k, v; depth; lse. Written: dq; dk, dv; depth gradients (read first where added to).
-        moved = 4 * query + 2 * sequence + (3 if what == "backward-add" else 2) * depth + lse
+        moved = 4 * query + 2 * sequence + depth + (2 if what == "backward-add" else 1) * gradients + lse
     return 1e3 * max(operations / ceilings.matrix_rate, moved / ceilings.bandwidth)

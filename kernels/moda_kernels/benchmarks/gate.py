@@ -14,9 +14,9 @@ import torch
 
 from moda_kernels.moda_attention.naive import naive_attention
 from moda_kernels.moda_attention.tensors import Result
-from moda_kernels.yardstick import Verdict, verdicts
+from moda_kernels.yardstick import Verdict, relative_error, verdicts
 
-from .cases import Case, draw
+from .cases import Case, draw, slots
 from .variants import INPUTS, Tensors, Variant, bind
 
 GATE_LENGTH = (
@@ -29,7 +29,10 @@ Values = dict[str, torch.Tensor | None]
 def _differentiate(case: Case, x: Tensors, depth: bool, dtype: torch.dtype) -> Values:
     """Output, LSE and gradients by autograd on the naive equation: the plain computation in bf16, the truth in fp64."""
     names = [n for n in INPUTS if x[n] is not None and (depth or not n.startswith("depth"))]
-    leaves = {n: x[n].detach().to(dtype).requires_grad_() for n in names}  # type: ignore[union-attr]
+    leaves = {
+        n: (slots(x, n, dtype) if n.startswith("depth") else x[n].detach().to(dtype)).requires_grad_()  # type: ignore[union-attr]
+        for n in names
+    }
     options = dict(causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"])
     arguments = [leaves.get(n) for n in INPUTS]
     out, lse = naive_attention(*arguments, slots=case.slots if depth else None, **options)  # type: ignore[arg-type]
@@ -45,6 +48,14 @@ def short_truth(case: Case, depth: bool) -> tuple[Tensors, Values, Values]:
         short = dataclasses.replace(short, S=min(short.S, 4))
     x = draw(short)
     return x, _differentiate(short, x, depth, torch.bfloat16), _differentiate(short, x, depth, torch.float64)
+
+
+def rounding_errors(case: Case) -> str:
+    """What rounding slots to fp8 does: relative errors of exact results (fp64) on the short copy, against unrounded slots."""
+    _, _, rounded = short_truth(case, True)
+    _, _, exact = short_truth(dataclasses.replace(case, fp8=False), True)
+    pairs = ((n, rounded[n], t) for n, t in exact.items())
+    return "; ".join(f"{n} {relative_error(a, b):.2e}" for n, a, b in pairs if a is not None and b is not None)
 
 
 def check(variant: Variant, case: Case, x: Tensors, short: tuple[Tensors, Values, Values]) -> list[Verdict]:
@@ -102,7 +113,8 @@ def _sampled(
         first = tokens // case.depth_chunk * case.depth_chunk
         u = first[:, None] + torch.arange(case.depth_chunk, device="cuda")
         hidden = u > tokens[:, None]
-        dk, dv = (x[n][:: case.every, 0, u.clamp(max=T - 1)].to(dtype).requires_grad_() for n in ("depth_k", "depth_v"))  # type: ignore[index]
+        at = slice(None, None, case.every), 0, u.clamp(max=T - 1)
+        dk, dv = (slots(x, n, dtype, at).requires_grad_() for n in ("depth_k", "depth_v"))
         s = torch.einsum("nhgd,snchd->hgncs", q, dk) * scale
         parts.append(s.masked_fill(hidden[:, :, None], float("-inf")).flatten(-2))
         if case.depth_chunk == 1:

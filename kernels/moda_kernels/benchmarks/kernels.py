@@ -25,9 +25,10 @@ from .variants import VARIANTS, Bound, NotRun, Tensors, Variant, bind
 
 COLUMNS = (
     "table", "sweep", "case", "T", "G", "Hq", "Hk", "D", "S", "B", "causal", "depth_chunk", "sequence", "docs", "every",
-    "dtype",
+    "fp8", "dtype",
     "variant", "exact", "pass", "status", "median_ms", "p20_ms", "p80_ms", "repeats", "timing", "floor_ms", "over_floor",
     "cudnn_ms", "over_cudnn", "reason", "paper_fa2_triton_ms", "paper_moda_triton_ms", "copy_tb_s", "matmul_tflop_s",
+    "rounding_errors",
 )  # fmt: skip
 
 Progress = Callable[[str], None]
@@ -100,6 +101,9 @@ def _run_case(
     x = draw(case)
     truths: dict[bool, Truth] = {}
     baseline = _baseline(case, x)
+    rounding = gate.rounding_errors(case) if case.fp8 else None
+    if rounding is not None:
+        progress(f"{case.name:28s} rounding to fp8: {rounding}")
     rows = []
     for variant in variants:
         status, reason, exact = "ok", "", variant.exact
@@ -121,7 +125,7 @@ def _run_case(
             status, reason = "failed", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         torch.cuda.empty_cache()
         for what in times or ("both",):
-            row = _row(case, variant, exact, what, status, reason, ceilings)
+            row = _row(case, variant, exact, what, status, reason, ceilings) | {"rounding_errors": rounding}
             if times:
                 q, cudnn = times[what]
                 floor = floor_ms(case, what, ceilings) if variant.depth else None

@@ -77,6 +77,8 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     q, grad_out = x["q"], x["grad_out"]
     assert q is not None and grad_out is not None
     inputs = Inputs(q, x["k"], x["v"], *((x["depth_k"], x["depth_v"]) if variant.depth else ()))
+    if case.fp8 and variant.depth:
+        inputs = inputs._replace(scale_k=x["scale_k"], scale_v=x["scale_v"])
     options = dict(causal=case.causal, depth_chunk=case.depth_chunk, cu_seqlens=x["cu_seqlens"])
     slots = case.slots if variant.depth else None
     p = make_problem(inputs, slots=slots, **options)  # type: ignore[arg-type]
@@ -94,7 +96,7 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     def backward(saved: Result) -> dict[str, torch.Tensor | None]:
         depth = None
         if inputs.depth_k is not None and inputs.depth_v is not None:
-            buffers = torch.empty_like(inputs.depth_k), torch.empty_like(inputs.depth_v)
+            buffers = (torch.empty_like(inputs.depth_k, dtype=q.dtype), torch.empty_like(inputs.depth_v, dtype=q.dtype))
             depth = DepthGradients(*buffers, (0, p.n_slots))
         g = backend.backward(p, grad_out, None, inputs, saved, depth)
         dk, dv = (None, None) if depth is None else (t[:: case.every] for t in depth[:2])
@@ -103,7 +105,7 @@ def bind(variant: Variant, case: Case, x: Tensors) -> Bound:
     def backward_add(saved: Result) -> None:
         """Depth gradients added to buffers that stay, as a layer's backward inside a model does."""
         if not sums:
-            sums.extend(torch.zeros_like(t) for t in (inputs.depth_k, inputs.depth_v) if t is not None)
+            sums.extend(torch.zeros_like(t, dtype=q.dtype) for t in (inputs.depth_k, inputs.depth_v) if t is not None)
         backend.backward(p, grad_out, None, inputs, saved, DepthGradients(sums[0], sums[1], (0, 0)))
 
     return Bound(exact, p, lambda: backend.forward(p, inputs), backward, backward_add if p.n_slots else None)

@@ -34,12 +34,14 @@ class DepthLayout:
 
     :param reads: for each layer the candidates it reads, strictly increasing, all of layers before it.
     :param kinds: how many candidates a layer has: ``ATTENTION`` alone, or ``ATTENTION`` and ``FFN``.
+    :param quantised: whether slots are kept in fp8 with a scale per row (:mod:`..moda_attention.fp8`).
 
     :raises ValueError: naming the layer whose reads are not possible.
     """
 
     reads: tuple[tuple[int, ...], ...]
     kinds: int = 2
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         if self.kinds < 1:
@@ -101,9 +103,11 @@ class DepthLayout:
 
     @functools.cached_property
     def training(self) -> TrainingRows:
-        """Where slots and their gradients are in a pass with a backward."""
+        """Where slots and their gradients are in a pass with a backward. Gradients do not fit into rows of fp8."""
         first, last = self._readers
         best = TrainingRows(tuple(range(self.n_slots)), self.n_slots, 2 * self.n_slots)
+        if self.quantised:
+            return best
         limit = self.n_slots * 3 // 2 + 1
         at_least = len(self._read_slots[-1])  # gradients that exist while the keys of all slots are needed
         shift = 0

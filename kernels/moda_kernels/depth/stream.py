@@ -3,7 +3,9 @@
 A stream owns two buffers ``[S, B, T, Hk, D]`` (K and V, slot-major) and, once a backward pass has begun, two gradient
 buffers of the same shape. They are no larger than the layout needs: in a pass that begins without gradients (evaluation) rows
 are used again once their slots have been read for the last time, and in the backward pass gradients take the rows of keys and
-values that nothing reads any more, where that fits. Layers write slots and read those that the layout names:
+values that nothing reads any more, where that fits. A layout may ask for slots in fp8: they are quantised when they are written,
+K and V buffers are then e4m3 with two buffers of scales ``[S, B, T, Hk]`` beside them, and gradients stay in the dtype that was
+written, in buffers of their own. Layers write slots and read those that the layout names:
 
     stream = DepthStream(layout)                  one per forward pass, never per module
     order = stream.start()                        a tensor without elements that carries autograd's order
@@ -37,7 +39,9 @@ import torch
 from torch import Tensor
 
 from ..moda_attention.backend import Backend
+from ..moda_attention.fp8 import CODES
 from ..moda_attention.problem import Problem, as_run, make_problem
+from ..moda_attention.quantised import Quantised, quantise_to
 from ..moda_attention.tensors import DepthGradients, DepthTarget, Inputs
 from .deferral import Deferral
 from .layout import DepthLayout
@@ -69,8 +73,8 @@ class _KeepAlive(torch.autograd.Function):
 class DepthStream:
     """Depth keys, values and their gradients for one forward pass.
 
-    Buffers are allocated at the first write, in its shape, dtype and device; gradient buffers of their own at the first read's
-    backward.
+    Buffers are allocated at the first write, in its shape, dtype (unless the layout asks for fp8) and device; gradient buffers of
+    their own at the first read's backward.
 
     :param layout: which slots are written and read.
     :param backend: the operator's backend, as in :func:`moda_kernels.moda_attention`.
@@ -84,6 +88,9 @@ class DepthStream:
         self.layout, self.backend, self.defer = layout, backend, defer
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.scale_k: Tensor | None = None  # of slots in fp8
+        self.scale_v: Tensor | None = None
+        self._dtype: torch.dtype | None = None
         self.grad_k: Tensor | None = None
         self.grad_v: Tensor | None = None
         # The buffer row of each slot, the slot that each row holds, and the rows whose slots have a gradient.
@@ -120,10 +127,17 @@ class DepthStream:
             training = self.layout.training
             shared = self._has_backward and training.shift < self.layout.n_slots
             rows = training.total if shared else max(self._rows) + 1
-            self.k = torch.empty((rows, *k.shape), dtype=k.dtype, device=k.device)
+            self._dtype, quantised = k.dtype, self.layout.quantised
+            self.k = torch.empty((rows, *k.shape), dtype=CODES if quantised else k.dtype, device=k.device)
             self.v = torch.empty_like(self.k)
-        _copy(self.k[row], k)
-        _copy(self.v[row], v)
+            if quantised:
+                self.scale_k = torch.empty((rows, *k.shape[:-1]), dtype=torch.float32, device=k.device)
+                self.scale_v = torch.empty_like(self.scale_k)
+        if self.scale_k is None or self.scale_v is None:
+            _copy(self.k[row], k)
+            _copy(self.v[row], v)
+        else:
+            quantise_to(k, v, Quantised(self.k[row], self.v[row], self.scale_k[row], self.scale_v[row]))
         self._held[row] = slot
 
     def inputs(
@@ -140,10 +154,9 @@ class DepthStream:
         if missing or self.k is None or self.v is None:
             raise RuntimeError(f"depth stream: slots {missing} are read before they are written")
         rows = self._rows_read(layer)
+        x = Inputs(q, k, v, self.k, self.v, q_depth, self.scale_k, self.scale_v)
         run = as_run(rows)
-        if run is None:
-            return Inputs(q, k, v, self.k, self.v, q_depth), rows
-        return Inputs(q, k, v, self.k[slice(*run)], self.v[slice(*run)], q_depth), None
+        return (x, rows) if run is None else (x.with_slots(slice(*run)), None)
 
     def _rows_read(self, layer: int) -> tuple[int, ...]:
         """The rows of the slots that a layer reads, increasing."""
@@ -198,7 +211,9 @@ class DepthStream:
         if self.grad_k is None or self.grad_v is None:
             shift = self.layout.training.shift
             shared = shift < self.layout.n_slots
-            self.grad_k, self.grad_v = (x[shift:] if shared else torch.empty_like(x) for x in (self.k, self.v))
+            self.grad_k, self.grad_v = (
+                x[shift:] if shared else torch.empty_like(x, dtype=self._dtype) for x in (self.k, self.v)
+            )
         new = [i for i, row in enumerate(rows) if row not in self._has_gradient]
         first, end = (new[0], new[-1] + 1) if new else (0, 0)
         if len(new) < end - first:  # new slots on both sides of others: give the new ones a value to add to
@@ -222,7 +237,7 @@ class DepthStream:
         if self._deferral is not None and self._deferral.covers(row):
             self.flush(row // WINDOW * WINDOW)
         if self.grad_k is None or self.grad_v is None or row not in self._has_gradient:
-            return torch.zeros_like(self.k[row]), torch.zeros_like(self.k[row])
+            return torch.zeros_like(self.k[row], dtype=self._dtype), torch.zeros_like(self.k[row], dtype=self._dtype)
         self._has_gradient.remove(row)
         return self.grad_k[row], self.grad_v[row]
 

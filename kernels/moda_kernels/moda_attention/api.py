@@ -35,8 +35,7 @@ class _Call:
     def _read(self, x: Inputs) -> Inputs:
         if self.problem.n_slots == 0:
             return x._replace(depth_k=None, depth_v=None)
-        assert x.depth_k is not None and x.depth_v is not None
-        return x._replace(depth_k=x.depth_k[self.run], depth_v=x.depth_v[self.run])
+        return x.with_slots(self.run)
 
     def forward(self, x: Inputs) -> Result:
         return self.backend.forward(self.problem, self._read(x))

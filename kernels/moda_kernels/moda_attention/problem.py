@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .fp8 import CODES
 from .tensors import Inputs
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
@@ -36,6 +37,7 @@ class Kind(NamedTuple):
     sequence_kernel: str | None  # forced by MODA_SEQUENCE_KERNEL
     interpreted: bool  # Triton runs in its interpreter
     selects: bool = False  # a query sees its largest depth logits only
+    quantised: bool = False  # depth slots are fp8
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Problem:
     max_seqlen: int  # the longest document, or T
     slots: tuple[int, ...] | None  # increasing numbers of the slots read; None for all of the depth tensors
     depth_top: int | None = None  # a token's query head sees its slots of the largest logits only, so many
+    quantised: bool = False  # depth slots are fp8 with a scale per row
     partial: bool = False  # in a backward pass: output and LSE are those of a softmax with further keys, elsewhere
 
     @property
@@ -72,6 +75,7 @@ class Problem:
             packed=self.cu_seqlens is not None, one_token=self.length == 1,
             sequence_kernel=os.environ.get("MODA_SEQUENCE_KERNEL") or None,
             interpreted=os.environ.get("TRITON_INTERPRET") == "1", selects=self.depth_top is not None,
+            quantised=self.quantised,
         )  # fmt: skip
 
     @property
@@ -112,7 +116,7 @@ def make_problem(
     for name, tensor in x._asdict().items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "q"):
             _fail(name, "a torch.Tensor", type(tensor).__name__)
-    q, k, v, depth_k, depth_v, q_depth = x
+    q, k, v, depth_k, depth_v, q_depth, scale_k, scale_v = x
     for name, shape in (("q", "[B, T, Hq, D]"), ("k", "[B, T, Hk, D]"), ("depth_k", "[S, B, T, Hk, D]")):
         tensor = getattr(x, name)
         if tensor is not None and tensor.ndim != shape.count(",") + 1:
@@ -124,7 +128,8 @@ def make_problem(
         _fail("q", "of shape [B, T, Hq, D] with no empty dimension", list(q.shape))
     if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
         _fail("q", f"of a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}", D)
-    for missing, other in (("k", "v"), ("v", "k"), ("depth_k", "depth_v"), ("depth_v", "depth_k")):
+    pairs = (("k", "v"), ("depth_k", "depth_v"), ("scale_k", "scale_v"), ("depth_k", "scale_k"))
+    for missing, other in (*pairs, *(pair[::-1] for pair in pairs[:3])):
         if getattr(x, missing) is None and getattr(x, other) is not None:
             _fail(missing, f"given together with {other}", "None")
     if slots is not None and depth_k is None:
@@ -140,14 +145,15 @@ def make_problem(
         _fail("q", f"of a head count that is a multiple of the key/value heads ({Hk})", Hq)
     if q_depth is not None and n_slots == 0:
         _fail("q_depth", "None where there are no depth slots", list(q_depth.shape))
-    shapes = [(B, T, Hk, D)] * 2 + [(S, B, T, Hk, D)] * 2 + [(B, T, Hq, D)]
+    shapes = [(B, T, Hk, D)] * 2 + [(S, B, T, Hk, D)] * 2 + [(B, T, Hq, D)] + [(S, B, T, Hk)] * 2
+    dtypes = {} if scale_k is None else dict(depth_k=CODES, depth_v=CODES, scale_k=torch.float32, scale_v=torch.float32)
     for (name, tensor), expected in zip(list(x._asdict().items())[1:], shapes):
         if tensor is None:
             continue
         if tuple(tensor.shape) != expected:
             _fail(name, f"of shape {list(expected)}", list(tensor.shape))
-        if tensor.dtype != q.dtype:
-            _fail(name, f"of q's dtype {q.dtype}", tensor.dtype)
+        if tensor.dtype != dtypes.get(name, q.dtype):
+            _fail(name, f"of dtype {dtypes[name]}" if name in dtypes else f"of q's dtype {q.dtype}", tensor.dtype)
         if tensor.device != q.device:
             _fail(name, f"on q's device {q.device}", tensor.device)
     if type(depth_chunk) is not int or depth_chunk < 1:
@@ -160,7 +166,7 @@ def make_problem(
         max_seqlen = T if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T, q.device)
     return Problem(
         B, T, Hq, Hk, D, n_slots, q.dtype, q.device, bool(causal), float(D**-0.5 if scale is None else scale), depth_chunk,
-        k is not None, cu_seqlens, max_seqlen, numbers, depth_top,
+        k is not None, cu_seqlens, max_seqlen, numbers, depth_top, scale_k is not None,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backend import Backend
 from .problem import Kind, Problem, row_bounds
+from .quantised import dequantised
 from .tensors import DepthGradients, DepthTarget, Gradients, Inputs, Result
 
 MAX_LOGITS = 1 << 28  # 1 GiB of fp32 logits in one block of query rows
@@ -80,10 +81,9 @@ def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
 
 
 def _selected(p: Problem, x: Inputs) -> Inputs:
-    """The inputs with only those depth slots that are read."""
-    if p.table is None or x.depth_k is None or x.depth_v is None:
-        return x
-    return x._replace(depth_k=x.depth_k[p.table], depth_v=x.depth_v[p.table])
+    """The inputs with only those depth slots that are read, as numbers."""
+    x = x if p.table is None else x.with_slots(p.table)
+    return dequantised(x, torch.promote_types(p.dtype, torch.float32))
 
 
 class Reference(Backend):

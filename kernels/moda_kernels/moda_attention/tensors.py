@@ -5,7 +5,7 @@ Legend: B batch, T sequence length, Hq query heads, Hk key/value heads, D head d
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,13 @@ class Inputs(NamedTuple):
     depth_k: Tensor | None = None  # [S, B, T, Hk, D]; None where no slot is read
     depth_v: Tensor | None = None
     q_depth: Tensor | None = None  # [B, T, Hq, D], the query of the depth branch where it is not q
+    scale_k: Tensor | None = None  # fp32 [S, B, T, Hk], the scales of depth tensors in fp8 (:mod:`.fp8`)
+    scale_v: Tensor | None = None
+
+    def with_slots(self, index: Any) -> Inputs:
+        """The same with those slots of the depth tensors that ``index`` takes."""
+        names = ("depth_k", "depth_v", "scale_k", "scale_v")
+        return self._replace(**{n: x[index] for n in names if (x := getattr(self, n)) is not None})
 
     @property
     def depth_query(self) -> Tensor:

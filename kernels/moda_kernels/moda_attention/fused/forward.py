@@ -145,7 +145,7 @@ def launch_options(p: Problem, tile: Tile, tma: bool) -> dict[str, Any]:
 
 def forward(p: Problem, x: Inputs) -> Result:
     """Output and fp32 LSE. Every tensor has a contiguous last dimension."""
-    q, k, v, depth_k, depth_v, q_depth = x
+    q, k, v, depth_k, depth_v, q_depth = x[:6]
     out = torch.empty(q.shape, dtype=p.dtype, device=p.device)
     lse = torch.empty(p.batch, p.n_heads, p.length, dtype=torch.float32, device=p.device)
     padded = triton.next_power_of_2(p.group)

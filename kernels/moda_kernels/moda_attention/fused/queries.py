@@ -142,7 +142,7 @@ def query_gradients(
 
     :param stats: as in :func:`.keys.key_gradients`.
     """
-    q, k, v, depth_k, depth_v, q_depth = x
+    q, k, v, depth_k, depth_v, q_depth = x[:6]
     table = None if depth_k is None else p.table
     padded = triton.next_power_of_2(p.group)
     seq_start, seq_end = row_bounds(p, depth=False)

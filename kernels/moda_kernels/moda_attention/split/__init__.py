@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..problem import Kind, Problem
+from ..quantised import fp8_missing
 from ..steps import rows
 from ..tensors import DepthTarget, Gradients, Inputs, Result
 from . import sequence
@@ -30,6 +31,8 @@ class Split(Backend):
             return "depth_top: only the reference backend picks a token's slots by their logits"
         if kind.device.type != "cuda" and not (kind.device.type == "cpu" and kind.interpreted):
             return f"device {kind.device.type}: split needs a CUDA device"
+        if kind.quantised and (reason := fp8_missing(kind.device)) is not None:
+            return f"depth_k: {reason}"
         if kind.depth_chunk != 1:
             return f"depth_chunk {kind.depth_chunk}: split's depth kernels see a token's own slots only"
         if kind.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -71,7 +74,7 @@ class Split(Backend):
         assert x.depth_k is not None and x.depth_v is not None and depth is not None
         dq_depth = depth_backward(
             grad_out, rows(x.depth_query), x.depth_k, x.depth_v, saved, p.scale, depth,
-            table=p.table, grad_lse=grad_lse, add_to=dq if x.q_depth is None else None,
+            slot_scales=(x.scale_k, x.scale_v), table=p.table, grad_lse=grad_lse, add_to=dq if x.q_depth is None else None,
         )  # fmt: skip
         if x.q_depth is None:
             return Gradients(dq_depth, dk, dv, None)
@@ -83,7 +86,10 @@ class Split(Backend):
 
 def _read_depth(p: Problem, x: Inputs, branch: Result | None) -> Result:
     assert x.depth_k is not None and x.depth_v is not None
-    return depth_forward(rows(x.depth_query), x.depth_k, x.depth_v, p.scale, table=p.table, sequence=branch)
+    scales = x.scale_k, x.scale_v
+    return depth_forward(
+        rows(x.depth_query), x.depth_k, x.depth_v, p.scale, slot_scales=scales, table=p.table, sequence=branch
+    )
 
 
 def _backward_of_lse(

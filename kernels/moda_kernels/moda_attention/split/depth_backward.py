@@ -25,21 +25,33 @@ from torch import Tensor
 from ..steps import padded, rows, slot_numbers, slot_pointers, store_or_add, strides
 from ..tensors import Deferred, DepthGradients, Result
 from ..tiles import Tile
-from .depth_forward import LOG2_E, depth_launch, depth_logits, load_slots, rows_of_program, slot_layout
+from .depth_forward import (
+    LEAST_ROW,
+    LOG2_E,
+    SlotScales,
+    depth_launch,
+    depth_logits,
+    half_rows,
+    largest_scale,
+    load_slots,
+    rows_of_program,
+    scale_layout,
+    slot_layout,
+)
 from .flush import LayerProducts
 
 
 @triton.jit
 def _depth_backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr, T, n_slots, fresh_lo, fresh_hi, scale,
-    k_slot_stride, v_slot_stride, dk_slot_stride, dv_slot_stride, pending_slots, pending_first,
+    k_scale_ptr, v_scale_ptr, table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr, T, n_slots, fresh_lo, fresh_hi, scale,
+    k_slot_stride, v_slot_stride, scale_slot_stride, dk_slot_stride, dv_slot_stride, pending_slots, pending_first,
     q_stride_b, q_stride_t, q_stride_h, out_stride_b, out_stride_t, out_stride_h, do_stride_b, do_stride_t, do_stride_h,
     dq_stride_b, dq_stride_t, dq_stride_h, dlse_stride_b, dlse_stride_h, dlse_stride_t,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr, ALL_FRESH: tl.constexpr, LISTED: tl.constexpr,
-    ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:  # one set of 64-bit offsets instead of four: about 24 registers, and with them a third more warps
         v_slot_stride = k_slot_stride
@@ -70,6 +82,22 @@ def _depth_backward_kernel(
         tl.store(q_keep_ptr + keep, q, mask=md_mask)
         tl.store(do_keep_ptr + keep, do, mask=md_mask)
 
+    scale_slot = tl.cast(scale_slot_stride, tl.int64)
+    if QUANTISED:
+        if q_ptr.dtype.element_ty == tl.float32:
+            q_half, do_half = q, do
+            q_scale = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+            do_scale = q_scale
+        else:
+            q_half, q_scale = half_rows(q)
+            do_half, do_scale = half_rows(do)
+        # |do . V| <= 2 D do_scale 448 v_unit: in these units ds * a_K is at most 2^15, the largest that D <= 128 allows in fp16.
+        v_unit = largest_scale(v_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        k_unit = largest_scale(k_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        ds_unit = tl.maximum(tl.maximum(do_scale * v_unit * 448, tl.abs(delta)), LEAST_ROW) * (scale / 128)
+        do_scale *= scale / ds_unit
+        delta *= scale / ds_unit
+        q_scale *= scale * LOG2_E
     STEP: tl.constexpr = BLOCK_N // HEADS
     step = tl.arange(0, STEP)
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
@@ -87,21 +115,35 @@ def _depth_backward_kernel(
     dk_slot = tl.cast(dk_slot_stride, tl.int64)
     dv_slot = tl.cast(dv_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        position, number, valid, k, v = load_slots(
-            k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
-            D, HEADS, BLOCK_D, LISTED,
+        position, number, valid, k, v, k_scale, v_scale = load_slots(
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED, ASSEMBLY,
         )  # fmt: skip
-        x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
-        p = tl.exp2(x - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None]) * scale
-        p_low = p.to(k.dtype)
-        ds_low = ds.to(k.dtype)
-        dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
+        if QUANTISED:
+            k = k.to(q_half.dtype)
+            x = depth_logits(q_half, k, m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
+            p = tl.exp2(x * q_scale[:, None] - lse[:, None])
+            dp = tl.dot(do_half, tl.trans(v.to(do_half.dtype)), input_precision=PRECISION) * v_scale[None, :]
+            ds = p * (dp * do_scale[:, None] - delta[:, None])  # in units of ds_unit
+            dq = tl.dot((ds * (k_scale * (1 / k_unit))[None, :]).to(k.dtype), k, dq, input_precision=PRECISION)
+        else:
+            x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
+            p = tl.exp2(x - lse[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None]) * scale
+        p_low = p.to(q.dtype)
+        if QUANTISED and not (DEFER and HEADS > 1):
+            ds_low = (ds * ds_unit[:, None]).to(q.dtype)
+        elif not QUANTISED:
+            ds_low = ds.to(q.dtype)
+            dq = tl.dot(ds_low, k, dq, input_precision=PRECISION)
         if DEFER:
             if HEADS > 1:  # a query row has numbers in the columns of its own head only: adding up the others is exact
-                p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
-                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2).to(k.dtype)
+                p_low = tl.sum(tl.reshape(p, [BLOCK_M, STEP, HEADS]), axis=2).to(q.dtype)
+                ds_low = tl.sum(tl.reshape(ds, [BLOCK_M, STEP, HEADS]), axis=2)
+                if QUANTISED:
+                    ds_low *= ds_unit[:, None]
+                ds_low = ds_low.to(q.dtype)
             keep_mask = m_mask[:, None] & (start + step < n_slots)[None, :]
             if LISTED:
                 kept = pending_slot + slot_numbers(table_ptr, start + step, n_slots)[None, :]
@@ -121,29 +163,34 @@ def _depth_backward_kernel(
             dk_at = slot_pointers(dk_ptr, start, dk_slot, dk_offset, number, in_slot, LISTED)
             store_or_add(dk_at, dk, valid, fresh, ALL_FRESH)
 
+    if QUANTISED:
+        dq *= (ds_unit * k_unit)[:, None]
     dq_ptrs = dq_ptr + batch * dq_stride_b + t * dq_stride_t + heads[:, None] * dq_stride_h + d[None, :]
     if ADD_DQ:
         dq += tl.load(dq_ptrs, mask=md_mask, other=0.0).to(tl.float32)
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=md_mask)
 
 
-def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool) -> Tile:
+def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool, quantised: bool = False) -> Tile:
     """The backward tile of a dtype and padded head dim."""
     if dtype == torch.float32 or block_d > 64:
         return Tile(keys=16, stages=2, warps=2)
-    return Tile(keys=16, stages=3, warps=1, registers=96) if deferred else Tile(keys=16, stages=2, warps=1)
+    registers = 128 if quantised else 96
+    return Tile(keys=16, stages=3, warps=1, registers=registers) if deferred else Tile(keys=16, stages=2, warps=1)
 
 
 def depth_backward(
     grad_out: Tensor, q: Tensor, depth_k: Tensor, depth_v: Tensor, merged: Result, scale: float,
-    depth: DepthGradients | Deferred, *, table: Tensor | None = None, grad_lse: Tensor | None = None,
-    add_to: Tensor | None = None, tile: Tile | None = None,
+    depth: DepthGradients | Deferred, *, slot_scales: SlotScales = (None, None), table: Tensor | None = None,
+    grad_lse: Tensor | None = None, add_to: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradients of the depth branch.
 
     :param grad_out: ``[B, T, Hq, D]`` gradient of the merged output. :param q: ``[B, T, Hq, D]`` depth queries.
     :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``. :param merged: merged output and contiguous fp32 LSE.
-    :param depth: buffers like ``depth_k`` that take its gradients, or where they are left for a later flush.
+    :param depth: buffers ``[S, B, T, Hk, D]`` that take the gradients of depth_k and depth_v (in fp8, of what their codes and
+        scales stand for), or where they are left for a later flush.
+    :param slot_scales: fp32 ``[S, B, T, Hk]`` of ``depth_k`` and ``depth_v`` where they are fp8.
     :param table: int32 ``[n]`` numbers of the slots that were read; None for all.
     :param grad_lse: ``[B, Hq, T]`` gradient of the LSE, or None.
     :param add_to: ``[B, T, Hq, D]`` to which the query gradient is added in place; a new tensor is returned if None.
@@ -163,14 +210,16 @@ def depth_backward(
     else:
         dk, dv, fresh = depth
         keep, pending_slots, first_slot = (q, q, q, q), 0, 0
+    scales, scale_slot = scale_layout(slot_scales)
     dl = merged.lse if grad_lse is None else grad_lse
     deferred = isinstance(depth, Deferred)
-    grid, options = depth_launch(q, depth_k.shape[3], tile or backward_tile(q.dtype, padded(q.shape[3]), deferred))
+    tile = tile or backward_tile(q.dtype, padded(q.shape[3]), deferred, scale_slot > 0)
+    grid, options = depth_launch(q, depth_k.shape[3], tile)
     _depth_backward_kernel[grid](
-        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, table, *keep, q.shape[1], n_slots, *fresh, scale,
-        k_slot_stride, v_slot_stride, dk.stride(0), dv.stride(0), pending_slots, first_slot,
+        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, *scales, table, *keep, q.shape[1], n_slots, *fresh, scale,
+        k_slot_stride, v_slot_stride, scale_slot, dk.stride(0), dv.stride(0), pending_slots, first_slot,
         *strides(3, q, out, grad_out, dq, dl), HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=deferred,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= n_slots, LISTED=table is not None,
-        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), **options,
+        QUANTISED=scale_slot > 0, ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), **options,
     )  # fmt: skip
     return dq

@@ -14,11 +14,18 @@ part costs is arithmetic that is idle anyway; products on the vector units were 
 
 Depth tensors are slot-major ``[S, B, T, Hk, D]``: a slot is contiguous, slots may be any distance apart. All of them are read,
 or (``LISTED``) those of an index table, at the cost of as many slots in a row.
+
+Slots in fp8 (``QUANTISED``, :mod:`..fp8`) are codes c and scales a: half the bytes. Scales are applied outside of the products:
+x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot is multiplied by a_V[s] before the product with c_V[s]. The
+products are of fp16 (of fp32 for fp32 queries): two e4m3 become fp16, exactly, in one instruction, but bf16 in three, two of them
+at a quarter of the rate, which would take longer than the bytes. What codes are multiplied by is brought into the range of fp16:
+q by a power of two per row (:func:`half_rows`), probabilities times a_V by the largest a_V of a program (:func:`largest_scale`).
 """
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -33,6 +40,13 @@ from ..tiles import Tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+#: Less than any scale that matters, but what is divided by it is no infinity.
+LEAST_UNIT = tl.constexpr(2.0**-40)
+#: What a row of zeros is taken to have as its largest number.
+LEAST_ROW = tl.constexpr(2.0**-100)
+#: Of keys and of values; None where slots are not in fp8.
+SlotScales = tuple[Tensor | None, Tensor | None]
+
 
 @triton.jit
 def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
@@ -43,11 +57,28 @@ def rows_of_program(T, N_KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def codes_as_half(x, ASSEMBLY: tl.constexpr):
+    """e4m3 as fp16. Plain conversions would be moved behind the reads from shared memory, which are then byte by byte where a
+    product wants the tile transposed (half as many instructions again); assembly that is not called pure stays where it is, in
+    the layout of the load. Triton's interpreter has none."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float16)
+
+
+@triton.jit
 def load_slots(
-    k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
+    k_slot, v_slot, scale_slot,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, and both tiles."""
+    """K and V of the next step: positions among the slots read, slot numbers, which elements exist, both tiles (``QUANTISED``:
+    codes as fp16), and the scales ``[BLOCK_N]`` of both (1 unless ``QUANTISED``)."""
     position = start + n // HEADS
     valid = (position < n_slots)[:, None]
     if BLOCK_D != D:
@@ -59,7 +90,46 @@ def load_slots(
     k = tl.load(k_at, mask=valid, other=0.0, eviction_policy="evict_first")
     v_at = slot_pointers(v_ptr, start, v_slot, v_offset, number, in_slot, LISTED)
     v = tl.load(v_at, mask=valid, other=0.0, eviction_policy="evict_first")
-    return position, number, valid, k, v
+    if QUANTISED:
+        k = codes_as_half(k, ASSEMBLY)
+        v = codes_as_half(v, ASSEMBLY)
+        if LISTED:
+            in_scales = slot_numbers(table_ptr, position, n_slots) * scale_slot
+        else:
+            in_scales = position.to(tl.int64) * scale_slot
+        in_scales += row + n % HEADS
+        k_scale = tl.load(k_scale_ptr + in_scales, mask=position < n_slots, other=0.0)
+        v_scale = tl.load(v_scale_ptr + in_scales, mask=position < n_slots, other=0.0)
+    else:
+        k_scale = 1.0
+        v_scale = 1.0
+    return position, number, valid, k, v, k_scale, v_scale
+
+
+@triton.jit
+def largest_scale(scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS: tl.constexpr, LISTED: tl.constexpr):
+    """The largest scale that a program reads: a pass over few bytes, which are in the cache when they are read again."""
+    n = tl.arange(0, 256)
+    largest = tl.full([256], LEAST_UNIT, dtype=tl.float32)
+    for start in tl.range(0, n_slots, 256 // HEADS):
+        position = start + n // HEADS
+        if LISTED:
+            number = slot_numbers(table_ptr, position, n_slots)
+        else:
+            number = position.to(tl.int64)
+        at = scale_ptr + (number * scale_slot + row + n % HEADS)
+        largest = tl.maximum(largest, tl.load(at, mask=position < n_slots, other=0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def half_rows(x):
+    """``x [M, D]`` in fp16 with its rows' largest in 1 .. 2, and what its rows are to be multiplied by: powers of two, so that
+    only bits below 2^-24 of a row's largest can be lost."""
+    top = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 1), LEAST_ROW)
+    exponent = top.to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (x.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -77,12 +147,13 @@ def depth_logits(
 
 @triton.jit
 def _depth_forward_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
-    T, n_slots, scale_log2, k_slot_stride, v_slot_stride, q_stride_b, q_stride_t, q_stride_h,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
+    T, n_slots, scale_log2, k_slot_stride, v_slot_stride, scale_slot_stride, q_stride_b, q_stride_t, q_stride_h,
     seq_stride_b, seq_stride_t, seq_stride_h, out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
         v_slot_stride = k_slot_stride
@@ -107,6 +178,15 @@ def _depth_forward_kernel(
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
+    scale_slot = tl.cast(scale_slot_stride, tl.int64)
+    if QUANTISED:  # acc is in units of the largest scale of V
+        unit = largest_scale(v_scale_ptr, table_ptr, row, n_slots, scale_slot, HEADS, LISTED)
+        acc *= 1 / unit
+        if q_ptr.dtype.element_ty == tl.float32:
+            q_scale = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        else:
+            q, q_scale = half_rows(q)
+        q_scale *= scale_log2
     STEP: tl.constexpr = BLOCK_N // HEADS
     in_slot = (row + n % HEADS)[:, None] * D + d[None, :]
     slot = (n // HEADS).to(tl.int64)[:, None]
@@ -115,12 +195,17 @@ def _depth_forward_kernel(
     k_slot = tl.cast(k_slot_stride, tl.int64)
     v_slot = tl.cast(v_slot_stride, tl.int64)
     for start in tl.range(0, n_slots, STEP, num_stages=STAGES):
-        position, number, valid, k, v = load_slots(
-            k_ptr, v_ptr, table_ptr, start, n, n_slots, d, slot, in_slot, k_offset, v_offset, k_slot, v_slot,
-            D, HEADS, BLOCK_D, LISTED,
+        position, number, valid, k, v, k_scale, v_scale = load_slots(
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, n, n_slots, d, row, slot, in_slot, k_offset, v_offset,
+            k_slot, v_slot, scale_slot, D, HEADS, BLOCK_D, LISTED, QUANTISED, ASSEMBLY,
         )  # fmt: skip
-        x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
-        new_top = tl.maximum(top, tl.max(x, axis=1))
+        if QUANTISED:  # a row's factor joins the subtraction in the exponent
+            x = depth_logits(q, k.to(q.dtype), m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
+            new_top = tl.maximum(top, tl.max(x, axis=1) * q_scale)
+            x *= q_scale[:, None]
+        else:
+            x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
+            new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
         else:
@@ -128,9 +213,13 @@ def _depth_forward_kernel(
         p = tl.exp2(x - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        if QUANTISED:
+            p *= (v_scale * (1 / unit))[None, :]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
+    if QUANTISED:
+        acc *= unit
     out_offset = batch * out_stride_b + t * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
     tl.store(out_ptr + out_offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=md_mask)
     tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * LN_2, mask=m_mask)
@@ -143,6 +232,16 @@ def slot_layout(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
+def scale_layout(scales: SlotScales) -> tuple[SlotScales, int]:
+    """Scales whose slots are each contiguous and equally far apart, and that distance; 0 where there are none."""
+    k, v = scales
+    if k is None or v is None:
+        return (None, None), 0
+    if not (k[0].is_contiguous() and v[0].is_contiguous() and k.stride() == v.stride()):
+        k, v = k.contiguous(), v.contiguous()
+    return (k, v), k.stride(0)
+
+
 def packed_heads(n_kv_heads: int, group: int) -> int:
     """How many kv heads of a token share a program: a power of two that divides Hk and gives at most 16 query rows."""
     heads = 1
@@ -151,10 +250,12 @@ def packed_heads(n_kv_heads: int, group: int) -> int:
     return heads
 
 
-def forward_tile(dtype: torch.dtype, block_d: int) -> Tile:
-    """The forward tile of a dtype and padded head dim."""
+def forward_tile(dtype: torch.dtype, block_d: int, quantised: bool = False) -> Tile:
+    """The forward tile of a dtype and padded head dim. Slots in fp8 take as many bytes in twice the rows."""
     if dtype == torch.float32:
         return Tile(keys=16, stages=2, warps=2)
+    if quantised:
+        return Tile(keys=32, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=2, warps=2)
     return Tile(keys=16, stages=2, warps=1) if block_d <= 64 else Tile(keys=16, stages=3, warps=1, registers=128)
 
 
@@ -164,18 +265,20 @@ def depth_launch(q: Tensor, n_kv_heads: int, tile: Tile) -> tuple[tuple[int], di
     G = Hq // n_kv_heads
     heads = tile.heads or packed_heads(n_kv_heads, G)
     sizes = dict(N_KV_HEADS=n_kv_heads, G=G, D=D, HEADS=heads, BLOCK_M=padded(heads * G), BLOCK_D=padded(D))
-    options = dict(BLOCK_N=tile.keys, PRECISION="ieee", STAGES=tile.stages, **tile.options)
+    assembly = q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
+    options = dict(BLOCK_N=tile.keys, ASSEMBLY=assembly, PRECISION="ieee", STAGES=tile.stages, **tile.options)
     return (B * T * n_kv_heads // heads,), {**sizes, **options}
 
 
 def depth_forward(
-    q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *,
+    q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *, slot_scales: SlotScales = (None, None),
     table: Tensor | None = None, sequence: Result | None = None, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """Attention over depth slots, merged with a sequence part if one is given.
 
     :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
     :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
+    :param slot_scales: fp32 ``[S, B, T, Hk]`` of ``depth_k`` and ``depth_v`` where they are fp8.
     :param table: int32 ``[n]`` numbers of the slots that are read; None for all.
     :param sequence: the sequence branch's normalised output, overwritten by the merged one if contiguous, and contiguous fp32
         LSE; None for depth-only attention.
@@ -189,10 +292,11 @@ def depth_forward(
     out = sequence.out if sequence is not None and sequence.out.is_contiguous() else q.new_empty(q.shape)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
     so, sl = (out, lse) if sequence is None else sequence
-    grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D)))
+    scales, scale_slot = scale_layout(slot_scales)
+    grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D), scale_slot > 0))
     _depth_forward_kernel[grid](
-        q, depth_k, depth_v, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
-        *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
-        ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
+        q, depth_k, depth_v, *scales, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
+        scale_slot, *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
+        QUANTISED=scale_slot > 0, ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
     )  # fmt: skip
     return Result(out, lse)
