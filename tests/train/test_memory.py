@@ -159,6 +159,14 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, mo
         run_module.train(load_config(write_config(tmp_path)))
 
 
+def test_a_graph_leaves_memory_to_evaluations() -> None:
+    """What it computes in is its own for the whole run."""
+    needed = gib(plan_of("moda_700m.yaml", "train.microbatch_size=1"))
+    for there, pays in ((needed / 0.76, False), (needed / 0.74, True)):
+        assert plan_of("moda_700m.yaml", "train.microbatch_size=1", gib=there).graphs_pay == pays
+    assert not plan_of("moda_700m.yaml", "train.microbatch_size=8", gib=800).graphs_pay, "long enough without"
+
+
 def test_memory_of_the_host_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("asks the host")
