@@ -67,7 +67,7 @@ class HeartbeatCallback(Callback):
     def pre_train(self) -> None:
         # torch has no public name for it. A connection of its own: on one that is shared, a main thread that waits for a key, as
         # NCCL does for the first collective of a group, would keep this rank silent.
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         watch = Watch(store, get_rank(), get_world_size(), self.timeout)
         self._thread = threading.Thread(target=self._run, args=(watch,), name="heartbeat", daemon=True)
         self._thread.start()

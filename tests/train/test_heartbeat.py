@@ -46,7 +46,8 @@ def test_a_rank_is_heard_while_it_waits_for_a_key(monkeypatch: pytest.MonkeyPatc
         with contextlib.suppress(dist.DistError):
             store.get("never")
 
-    waiting, heartbeat, other = threading.Thread(target=wait), HeartbeatCallback(timeout=1), store.clone()
+    waiting, heartbeat = threading.Thread(target=wait), HeartbeatCallback(timeout=1)
+    other = store.clone()  # type: ignore[attr-defined]
     waiting.start()
     time.sleep(0.2)
     heartbeat.pre_train()
