@@ -155,7 +155,7 @@ def _settings(point: Point, folder: Path) -> Plan:
     if not isinstance(train.microbatch_size, int):
         config = make_plan(config, world, this_machine()).config
     microbatch = config.train.microbatch
-    batch = point.batch or microbatch * point.microbatches * world // parallel.tensor
+    batch = point.batch or microbatch * point.microbatches * world // (parallel.tensor * parallel.context)
     tokenizer = load_tokenizer(config.data.tokenizer)  # type: ignore[arg-type]
     vocab = tokenizer.config.vocab_size
     files = point.tokens or [str(folder / "random.npy")]

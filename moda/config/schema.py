@@ -69,7 +69,7 @@ class TrainConfig(Section):
     :param load_other_reads: whether ``load_path`` may have been trained with other slots (``model.depth.read``, ``slot_dtype``).
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
     :param cuda_graph: whether one GPU runs forward and backward of a microbatch as one CUDA graph; null for yes where they are so
-        short that launching their kernels would hold it up.
+        short that launching their kernels would hold it up, and leave a quarter of the memory free.
     """
 
     key: ClassVar[str] = "train"

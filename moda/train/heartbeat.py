@@ -65,9 +65,9 @@ class HeartbeatCallback(Callback):
     _thread: threading.Thread | None = None
 
     def pre_train(self) -> None:
-        store = (
-            dist.distributed_c10d._get_default_store()
-        )  # the launcher's, which outlives ranks; torch has no public name for it
+        # torch has no public name for it. A connection of its own: on one that is shared, a main thread that waits for a key, as
+        # NCCL does for the first collective of a group, would keep this rank silent.
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         watch = Watch(store, get_rank(), get_world_size(), self.timeout)
         self._thread = threading.Thread(target=self._run, args=(watch,), name="heartbeat", daemon=True)
         self._thread.start()
@@ -75,17 +75,25 @@ class HeartbeatCallback(Callback):
     def _run(self, watch: Watch) -> None:
         try:
             while not self._stop.wait(min(10.0, self.timeout / 4)):
-                watch.beat()
-                if ranks := watch.hanging():
-                    log.error(
-                        "no sign of life for %g s from rank %s: this job ends; the same command resumes it",
-                        self.timeout, ", ".join(ranks),
-                    )  # fmt: skip
-                    sys.stdout.flush()
-                    os._exit(1)
+                # Where rank 0 keeps the store, nothing answers while it is frozen, and a question waits for ever.
+                unanswered = threading.Timer(self.timeout, self._end_job, ["the ranks' store, which rank 0 may keep"])
+                unanswered.daemon = True
+                unanswered.start()
+                try:
+                    watch.beat()
+                    ranks = watch.hanging()
+                finally:
+                    unanswered.cancel()
+                if ranks:
+                    self._end_job(f"rank {', '.join(ranks)}")
             watch.beat(done=True)
         except dist.DistError as e:  # the store went with its host, and the launcher ends this job
             log.warning("ranks are no longer watched: %s", str(e).splitlines()[0])
+
+    def _end_job(self, silent: str) -> None:
+        log.error("no sign of life for %g s from %s: this job ends; the same command resumes it", self.timeout, silent)
+        sys.stdout.flush()
+        os._exit(1)
 
     def _end(self) -> None:
         self._stop.set()

@@ -309,14 +309,15 @@ def out_of_memory(plan: Plan, error: BaseException) -> UserError | None:
     for _ in range(20):
         if cause is None:
             return None
-        said = str(cause)
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said:
+        said = str(cause)  # those of the driver and of NCCL have no type of their own
+        words = ("out of memory", "can't allocate memory")
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or any(word in said for word in words):
             break
         cause = cause.__cause__ or cause.__context__
     else:
         return None
-    words = said.split("Tried to allocate ")[-1].split(". ")[0] if "Tried to allocate " in said else ""
-    asked = f"{words} more were asked for; " if words else ""
+    size = said.split("Tried to allocate ")[-1].split(". ")[0] if "Tried to allocate " in said else ""
+    asked = f"{size} more were asked for; " if size else ""
     estimate = sum(estimate_memory(plan).values()) / 2**30
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     return UserError(

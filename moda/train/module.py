@@ -81,8 +81,8 @@ def _hand_over(own: torch.Tensor, copy: torch.Tensor) -> None:
 class OneProcessTrainModule(TransformerTrainModule):
     """OLMo-core's train module without a process group.
 
-    What it computes is what FSDP2 computes on one rank, bit for bit. Small models wait for the host there: for wrappers, and for
-    one launch after another.
+    What it computes is what FSDP2 computes on one rank, bit for bit (but for the order in which autograd adds the gradients of
+    what several later layers read). Small models wait for the host there: for wrappers, and for one launch after another.
 
     :param half: dtype of the model's arithmetic; None for that of its parameters.
     :param cuda_graph: run forward and backward of a microbatch as one CUDA graph, once :data:`WARMUP` have run without. None: if
@@ -97,6 +97,7 @@ class OneProcessTrainModule(TransformerTrainModule):
         self._halves: HalfCopies | None = None  # made from weights that are there
         self._graphing, self._must_capture = cuda_graph is not False, cuda_graph is True
         self._warmed = 0
+        self._trained: list[torch.Tensor] = []  # get gradients; the optimizer leaves other parameters alone
         self._copies: torch.cuda.Stream | None = None
         self._stream = torch.cuda.Stream(self.device) if self._graphing else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -168,6 +169,9 @@ class OneProcessTrainModule(TransformerTrainModule):
             with torch.cuda.stream(self._stream):
                 outputs = self._forward_and_backward(inputs, kwargs)
             torch.cuda.current_stream().wait_stream(self._stream)
+            assert self.optim is not None
+            own = [p for group in self.optim.param_groups for p in group["params"]]
+            self._trained = [p for p in own if p.grad is not None]
         else:
             if self._graph is None and not self._capture(inputs, kwargs):
                 return super().model_forward(input_ids, labels=labels, loss_div_factor=div, **kwargs)
@@ -191,8 +195,7 @@ class OneProcessTrainModule(TransformerTrainModule):
 
     def _capture(self, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> bool:
         """Capture a microbatch like this one; whether it could be."""
-        assert self.optim is not None
-        for p in self.optim.state:  # the parameters that have had a gradient: the optimizer leaves the others alone
+        for p in self._trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         static = tuple(torch.empty_like(x, device=self.device) for x in inputs)

@@ -24,6 +24,8 @@ __all__ = ["Plan", "make_plan"]
 
 #: FLOPs of a microbatch below which CUDA graphs pay: about a quarter of a second on an H100.
 _SHORT = 1e14
+#: Share of a device's memory above which they do not: a graph holds its activations while an evaluation needs memory too.
+_AMPLE = 0.75
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class Plan:
 
     @property
     def graphs_pay(self) -> bool:
-        """Whether a microbatch is too short for the host to launch its kernels in time (and can be captured)."""
+        """Whether a microbatch is too short for the host to launch its kernels in time (and can be captured, and held)."""
         c = self.config
         flops = self.flops_per_token * c.train.sequence_length * c.train.microbatch
-        return flops < _SHORT and not self.cannot_capture
+        ample = sum(estimate_memory(self).values()) <= _AMPLE * self.device.memory
+        return flops < _SHORT and ample and not self.cannot_capture
 
     @property
     def cannot_capture(self) -> str | None:

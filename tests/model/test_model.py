@@ -178,6 +178,11 @@ def test_auto_is_flash_attention_4_or_olmo_cores_own(monkeypatch: pytest.MonkeyP
     assert torch.equal(backends[0](qkv), own(qkv))
 
 
+def test_head_dims_that_the_operator_does_not_take_stay_olmo_cores() -> None:
+    assert sequence_kernel(torch.device("cpu"), torch.bfloat16, 6) is None
+    assert sequence_kernel(torch.device("cpu"), torch.bfloat16, 288) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_plain_model_with_flash_attention_4() -> None:

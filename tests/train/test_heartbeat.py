@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from moda.train.heartbeat import Watch
+from moda.train.heartbeat import HeartbeatCallback, Watch
 from tests.tiny import FORK, _train, write_config
 
 
@@ -35,8 +38,28 @@ def test_a_silent_rank_is_named_and_one_that_has_ended_is_not() -> None:
     assert first.hanging() == [f"1 on {socket.gethostname()}"], "not the one that is done"
 
 
+def test_a_rank_is_heard_while_it_waits_for_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("localhost", 0, 1, True, timeout=timedelta(seconds=3))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def wait() -> None:
+        with contextlib.suppress(dist.DistError):
+            store.get("never")
+
+    waiting, heartbeat = threading.Thread(target=wait), HeartbeatCallback(timeout=1)
+    other = store.clone()  # type: ignore[attr-defined]
+    waiting.start()
+    time.sleep(0.2)
+    heartbeat.pre_train()
+    time.sleep(1)
+    assert waiting.is_alive() and other.check(["moda/beat/0"])
+    heartbeat.post_train()
+    waiting.join()
+
+
 @pytest.mark.slow
-def test_a_frozen_rank_ends_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", [1, 0], ids=["another", "the store's"])
+def test_a_frozen_rank_ends_the_job(frozen: int, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, train={"max_steps": 100_000}, parallel={"hang_timeout": 2}, checkpoint={"interval": 10**6}
     )
@@ -55,12 +78,13 @@ def test_a_frozen_rank_ends_the_job(tmp_path: Path) -> None:
         while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
             assert time.monotonic() < deadline and ranks[0].is_alive(), Path(printed[1]).read_text()
             time.sleep(0.2)
-        pid = ranks[1].pid
+        pid = ranks[frozen].pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        ranks[0].join(30)
-        assert ranks[0].exitcode == 1
-        assert f"no sign of life for 2 s from rank 1 on {socket.gethostname()}" in Path(printed[0]).read_text()
+        ranks[1 - frozen].join(30)
+        assert ranks[1 - frozen].exitcode == 1
+        named = f"rank 1 on {socket.gethostname()}" if frozen else "the ranks' store, which rank 0 may keep"
+        assert f"no sign of life for 2 s from {named}" in Path(printed[0]).read_text()
         assert json.loads(metrics.read_text().splitlines()[-1])["step"] > 1
     finally:
         for p in ranks:

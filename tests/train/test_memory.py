@@ -159,6 +159,14 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, mo
         run_module.train(load_config(write_config(tmp_path)))
 
 
+def test_a_graph_leaves_memory_to_evaluations() -> None:
+    """What it computes in is its own for the whole run."""
+    needed = gib(plan_of("moda_700m.yaml", "train.microbatch_size=1"))
+    for there, pays in ((needed / 0.76, False), (needed / 0.74, True)):
+        assert plan_of("moda_700m.yaml", "train.microbatch_size=1", gib=there).graphs_pay == pays
+    assert not plan_of("moda_700m.yaml", "train.microbatch_size=8", gib=800).graphs_pay, "long enough without"
+
+
 def test_memory_of_the_host_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("asks the host")
@@ -167,7 +175,7 @@ def test_memory_of_the_host_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.this_machine().memory == one.memory / 8 and "8 processes" in memory.this_machine().name
 
 
-@pytest.mark.parametrize("kind", ["gpu", "wrapped", "host"])
+@pytest.mark.parametrize("kind", ["gpu", "wrapped", "host", "driver"])
 def test_out_of_memory_is_one_message(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     import moda_cli
 
@@ -177,6 +185,8 @@ def test_out_of_memory_is_one_message(kind: str, tmp_path: Path, monkeypatch: py
         )
         if kind == "host":
             error = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: ...")
+        if kind == "driver":
+            error = RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` ...")
         if kind == "wrapped":
             raise RuntimeError("while compiling") from error
         raise error
@@ -198,7 +208,7 @@ def test_out_of_memory_is_one_message(kind: str, tmp_path: Path, monkeypatch: py
         and err.startswith("error: train.microbatch_size: expected a run that fits the ")
     )
     assert "out of memory on rank 3" in err and "the estimate was" in err and "activation_checkpointing=full" in err
-    assert ("12.25 GiB more were asked for" in err) == (kind != "host")
+    assert ("12.25 GiB more were asked for" in err) == (kind in ("gpu", "wrapped"))
 
 
 def test_other_errors_are_not_about_memory() -> None:

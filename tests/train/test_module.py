@@ -29,7 +29,7 @@ VOCAB, LENGTH, CPU = 61, 16, torch.device("cpu")
 def _train(
     module: TransformerTrainModule, steps: int = 3, batch: int = 4, device: torch.device = CPU
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Losses and gradient norms of some steps of microbatches of two, and the weights after them."""
+    """Losses and gradient norms of some steps of microbatches of two after a dry one, as in a run, and the weights after them."""
     seen: list[dict[str, float]] = []
 
     def record(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +41,9 @@ def _train(
     module._trainer = cast(Any, SimpleNamespace(record_metric=record, record_ce_loss=record_loss))
     module.model.init_weights(max_seq_len=LENGTH, device=device, world_mesh=module.world_mesh)
     generator = torch.Generator().manual_seed(1)
+    seen.append({})
+    module.train_batch({"input_ids": torch.zeros(batch, LENGTH, dtype=torch.int64)}, dry_run=True)
+    seen.clear()
     for _ in range(steps):
         seen.append({})
         module.zero_grads()
@@ -93,7 +96,7 @@ def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("depth", [None, "moda"])
 def test_a_graph_adds_up_microbatches(depth: str | None) -> None:
-    """Steps of three microbatches, of which the first step's warm up: every later one is replayed."""
+    """Steps of three microbatches, of which the dry one's warm up: every later one is replayed."""
     section: dict[str, Any] = dict(
         d_model=64, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=96, vocab_size=VOCAB, tie_embeddings=True,
         depth=depth and {"mechanism": depth}, attention_backend="reference",

@@ -40,6 +40,9 @@ def _row(
     label = tl.load(labels + row)
     kept = label != ignore_index
     offsets = tl.arange(0, BLOCK)
+    known = (label >= 0) & (label < vocab)
+    # Before the reductions, at which warps wait for each other: afterwards another warp's gradient may be in its place.
+    own = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
 
     high = -float("inf")
     total = 0.0
@@ -49,9 +52,7 @@ def _row(
         total = total * tl.exp(high - higher) + tl.sum(tl.exp(x - higher))
         high = higher
     lse = high + tl.log(total)
-    known = (label >= 0) & (label < vocab)
-    ce = lse - tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(ce_out + row, tl.where(kept, ce, 0.0))
+    tl.store(ce_out + row, tl.where(kept, lse - own, 0.0))
     tl.store(z_out + row, tl.where(kept, z_loss * lse * lse, 0.0))
 
     if GRADIENT:

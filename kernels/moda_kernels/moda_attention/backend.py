@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .problem import Kind, Problem, make_problem
+from .problem import MAX_HEAD_DIM, MIN_HEAD_DIM, Kind, Problem, make_problem
 from .tensors import DepthTarget, Gradients, Inputs, Pending, Result
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def get_backend(name: str, kind: Kind) -> Backend:
 
 def sequence_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Name of the flash attention that ``split`` runs on a device for plain causal sequences, or None where it has none."""
-    if not _has_triton():
+    if not (_has_triton() and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
         return None
     q = torch.empty(1, 2, 1, head_dim, dtype=dtype, device=device)
     kernel, _ = importlib.import_module(".split.sequence", __package__).select(make_problem(Inputs(q, q, q)).kind)
