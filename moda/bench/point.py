@@ -149,7 +149,7 @@ def _settings(point: Point, folder: Path) -> Plan:
     config = load_config(point.config, point.overrides)
     world, parallel = launched_world_size(), config.parallel
     if point.replicas > 1:
-        shared: Any = {"data": "hsdp", "shard_degree": world // point.replicas}
+        shared: Any = {"data": "hsdp", "shard_degree": world // (point.replicas * parallel.tensor)}
         config = load_config(point.config, [*point.overrides, *(f"parallel.{k}={v}" for k, v in shared.items())])
     train = config.train
     if not isinstance(train.microbatch_size, int):

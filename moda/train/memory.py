@@ -13,7 +13,9 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,8 +76,16 @@ def a_gpu(gib: float) -> Device:
     return Device(gib * 2**30, True, "an assumed GPU")
 
 
+#: Where Linux tells the limit of a container's memory, in its second and first form.
+_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 #: What is planned for on a machine without a GPU.
 ASSUMED = a_gpu(80)
+
+
+def _container_limits(files: Iterable[str] = _LIMITS) -> list[float]:
+    """Bytes that a container may use, infinity where it has no limit."""
+    texts = [path.read_text().strip() for path in map(Path, files) if path.is_file()]
+    return [math.inf, *(float(text) for text in texts if text.isdigit())]
 
 
 def this_machine() -> Device:
@@ -84,7 +94,7 @@ def this_machine() -> Device:
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return Device(torch.cuda.get_device_properties(index).total_memory, True, torch.cuda.get_device_name(index))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits())
     name = "this host" if processes == 1 else f"this host for each of its {processes} processes"
     return Device(host / processes, False, name)
 

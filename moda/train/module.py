@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from olmo_core.nn.rope import RotaryEmbeddingBase
 from olmo_core.nn.transformer import Transformer
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import move_to_device
@@ -103,6 +104,7 @@ class OneProcessTrainModule(TransformerTrainModule):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._outputs: tuple[torch.Tensor | None, ...] = ()
+        self._held: list[tuple[torch.Tensor, ...]] = []
 
     def _refresh(self) -> None:
         if self._half is not None and self._halves is None:
@@ -212,5 +214,7 @@ class OneProcessTrainModule(TransformerTrainModule):
                 self._halves.drop_gradients()
             return False
         self._graph, self._inputs, self._outputs = graph, static, outputs
+        # The graph reads these by address, and something longer may have others put in their place.
+        self._held = [tuple(m._cache.values()) for m in self.model.modules() if isinstance(m, RotaryEmbeddingBase)]
         log.info("captured a microbatch as a CUDA graph")
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,13 @@ def test_memory_of_the_host_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     one = memory.this_machine()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert memory.this_machine().memory == one.memory / 8 and "8 processes" in memory.this_machine().name
+
+
+def test_a_container_has_less_than_its_host(tmp_path: Path) -> None:
+    for name, text in (("free", "max\n"), ("bounded", "1073741824\n")):
+        (tmp_path / name).write_text(text)
+    files = [str(tmp_path / name) for name in ("free", "bounded", "none")]
+    assert memory._container_limits(files) == [math.inf, 2**30]
 
 
 @pytest.mark.parametrize("kind", ["gpu", "wrapped", "host", "driver"])
