@@ -8,7 +8,8 @@ The final norm receives r. The first sublayer has nothing to pick from. The bloc
 of the outputs of finished blocks of layers; a block counts as finished after the next one's first attention. This is the authors'
 code (its modes delta and delta_block) but for two things. Their block's sum is the stream less the previous block's sum, which
 from the second finished block on is not the block's own; their documentation speaks of the block's own, as here. They draw w like
-any linear; here it begins at zero, which is the mean, as in attention residuals. Sources are read as there.
+any linear; here it begins at zero, which is the mean, as in attention residuals. Sources are read and weight decay spares w as
+there.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class DeltaResiduals(DepthMechanism):
 
     name = "delta_residuals"
     source = "arXiv 2605.18855"
+    no_weight_decay = ("depth.readers.*",)
 
     blocks: Count | None = None
 

@@ -1,4 +1,4 @@
-"""One process without FSDP trains exactly as FSDP2 does on one rank."""
+"""One process without FSDP trains as FSDP2 does on one rank: to the bit, where gradients are added in the same order."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def _train(
         module.train_batch({"input_ids": torch.randint(0, VOCAB, (batch, LENGTH), generator=generator)})
         module.optim_step()
     logits = module.eval_batch({"input_ids": torch.arange(LENGTH, device=device)[None]})
-    assert isinstance(logits, torch.Tensor) and logits.dtype == torch.bfloat16
+    assert isinstance(logits, torch.Tensor)
     state = module.state_dict_to_save()
     figures = {"logits": logits, **state["model"], **state["optim"]}
     return seen, {name: get_local_tensor(x) for name, x in figures.items() if isinstance(x, torch.Tensor)}
 
 
-# What these keep has several readers, whose gradients autograd adds in another order under FSDP.
+# What these keep has several readers, whose gradients autograd adds in another order under FSDP: they are compared in fp32.
 SUMS = ("denseformer", "mudd", "attention_residuals", "delta_residuals")
-MECHANISMS = [(name, True) for name in DepthMechanism.known if name not in SUMS]
+MECHANISMS = [(name, True) for name in DepthMechanism.known]
 
 
 @pytest.mark.parametrize(("depth", "tied"), [(None, True), (None, False), *MECHANISMS])
-def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_as_fsdp_does(depth: str | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section: dict[str, Any] = dict(
         d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=24, vocab_size=VOCAB, tie_embeddings=tied,
         depth=depth and {"mechanism": depth},
@@ -72,20 +72,26 @@ def test_same_bits_as_fsdp(depth: str | None, tied: bool, tmp_path: Path, monkey
         rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
         z_loss_multiplier=1e-3,
     )  # fmt: skip
-    own = OneProcessTrainModule(config.build(init_device="meta"), half=torch.bfloat16, device=CPU, **options)
+    dtype = DType.float32 if depth in SUMS else DType.bfloat16
+    own = OneProcessTrainModule(config.build(init_device="meta"), half=dtype.as_pt(), device=CPU, **options)
     found = _train(own)
+    assert found[1]["logits"].dtype == dtype.as_pt()
     assert all(p.dtype == torch.float32 and p.grad is not None for p in own.model.parameters())
 
     monkeypatch.setattr(olmo_core.distributed.parallel, "_WORLD_MESH", None)  # it builds one per process
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         sharded = TransformerDataParallelConfig(
-            name=DataParallelType.fsdp, param_dtype=DType.bfloat16, reduce_dtype=DType.float32
+            name=DataParallelType.fsdp, param_dtype=dtype, reduce_dtype=DType.float32
         )
         build = TransformerTrainModuleConfig(dp_config=sharded, **options).build
         expected = _train(cast(TransformerTrainModule, build(config.build(init_device="meta"), device=CPU)))
     finally:
         dist.destroy_process_group()
+    if depth in SUMS:
+        for ours, theirs in zip(found[0], expected[0]):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        return
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
