@@ -299,7 +299,11 @@ def _less(plan: Plan) -> str:
         ways.append("parallel.activation_checkpointing=full")
     if parallel.data != DataParallel.fsdp:
         ways.append("parallel.data=fsdp")
-    return ", ".join([*ways, "more GPUs" if plan.device.gpu else "fewer processes per host"])
+    if plan.device.gpu:
+        ways.append("more GPUs")
+    elif plan.world_size > 1:
+        ways.append("fewer processes per host")
+    return ", ".join(ways or ["a smaller model"])
 
 
 def check_memory(plan: Plan) -> None:
