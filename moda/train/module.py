@@ -200,7 +200,7 @@ class OneProcessTrainModule(TransformerTrainModule):
         for p in self._trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        static = tuple(torch.empty_like(x, device=self.device) for x in inputs)
+        static = tuple(x.to(self.device, copy=True) for x in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +19,8 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.optim import AdamWConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
 from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moda.config.model import ModelConfig
 from moda.depth import DepthMechanism
@@ -96,6 +101,63 @@ def test_trains_as_fsdp_does(depth: str | None, tied: bool, tmp_path: Path, monk
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=0, msg=name)
+
+
+class _Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: operations are noted with their tensors, and done again on these very tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for to, new in zip(tree_leaves(out), tree_leaves(again)):
+                    if isinstance(to, torch.Tensor) and to.data_ptr() != new.data_ptr():
+                        to.copy_(new)
+
+
+@contextlib.contextmanager
+def _capturing(tape: _Tape, module: OneProcessTrainModule, **options: Any) -> Iterator[None]:
+    """Nothing is done while a graph is captured: undo it."""
+    before = {p: p.grad.clone() for p in module._trained if p.grad is not None}
+    assert len(before) == len(module._trained)
+    with tape:
+        yield
+    for p, grad in before.items():
+        assert p.grad is not None
+        p.grad.copy_(grad)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6, 10], ids=lambda n: f"{n // 2} microbatches")
+def test_what_a_graph_replays_is_a_step(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    section: dict[str, Any] = dict(
+        d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_hidden_size=24, vocab_size=VOCAB, tie_embeddings=True
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.cuda.Stream(CPU))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Tape)
+    runs = []
+    for graph in (False, True):
+        module = OneProcessTrainModule(
+            transformer_config(from_dict(ModelConfig, section, "model")).build(init_device="meta"),
+            half=torch.bfloat16, cuda_graph=graph, device=CPU, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
+            max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
+        )  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "graph", functools.partial(_capturing, module=module))
+        runs.append(_train(module, steps=6, batch=batch))
+        assert (module._graph is not None) == graph
+    assert runs[1][0] == runs[0][0]
+    for name, value in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], value, rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.gpu
