@@ -94,8 +94,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
 
 
-#: Starts processes that have imported everything already, which takes most of the time of a run this small.
-FORK = multiprocessing.get_context("forkserver")
+#: Starts processes that have imported everything already, which takes most of the time of a run this small. A fork of a process
+#: that has looked for GPUs cannot use them.
+FORK: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
 
 
