@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,16 @@ def test_the_stream_lives_as_long_as_its_graph() -> None:
         with_stream(torch.randn(B, T, HQ * D, dtype=torch.float64), make_weights(3), layout(3))
     gc.collect()
     assert len(_STREAMS) == before
+
+
+def test_a_loss_that_is_kept_keeps_no_buffers() -> None:
+    y = with_stream(torch.randn(B, T, HQ * D, dtype=torch.float64), make_weights(3), layout(3)).sum()
+    stream = max(_STREAMS.items())[1]
+    assert stream.k is not None
+    kept = [weakref.ref(x.untyped_storage()) for x in (stream.k, stream.v)]
+    y.backward()
+    gc.collect()
+    assert y.grad_fn is not None and stream.grad_k is None and not any(storage() for storage in kept)
 
 
 def test_writing_what_no_layer_reads_is_refused() -> None:

@@ -20,9 +20,7 @@ from moda_kernels.yardstick import report, verdicts
 N, D, VOCAB, ROWS, Z = 41, 24, 50, 64, 1e-2
 
 
-def inputs(
-    dtype: torch.dtype, rows: int = ROWS, device: str = "cpu", seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(dtype: torch.dtype, rows: int = ROWS, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(n, D, generator=g).to(device, dtype) for n in (N, rows))
     labels = torch.randint(0, VOCAB, (N,), generator=g).to(device)

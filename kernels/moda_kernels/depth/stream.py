@@ -26,7 +26,8 @@ A backend that can leaves its depth gradients to be added later (:mod:`.deferral
 before a slot is taken that any of them read (a window of ``WINDOW`` slots).
 
 The stream lives as long as its autograd graph: the node made by :meth:`DepthStream.start` holds the only strong reference
-besides the caller's.
+besides the caller's. That node comes last in a backward pass, and lets go of the buffers: a loss that is kept, as trainers keep
+the last microbatch's during the next forward pass, keeps its graph and the stream, but no memory.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _HANDLES = itertools.count(1)
 
 
 class _KeepAlive(torch.autograd.Function):
-    """Gives the first ``order`` and keeps the stream alive until the last node of the graph is gone."""
+    """Gives the first ``order``, keeps the stream alive until the last node of the graph is gone, and ends its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, stream: DepthStream) -> Tensor:
@@ -67,6 +68,7 @@ class _KeepAlive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.stream.release()
         return None, None
 
 
@@ -240,6 +242,11 @@ class DepthStream:
             return torch.zeros_like(self.k[row], dtype=self._dtype), torch.zeros_like(self.k[row], dtype=self._dtype)
         self._has_gradient.remove(row)
         return self.grad_k[row], self.grad_v[row]
+
+    def release(self) -> None:
+        """Let go of all buffers, once the backward pass has used them."""
+        self.k = self.v = self.scale_k = self.scale_v = self.grad_k = self.grad_v = self._deferral = None
+        self._held.clear()
 
 
 def stream_of(row: Tensor) -> tuple[DepthStream, int]:
