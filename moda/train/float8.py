@@ -8,9 +8,9 @@ bf16 copy of an fp32 weight. Embedding, head, norms, attention and what a depth 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ def check_float8(config: RunConfig) -> None:
         return
     tokens = config.train.microbatch * config.train.sequence_length // parallel.context
     expected = hint = None
-    if importlib.util.find_spec("torchao") is None:
+    if find_spec("torchao") is None:
         expected, hint = "null without torchao", "pip install -e '.[float8]'"
     elif torch.cuda.is_available() and (
         hint := fp8_missing(torch.device("cuda", torch.cuda.current_device()))
