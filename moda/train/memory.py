@@ -140,8 +140,8 @@ def _block(
     Every matrix product keeps its input, every norm its own, attention q, k, v, its output and its log-sum-exp, and the FFN both
     projections and their product. OLMo-core's attention repeats keys and values for all query heads; with a depth mechanism q, k
     and v are one product, of one joint matrix. Without a compiler a norm keeps two fp32 tensors, and the FFN its gate twice. With
-    one, products in float8 keep the FFN's input and the joint matrix in one byte, and not the product of the two projections, which
-    is made and rounded again.
+    one, products in float8 keep the FFN's input and the joint matrix in one byte, and not the product of its two projections,
+    which is made and rounded again.
     """
     model = t.model
     assert model.head_dim is not None and model.n_kv_heads is not None

@@ -1,4 +1,4 @@
-"""Products in float8: against the same rounding in fp64, under a compiler and checkpointing, and checkpoints that both kinds read."""
+"""Products in float8: against the same rounding in fp64, compiled, recomputed, and checkpoints that runs without it read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ gpu = pytest.mark.skipif(
 
 
 def model_of(depth: str | None = None, **changes: Any) -> Any:
-    return transformer_config(ModelConfig(**{**SIZES, "n_layers": 3, "depth": depth and {"mechanism": depth}, **changes}))
+    section = {**SIZES, "n_layers": 3, "depth": depth and {"mechanism": depth}, **changes}
+    return transformer_config(ModelConfig(**section))
 
 
 CASES: list[tuple[list[str], int, str]] = [
@@ -115,7 +116,9 @@ def test_a_joint_product_is_that_of_rounded_operands(recipe: Float8, device: str
     out = torch.cat(joint_linear(x.view(3, 16, 64), *held), -1).view(48, 128)
     out.backward(g)
     w, b = (torch.cat([getattr(m, name).detach() for m in held]) for name in ("weight", "bias"))
-    grads = {short: torch.cat([getattr(m, name).grad for m in held]) for short, name in (("w", "weight"), ("b", "bias"))}
+    grads = {
+        short: torch.cat([getattr(m, name).grad for m in held]) for short, name in (("w", "weight"), ("b", "bias"))
+    }
     operands = {"x": x.detach(), "w": w, "b": b, "g": g}
     plain, truth = (product(operands, recipe, dtype) for dtype in (torch.bfloat16, torch.float64))
     judged = verdicts({"out": out, "x": x.grad, **grads}, plain, truth)
@@ -166,13 +169,14 @@ def test_recomputed_blocks_give_the_same_bits(mode: Mode) -> None:
 
 @torchao
 def test_sizes_that_stay_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Queries of 32 columns are in float8, the keys and values of 8 beside them are not; nor is what MUDD keeps between blocks."""
+    """Queries of 32 columns are in float8, the keys and values of 8 beside them are not, nor what MUDD has between blocks."""
     model = model_of("mudd", n_heads=4, ffn_hidden_size=40).build()
     apply_float8(model, Float8.tensorwise)
     said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == float8.__name__]
     assert said == [
-        "train.float8: not multiples of 16, and so without float8: blocks.*.attention.w_k (8 x 32), blocks.*.attention.w_v (8 x 32), "
-        "blocks.*.feed_forward.w1 (40 x 32), blocks.*.feed_forward.w2 (32 x 40), blocks.*.feed_forward.w3 (40 x 32)"
+        "train.float8: not multiples of 16, and so without float8: blocks.*.attention.w_k (8 x 32), "
+        "blocks.*.attention.w_v (8 x 32), blocks.*.feed_forward.w1 (40 x 32), "
+        "blocks.*.feed_forward.w2 (32 x 40), blocks.*.feed_forward.w3 (40 x 32)"
     ]
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {name for name, kind in kinds.items() if kind == "Float8Linear"} == {
