@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["Auto", "Backend", "Checkpointing", "DataParallel", "Optimizer", "QKNorm"]
+__all__ = ["Auto", "Backend", "Checkpointing", "DataParallel", "Float8", "Optimizer", "QKNorm"]
 
 
 class Auto(str, Enum):
@@ -33,6 +33,11 @@ class DataParallel(str, Enum):
     fsdp = "fsdp"
     hsdp = "hsdp"
     ddp = "ddp"
+
+
+class Float8(str, Enum):
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
 
 
 class Checkpointing(str, Enum):

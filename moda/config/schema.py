@@ -13,7 +13,7 @@ from moda.errors import UserError
 from moda.ranges import NotNegative, Positive, Range, Seed, Share, Steps, Tokens
 from moda.typed import Section
 
-from .choices import Auto, Checkpointing, DataParallel, Optimizer
+from .choices import Auto, Checkpointing, DataParallel, Float8, Optimizer
 from .data import DataConfig, MixtureSection, MixtureSource, TokenizerSection, Verify
 from .model import ModelConfig
 from .names import folder_name
@@ -70,6 +70,8 @@ class TrainConfig(Section):
     :param compile: whether blocks are compiled; null for yes on a GPU and no on a CPU.
     :param cuda_graph: whether one GPU runs forward and backward of a microbatch as one CUDA graph; null for yes where they are so
         short that launching their kernels would hold it up, and leave a quarter of the memory free.
+    :param float8: matrix products of the blocks' linears in float8, with a scale for each tensor (``tensorwise``) or for each row
+        and column (``rowwise``); null for bf16. Needs the extra ``float8``, and a GPU of compute capability 8.9 or higher.
     """
 
     key: ClassVar[str] = "train"
@@ -85,6 +87,7 @@ class TrainConfig(Section):
     load_other_reads: bool = False
     compile: bool | None = None
     cuda_graph: bool | None = None
+    float8: Float8 | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ from moda.typed import to_dict
 
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
 from .composition import CompositionCallback
+from .float8 import apply_float8
 from .heartbeat import HeartbeatCallback
 from .layers import LayersCallback
 from .module import OneProcessTrainModule
@@ -118,6 +119,8 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
+    if c.train.float8 is not None:
+        apply_float8(model, c.train.float8)
     schedule = CosWithWarmup if c.train.max_tokens is None else CosineOverTokens
     options: dict[str, Any] = dict(
         rank_microbatch_size=c.train.microbatch * c.train.sequence_length,

@@ -132,29 +132,34 @@ def _states(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
     return out
 
 
-def _block(t: ModelTransformerConfig, tokens: float, size: int, compiled: bool) -> dict[str, float]:
+def _block(
+    t: ModelTransformerConfig, tokens: float, size: int, compiled: bool, float8: bool = False
+) -> dict[str, float]:
     """Bytes that one block keeps for its backward pass.
 
     Every matrix product keeps its input, every norm its own, attention q, k, v, its output and its log-sum-exp, and the FFN both
     projections and their product. OLMo-core's attention repeats keys and values for all query heads; with a depth mechanism q, k
-    and v are one product, of one joint matrix. Without a compiler a norm keeps two fp32 tensors, and the FFN its gate twice.
+    and v are one product, of one joint matrix. Without a compiler a norm keeps two fp32 tensors, and the FFN its gate twice. With
+    one, products in float8 keep the FFN's input and the joint matrix in one byte, and not the product of its two projections,
+    which is made and rounded again.
     """
     model = t.model
     assert model.head_dim is not None and model.n_kv_heads is not None
     d, q, kv, f = t.d_model, t.query_width, model.n_kv_heads * model.head_dim, model.ffn_hidden_size
     normed = 0 if model.qk_norm == QKNorm.none else q + kv
-    fixed = 0.0
+    fixed, rounded = 0.0, compiled and float8
     if model.depth is not None:
         attention = (q + 2 * kv) + q + kv + q
-        fixed = float(size * d * (q + 2 * kv))
+        fixed = float((1 if rounded else size) * d * (q + 2 * kv))
     else:
         attention = normed + q + (2 * kv if kv == q else 2 * q) + q
     norms = 2 * d * len(model.norm_placement.norms)
     wide = 8 if compiled is False else size
+    ffn = d + 2 * f * size if rounded else size * (d + (3 if compiled else 4) * f)
     eager_qk = 0 if compiled else normed * (8 if model.depth is not None else 8 - size)
     return {
         "attention": tokens * (size * (d + attention) + 4 * model.n_heads + eager_qk) + fixed,
-        "FFN": tokens * size * (d + (3 if compiled else 4) * f),
+        "FFN": tokens * ffn,
         "norms and residuals": tokens * wide * norms,
     }
 
@@ -202,7 +207,8 @@ def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
     depth, model = t.model.depth, t.model
 
     kept = _kept(config)
-    block = {name: ACTIVATIONS * n / tensor for name, n in _block(t, tokens, size, compiled).items()}
+    rounded = config.train.float8 is not None
+    block = {name: ACTIVATIONS * n / tensor for name, n in _block(t, tokens, size, compiled, rounded).items()}
     for name in ("attention", "FFN"):  # ranks that share heads keep their inputs whole
         block[name] += ACTIVATIONS * tokens * size * t.d_model * (1 - 1 / tensor)
     if context > 1:  # keys and values of all ranks

@@ -18,6 +18,7 @@ from moda.errors import UserError
 from moda.model import ModelTransformerConfig, transformer_config
 from moda_kernels.moda_attention.quantised import fp8_missing
 
+from .float8 import check_float8
 from .memory import ASSUMED, Device, estimate_memory, fitted, this_machine
 
 __all__ = ["Plan", "make_plan"]
@@ -203,6 +204,7 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         reason = "this machine has no CUDA device" if not torch.cuda.is_available() else made.cannot_capture
         if reason is not None:
             raise UserError("train.cuda_graph", "false or null here", True, reason)
+    check_float8(made.config)
     backend = config.model.attention_backend
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     if backend in (Backend.fused, Backend.split) and not (torch.cuda.is_available() or interpreted):

@@ -12,12 +12,14 @@ import torch
 import torch.nn as nn
 
 from moda.config import load_config
+from moda.config.choices import Float8
 from moda.config.model import ModelConfig
 from moda.config.schema import Checkpointing, RunConfig
 from moda.errors import UserError
 from moda.model import transformer_config
 from moda.train import memory
 from moda.train import run as run_module
+from moda.train.float8 import apply_float8
 from moda.train.memory import Device, a_gpu, estimate_memory, fitted, out_of_memory
 from moda.train.plan import Plan, make_plan
 from tests.tiny import ROOT, write_config
@@ -47,10 +49,14 @@ class Watched(nn.Module):
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("depth", [None, {"mechanism": "moda"}], ids=["plain", "moda"])
-def test_activations_are_what_a_block_saves(depth: Any, compiled: bool) -> None:
+@pytest.mark.parametrize("float8", [None, *Float8], ids=["bf16", "tensorwise", "rowwise"])
+def test_activations_are_what_a_block_saves(depth: Any, compiled: bool, float8: Float8 | None) -> None:
     """By the partitioner that also serves inductor, in bf16; two sequences, so that tables of the rotation are small."""
     config = transformer_config(ModelConfig(**SMALL, depth=depth))
     model = config.build()
+    if float8 is not None:
+        pytest.importorskip("torchao")
+        apply_float8(model, float8)
     model.init_weights(max_seq_len=TOKENS // 8, device=torch.device("cpu"))
     model = model.to(torch.bfloat16)
     block: Any = model.blocks["0"]
@@ -61,7 +67,7 @@ def test_activations_are_what_a_block_saves(depth: Any, compiled: bool) -> None:
     model.blocks["0"] = watched = Watched(block, known)
     out = model(torch.randint(0, 96, (8, TOKENS // 8)), labels=torch.randint(0, 96, (8, TOKENS // 8)))
     assert torch.isfinite(out.loss)
-    estimated = sum(memory._block(config, TOKENS, 2, compiled).values())
+    estimated = sum(memory._block(config, TOKENS, 2, compiled, float8 is not None).values())
     if depth is not None:
         # The second and last layer writes no slot, so that the first has all that is MoDA's.
         estimated += config.model.depth.block_memory(config.model, TOKENS, 2)  # type: ignore[union-attr]

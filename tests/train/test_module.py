@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,19 +17,36 @@ import torch.distributed as dist
 from olmo_core.config import DType
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import get_local_tensor
+from olmo_core.nn.transformer import Transformer
 from olmo_core.optim import AdamWConfig
 from olmo_core.train.train_module import TransformerTrainModule, TransformerTrainModuleConfig
 from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moda.config.choices import Float8
 from moda.config.model import ModelConfig
 from moda.depth import DepthMechanism
 from moda.model import transformer_config
+from moda.train.float8 import apply_float8
 from moda.train.module import OneProcessTrainModule
 from moda.typed import from_dict
+from moda_kernels.moda_attention.quantised import fp8_missing
 
 VOCAB, LENGTH, CPU = 61, 16, torch.device("cpu")
+
+
+def _build(section: dict[str, Any], float8: str | None = None) -> Transformer:
+    """A model without weights yet.
+
+    :param float8: how its linears multiply in float8; without torchao the test is skipped.
+    """
+    model = transformer_config(from_dict(ModelConfig, section, "model")).build(init_device="meta")
+    if float8 is not None:
+        if importlib.util.find_spec("torchao") is None:
+            pytest.skip("needs the extra float8")
+        apply_float8(model, Float8(float8))
+    return model
 
 
 def _train(
@@ -63,22 +81,25 @@ def _train(
 
 # What these keep has several readers, whose gradients autograd adds in another order under FSDP: they are compared in fp32.
 SUMS = ("denseformer", "mudd", "attention_residuals", "delta_residuals")
-MECHANISMS = [(name, True) for name in DepthMechanism.known]
+MECHANISMS = [(name, True, None) for name in DepthMechanism.known]
+FLOAT8 = [(None, True, "rowwise"), ("moda", True, "tensorwise"), ("moda", True, "rowwise")]
 
 
-@pytest.mark.parametrize(("depth", "tied"), [(None, True), (None, False), *MECHANISMS])
-def test_trains_as_fsdp_does(depth: str | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("depth", "tied", "float8"), [(None, True, None), (None, False, None), *MECHANISMS, *FLOAT8])
+def test_trains_as_fsdp_does(
+    depth: str | None, tied: bool, float8: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float8 keys and values, of 8 columns, are in bf16."""
     section: dict[str, Any] = dict(
-        d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=24, vocab_size=VOCAB, tie_embeddings=tied,
-        depth=depth and {"mechanism": depth},
+        d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=48 if float8 else 24, vocab_size=VOCAB,
+        tie_embeddings=tied, depth=depth and {"mechanism": depth},
     )  # fmt: skip
-    config = transformer_config(from_dict(ModelConfig, section, "model"))
     options: dict[str, Any] = dict(
         rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
         z_loss_multiplier=1e-3,
     )  # fmt: skip
     dtype = DType.float32 if depth in SUMS else DType.bfloat16
-    own = OneProcessTrainModule(config.build(init_device="meta"), half=dtype.as_pt(), device=CPU, **options)
+    own = OneProcessTrainModule(_build(section, float8), half=dtype.as_pt(), device=CPU, **options)
     found = _train(own)
     assert found[1]["logits"].dtype == dtype.as_pt()
     assert all(p.dtype == torch.float32 and p.grad is not None for p in own.model.parameters())
@@ -90,7 +111,7 @@ def test_trains_as_fsdp_does(depth: str | None, tied: bool, tmp_path: Path, monk
             name=DataParallelType.fsdp, param_dtype=dtype, reduce_dtype=DType.float32
         )
         build = TransformerTrainModuleConfig(dp_config=sharded, **options).build
-        expected = _train(cast(TransformerTrainModule, build(config.build(init_device="meta"), device=CPU)))
+        expected = _train(cast(TransformerTrainModule, build(_build(section, float8), device=CPU)))
     finally:
         dist.destroy_process_group()
     if depth in SUMS:
@@ -136,11 +157,15 @@ def _capturing(tape: _Tape, module: OneProcessTrainModule, **options: Any) -> It
         p.grad.copy_(grad)
 
 
-@pytest.mark.parametrize("batch", [2, 4, 6, 10], ids=lambda n: f"{n // 2} microbatches")
-def test_what_a_graph_replays_is_a_step(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "batch, float8", [(2, None), (4, None), (6, None), (10, None), (6, "tensorwise"), (6, "rowwise")],
+    ids=lambda x: f"{x // 2} microbatches" if isinstance(x, int) else str(x),
+)  # fmt: skip
+def test_what_a_graph_replays_is_a_step(batch: int, float8: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     section: dict[str, Any] = dict(
-        d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_hidden_size=24, vocab_size=VOCAB, tie_embeddings=True
-    )
+        d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_hidden_size=48 if float8 else 24, vocab_size=VOCAB,
+        tie_embeddings=True,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.cuda.Stream(CPU))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
@@ -148,13 +173,15 @@ def test_what_a_graph_replays_is_a_step(batch: int, monkeypatch: pytest.MonkeyPa
     runs = []
     for graph in (False, True):
         module = OneProcessTrainModule(
-            transformer_config(from_dict(ModelConfig, section, "model")).build(init_device="meta"),
+            _build(section, float8),
             half=torch.bfloat16, cuda_graph=graph, device=CPU, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
             max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
         )  # fmt: skip
         monkeypatch.setattr(torch.cuda, "graph", functools.partial(_capturing, module=module))
         runs.append(_train(module, steps=6, batch=batch))
         assert (module._graph is not None) == graph
+    tape: Any = module._graph
+    assert not any("_local_scalar_dense" in str(func) for func, *_ in tape.calls), "the host would wait for the GPU"
     assert runs[1][0] == runs[0][0]
     for name, value in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], value, rtol=0, atol=0, msg=name)
@@ -162,18 +189,21 @@ def test_what_a_graph_replays_is_a_step(batch: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("float8", [None, "tensorwise", "rowwise"])
 @pytest.mark.parametrize("depth", [None, "moda"])
-def test_a_graph_adds_up_microbatches(depth: str | None) -> None:
+def test_a_graph_adds_up_microbatches(depth: str | None, float8: str | None) -> None:
     """Steps of three microbatches, of which the dry one's warm up: every later one is replayed."""
     section: dict[str, Any] = dict(
         d_model=64, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=96, vocab_size=VOCAB, tie_embeddings=True,
         depth=depth and {"mechanism": depth}, attention_backend="reference",
     )  # fmt: skip
     device = torch.device("cuda")
+    if float8 is not None and (reason := fp8_missing(device)) is not None:
+        pytest.skip(reason)
     runs = []
     for graph in (False, True):
         module = OneProcessTrainModule(
-            transformer_config(from_dict(ModelConfig, section, "model")).build(init_device="meta"),
+            _build(section, float8),
             half=torch.bfloat16, cuda_graph=graph, device=device, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
             max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
         )  # fmt: skip
