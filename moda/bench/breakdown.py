@@ -20,9 +20,9 @@ _PATTERNS = {
     "loss": r"^_row$|^triton_.*(log_softmax|nll_loss|logsumexp|cross_entropy)|cunn_SoftMax|nll_loss",
     "norms_copies": r"^triton_(poi|red|per|for)_|multi_tensor_apply.*Copy",
     "optimizer": r"multi_tensor_apply|lpnorm|FusedAdam",
-    "attention": r"flash|fmha|sdpa|attention|^(forward|rows|queries|keys)_kernel",
+    "attention": r"flash|fmha|sdpa|attention|cudnn::fusion|^(forward|rows|queries|keys)_kernel",
     "matmul": r"nvjet|gemm|gemv|cutlass|xmma|splitK|cublas|^triton_(tem|mm)_",
-    "eager": r"^(void )?at::|elementwise|[Mm]emcpy|[Mm]emset|split_with_sizes|chunk_cat|index|embedding",
+    "eager": r"^(void )?at::|elementwise|[Mm]emcpy|[Mm]emset|split_with_sizes|chunk_cat|index|embedding|DeviceRadixSort|DeviceUnique",
 }
 
 #: In the order in which they claim a moment. ``norms_copies`` has what the compiler made, and eager copies and reductions.

@@ -54,6 +54,7 @@ NAMES = {
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNN": "matmul", "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16>": "matmul",
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
     "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at__0": "attention",
+    "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*, void con": "attention",
     "forward_kernel": "attention", "_depth_forward_kernel": "depth_forward", "_depth_backward_kernel": "depth_backward",
     "_flush_kernel": "depth_flush", "_flush_few_kernel": "depth_flush", "_row": "loss",
     "triton_red_fused__log_softmax__to_copy_nll_loss_forward_3": "loss",

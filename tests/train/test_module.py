@@ -211,4 +211,3 @@ def test_a_graph_adds_up_microbatches(depth: str | None, float8: str | None) -> 
         assert (module._graph is not None) == graph
     for eager, replayed in zip(*runs):
         assert replayed == pytest.approx(eager, rel=1e-3), "kernels that add in any order"
-    assert runs[0][-1]["loss"] < runs[0][0]["loss"]
