@@ -7,6 +7,7 @@ cannot execute code. The optimizer's state and the trainer's (``train/``) are no
 
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """The model's tensors of a checkpoint, whole, on the CPU, by parameter name.
 
     :param folder: a checkpoint (``stepN``), saved by any number of processes. Where it has checksums they are checked first.
+    :param only: which parameters to read, by name.
 
     :raises UserError: for a folder that is no checkpoint, or a damaged one.
     """
@@ -60,7 +62,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError("checkpoint", f"a whole checkpoint in {folder}", reason)
     table = read_table(state)
     try:
-        weights = _assemble(state, table)
+        weights = _assemble(state, table, only)
     except (
         AttributeError,
         IndexError,
@@ -76,7 +78,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _assemble(state: Path, table: Metadata) -> dict[str, torch.Tensor]:
+def _assemble(state: Path, table: Metadata, only: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     shards: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for index, entry in (table.storage_data or {}).items():
         if index.fqn.startswith(_PREFIX):
@@ -84,6 +86,8 @@ def _assemble(state: Path, table: Metadata) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for name, meta in table.state_dict_metadata.items():
         if not name.startswith(_PREFIX) or not isinstance(meta, TensorStorageMetadata):
+            continue
+        if not only(name.removeprefix(_PREFIX)):
             continue
         whole = torch.empty(meta.size, dtype=meta.properties.dtype)
         covered = torch.zeros(meta.size, dtype=torch.bool)
