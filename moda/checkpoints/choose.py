@@ -1,7 +1,7 @@
 """From a run's warm-up with scores (``model.depth.read: learned``) to a run that goes on with the slots of the largest ones.
 
-The new run begins with the checkpoint of the old one: weights, optimizer, data order, random states and step. Its files are copied
-as they are; what the new model lacks (scores, projections of slots that nothing reads any more) leaves the table of contents.
+The new run begins with the checkpoint of the old one: weights, optimizer, data order, random states and step. Files are copied as
+they are; what the new model lacks (scores, projections of slots that nothing reads any more) leaves the table of contents.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from moda.model import transformer_config
 from moda.typed import from_dict, to_dict
 
 from .find import CONFIG, STATE
-from .read import open_checkpoint, read_weights
+from .read import SCORES, open_checkpoint, read_weights
 from .seal import write_checksums
 from .settings import read_settings
 from .trust import read_table
@@ -64,11 +64,13 @@ def choose_slots(folder: Path, run: Path) -> Chosen:
         raise UserError("checkpoint", f"one that was trained with model.depth.read: {Learned.name}", got)
     depth: Any = model.depth
     layout = depth.layout(model.n_layers)
-    weights = read_weights(folder, lambda name: name.endswith(".depth.scores"))
-    found = [weights.get(f"blocks.{layer}.depth.scores", torch.empty(0)) for layer in range(model.n_layers)]
+    weights = read_weights(folder, lambda name: name.endswith(SCORES))
+    found = [weights.get(f"blocks.{layer}{SCORES}", torch.empty(0)) for layer in range(model.n_layers)]
     for layer, (of_layer, slots) in enumerate(zip(found, layout.reads)):
         if len(of_layer) < len(slots) or not of_layer.isfinite().all():
-            raise UserError("checkpoint", f"a finite score for each of the {len(slots)} slots of layer {layer}", of_layer)
+            raise UserError(
+                "checkpoint", f"a finite score for each of the {len(slots)} slots of layer {layer}", of_layer
+            )
     scores = [of_layer.tolist()[: len(slots)] for of_layer, slots in zip(found, layout.reads)]
     listed = read.choose(scores, layout.kinds)
     model = dataclasses.replace(model, depth=dataclasses.replace(depth, read=listed))
@@ -91,11 +93,14 @@ def _keep_parameters(state: Path, names: set[str]) -> None:
     table = read_table(state)
     there = {key.removeprefix("model.") for key in table.state_dict_metadata if key.startswith("model.")}
     gone = tuple(f"{prefix}{name}" for name in there - names for prefix in _PREFIXES)
-    keys = {key for key in table.state_dict_metadata if not any(key == g or key.startswith(f"{g}.") for g in gone)}
-    table.state_dict_metadata = {key: table.state_dict_metadata[key] for key in keys}
-    table.storage_data = {index: entry for index, entry in table.storage_data.items() if index.fqn in keys}
+
+    def stays(key: str) -> bool:
+        return not any(key == name or key.startswith(f"{name}.") for name in gone)
+
+    table.state_dict_metadata = {key: entry for key, entry in table.state_dict_metadata.items() if stays(key)}
+    table.storage_data = {index: entry for index, entry in table.storage_data.items() if stays(index.fqn)}
     if table.planner_data is not None:
-        table.planner_data = {key: path for key, path in table.planner_data.items() if key in keys}
+        table.planner_data = {key: path for key, path in table.planner_data.items() if stays(key)}
     buffer = io.BytesIO()
     pickle.dump(table, buffer)
     with writing(state / ".metadata", "wb") as f:

@@ -30,6 +30,8 @@ from .trust import check_classes, check_path, objects, read_table
 
 _PREFIX = "model."
 _TIED = "lm_head.w_out.weight"
+#: How the names of scores of slots end.
+SCORES = ".depth.scores"
 
 
 def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
@@ -202,10 +204,12 @@ def load_model(
     return model.to(device=device or torch.device("cpu"), dtype=dtype).eval()
 
 
-def match_weights(folder: Path, model: Transformer) -> dict[str, torch.Tensor]:
+def match_weights(folder: Path, model: Transformer, *, other_reads: bool = False) -> dict[str, torch.Tensor]:
     """A checkpoint's weights (:func:`read_weights`) for the parameters of a model; of a tied pair the embedding alone.
 
     :param model: on any device, ``meta`` too.
+    :param other_reads: whether the model's layers may read other slots. Projections of slots that only the checkpoint has are
+        then left out, and so are scores unless both have the same.
 
     :raises UserError: where the weights are not those of the model.
     """
@@ -214,6 +218,11 @@ def match_weights(folder: Path, model: Transformer) -> dict[str, torch.Tensor]:
     if model.tie_word_embeddings:
         expected.pop(_TIED, None)
         weights.pop(_TIED, None)
+    if other_reads:
+        for name in [n for n, w in weights.items() if ".depth." in n and expected.get(n) != tuple(w.shape)]:
+            if name not in expected or name.endswith(SCORES):
+                weights.pop(name)
+        expected = {n: shape for n, shape in expected.items() if n in weights or not n.endswith(SCORES)}
     saved = {name: tuple(w.shape) for name, w in weights.items()}
     for name in sorted({*expected, *saved}):
         if expected.get(name) != saved.get(name):

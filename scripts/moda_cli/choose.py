@@ -1,4 +1,6 @@
-"""End the warm-up of a run with model.depth.read: learned. A new run goes on from its checkpoint with the slots of the best scores.
+"""End the warm-up of a run with model.depth.read: learned.
+
+A new run goes on from its checkpoint, in which layers read the slots of the largest scores.
 
 Examples:
   %(prog)s runs/warmup/step300 runs/chosen
