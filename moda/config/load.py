@@ -135,9 +135,13 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
             old = old.collection
         if isinstance(value, Typed) and isinstance(value.collection, dict) and isinstance(old, Mapping):
             value = value.collection
-        merges = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merges = merges and (name not in _BY_NAME or bool(old.keys() & value.keys()))
-        merged[name] = _merge(old, value) if merges else value
+        merged[name] = value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and (name not in _BY_NAME or old.keys() & value.keys())
+        ):
+            merged[name] = _merge(old, value)
     return merged
 
 
