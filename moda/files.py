@@ -18,8 +18,8 @@ from typing import IO, Any
 from moda.errors import UserError
 
 __all__ = [
-    "LOCK", "METRICS_FILE", "PLAN_FILE", "PLOTS", "check_writable", "locked", "read_json", "read_metrics", "write_json",
-    "write_text", "writing",
+    "LOCK", "METRICS_FILE", "PLAN_FILE", "PLOTS", "check_new", "check_writable", "locked", "read_json", "read_metrics",
+    "write_json", "write_text", "writing",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,13 @@ def check_writable(key: str, path: Path, endings: Sequence[str] = (), folder: bo
         tempfile.TemporaryFile(dir=place).close()
     except OSError as e:
         raise UserError(key, "a place that can be written", str(path), e.strerror) from None
+
+
+def check_new(out: Path) -> None:
+    """Refuse a command's folder ``OUT`` that could not be made, or has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("OUT", "a new or empty folder", str(out))
+    check_writable("OUT", out, folder=True)
 
 
 @contextlib.contextmanager

@@ -164,7 +164,10 @@ class PlainDecoder:
                     key = key * (k_gain if self.head_norm else k_gain[kv * D : (kv + 1) * D])
                     if self.depth["rope"] == "same_position":
                         key = rotate(key[:, :, None], self.theta)[:, :, 0]
-                s = torch.cat([s, (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(D)], dim=-1)
+                logit = (q[:, :, head] * key).sum(-1, keepdim=True) / math.sqrt(D)
+                if (scores := self.p.get(f"blocks.{layer}.depth.scores")) is not None:
+                    logit = logit + scores[len(values)]
+                s = torch.cat([s, logit], dim=-1)
                 values.append(depth_v[:, :, kv])
             top = None if self.depth is None else self.depth.get("top")
             if top is not None and len(values) > top:

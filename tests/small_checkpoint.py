@@ -43,17 +43,18 @@ def run_config(tokenizer: Path, model: dict[str, Any] | None = None, sequence_le
 
 
 def save_checkpoint(
-    folder: Path, config: RunConfig, seed: int = 0, spoil: Callable[[torch.Tensor], Any] | None = None
-) -> torch.nn.Module:
+    folder: Path, config: RunConfig, seed: int = 0, spoil: Callable[[torch.Tensor], Any] | None = None,
+    spoilt: str = "blocks.1.attention_norm.weight",
+) -> torch.nn.Module:  # fmt: skip
     """Write ``folder`` as the trainer does, and return the model in it.
 
-    :param spoil: changes one norm's weight in the checkpoint.
+    :param spoil: changes the parameter ``spoilt`` in the checkpoint.
     """
     vocab = load_tokenizer(config.data.tokenizer).config.vocab_size  # type: ignore[arg-type]
     model = randomise(transformer_config(config.model, vocab).build(init_device="cpu"), seed)
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if spoil is not None:
-        name = "model.blocks.1.attention_norm.weight"
+        name = f"model.{spoilt}"
         state[name] = state[name].clone()
         spoil(state[name])
     save_state_dict(str(folder / "model_and_optim"), state)

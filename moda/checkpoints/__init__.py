@@ -4,6 +4,7 @@ A checkpoint of a run (``stepN``) holds ``config.json``, the weights and the opt
 trainer's state (``train/``) and ``checksums.json``.
 """
 
+from .choose import Chosen, choose_slots
 from .find import STATE, choose_checkpoint, find_resumable, kind_of
 from .keep import checkpoints_of_run, remove_old
 from .own import OwnCheckpointer, check_own, read_trainer_state, saving_alone
@@ -15,6 +16,7 @@ __all__ = [
     "CHECKSUMS",
     "STATE",
     "Checkpoint",
+    "Chosen",
     "OwnCheckpointer",
     "changed_settings",
     "check_own",
@@ -22,6 +24,7 @@ __all__ = [
     "check_same_run",
     "checkpoints_of_run",
     "choose_checkpoint",
+    "choose_slots",
     "damage",
     "embedding_rows",
     "find_resumable",

@@ -7,6 +7,7 @@ cannot execute code. The optimizer's state and the trainer's (``train/``) are no
 
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .trust import check_classes, check_path, objects, read_table
 
 _PREFIX = "model."
 _TIED = "lm_head.w_out.weight"
+#: How the names of scores of slots end.
+SCORES = ".depth.scores"
 
 
 def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
@@ -48,10 +51,11 @@ def _read_shard(folder: Path, entry: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """The model's tensors of a checkpoint, whole, on the CPU, by parameter name.
 
     :param folder: a checkpoint (``stepN``), saved by any number of processes. Where it has checksums they are checked first.
+    :param only: which parameters to read, by name.
 
     :raises UserError: for a folder that is no checkpoint, or a damaged one.
     """
@@ -60,7 +64,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError("checkpoint", f"a whole checkpoint in {folder}", reason)
     table = read_table(state)
     try:
-        weights = _assemble(state, table)
+        weights = _assemble(state, table, only)
     except (
         AttributeError,
         IndexError,
@@ -76,7 +80,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _assemble(state: Path, table: Metadata) -> dict[str, torch.Tensor]:
+def _assemble(state: Path, table: Metadata, only: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     shards: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for index, entry in (table.storage_data or {}).items():
         if index.fqn.startswith(_PREFIX):
@@ -84,6 +88,8 @@ def _assemble(state: Path, table: Metadata) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for name, meta in table.state_dict_metadata.items():
         if not name.startswith(_PREFIX) or not isinstance(meta, TensorStorageMetadata):
+            continue
+        if not only(name.removeprefix(_PREFIX)):
             continue
         whole = torch.empty(meta.size, dtype=meta.properties.dtype)
         covered = torch.zeros(meta.size, dtype=torch.bool)
@@ -198,10 +204,12 @@ def load_model(
     return model.to(device=device or torch.device("cpu"), dtype=dtype).eval()
 
 
-def match_weights(folder: Path, model: Transformer) -> dict[str, torch.Tensor]:
+def match_weights(folder: Path, model: Transformer, *, other_reads: bool = False) -> dict[str, torch.Tensor]:
     """A checkpoint's weights (:func:`read_weights`) for the parameters of a model; of a tied pair the embedding alone.
 
     :param model: on any device, ``meta`` too.
+    :param other_reads: whether the model's layers may read other slots. Projections of slots that only the checkpoint has are
+        then left out, and so are scores unless both have the same.
 
     :raises UserError: where the weights are not those of the model.
     """
@@ -210,6 +218,11 @@ def match_weights(folder: Path, model: Transformer) -> dict[str, torch.Tensor]:
     if model.tie_word_embeddings:
         expected.pop(_TIED, None)
         weights.pop(_TIED, None)
+    if other_reads:
+        for name in [n for n, w in weights.items() if ".depth." in n and expected.get(n) != tuple(w.shape)]:
+            if name not in expected or name.endswith(SCORES):
+                weights.pop(name)
+        expected = {n: shape for n, shape in expected.items() if n in weights or not n.endswith(SCORES)}
     saved = {name: tuple(w.shape) for name, w in weights.items()}
     for name in sorted({*expected, *saved}):
         if expected.get(name) != saved.get(name):

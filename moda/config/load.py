@@ -118,8 +118,13 @@ def _load_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(merged, loaded)
 
 
+#: Keys whose value is one object by name: ``{name: its options}``.
+_BY_NAME = ("norm_placement", "read", "source")
+
+
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge sections. ``section: null`` above drops the section below, and so does the name of another depth mechanism."""
+    """Merge sections. ``section: null`` above drops the section below, and so does the name of another object, such as a depth
+    mechanism."""
     names = below.get("mechanism"), above.get("mechanism")
     if None not in names and names[0] != names[1]:
         return dict(above)
@@ -130,7 +135,13 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
             old = old.collection
         if isinstance(value, Typed) and isinstance(value.collection, dict) and isinstance(old, Mapping):
             value = value.collection
-        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[name] = value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and (name not in _BY_NAME or old.keys() & value.keys())
+        ):
+            merged[name] = _merge(old, value)
     return merged
 
 

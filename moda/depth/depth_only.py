@@ -38,7 +38,8 @@ class _Layer(SlotsLayer):
         state: State,
         context: Context,
     ) -> tuple[torch.Tensor, State]:
-        deep, state = attention.attend_slots(q if q_depth is None else q_depth, None, state, context, self.top)
+        query = q if q_depth is None else q_depth
+        deep, state = attention.attend_slots(query, None, state, context, self.top, self._bias(q))
         return attention.attend(q, k, v, context) + deep, state
 
 

@@ -105,10 +105,12 @@ class AttentionHost(Protocol):
         state: State,
         context: Context,
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """Attention under one softmax over the sequence and the slots that this layer reads; and the next state.
 
         :param top: how many of the slots a token's query head keeps, those of the largest logits (ties stay); None for all.
+        :param bias: fp32 or above, added to the logits of the slots read, in their order; it may be longer than they are many.
         """
         ...
 
@@ -119,6 +121,7 @@ class AttentionHost(Protocol):
         state: State,
         context: Context,
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """Attention ``[B, T, H, D]`` over the slots that this layer reads alone, under a softmax of their own; the next state.
 

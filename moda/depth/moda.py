@@ -46,6 +46,7 @@ from .mechanism import (
     Received,
     SlotMemory,
     State,
+    local,
     refused_but,
 )
 from .read import All, SlotPolicy
@@ -108,6 +109,8 @@ class SlotsLayer(DepthLayer):
         super().__init__()
         layout = mechanism.layout(model.n_layers)
         self.top = mechanism.read.kept
+        n_scores = mechanism.scores(model.n_layers) if layout.reads[index] else 0
+        self.scores = nn.Parameter(torch.zeros(n_scores)) if n_scores else None
         self.key_norm, self.rotated = mechanism.key_norm, mechanism.rope == DepthRoPE.same_position
         self.value_norm = model.norm_eps if mechanism.value_norm else None
         self.writes_attention = layout.written_slot(index, ATTENTION) is not None
@@ -116,6 +119,10 @@ class SlotsLayer(DepthLayer):
         projects = self.writes_attention and mechanism.attention == AttentionSlot.project
         self.attention_slot = _Projection(*sizes) if projects else None
         self.ffn_slot = _Projection(*sizes) if layout.written_slot(index, FFN) is not None else None
+
+    def reset_parameters(self) -> None:
+        if self.scores is not None:
+            nn.init.zeros_(self.scores)
 
     def split_by_heads(self) -> list[nn.Module]:
         slots = [slot for slot in (self.attention_slot, self.ffn_slot) if slot is not None]
@@ -171,7 +178,11 @@ class SlotsLayer(DepthLayer):
         context: Context,
     ) -> tuple[torch.Tensor, State]:
         """The attention ``[B, T, Hq, D]`` over the sequence and the slots, and the next state."""
-        return attention.attend_with_slots(q, k, v, q_depth, state, context, self.top)
+        return attention.attend_with_slots(q, k, v, q_depth, state, context, self.top, self._bias(q))
+
+    def _bias(self, q: torch.Tensor) -> torch.Tensor | None:
+        """The scores of slots, which are added to their logits."""
+        return None if self.scores is None else local(self.scores).to(torch.promote_types(q.dtype, torch.float32))
 
     def _project(
         self, attention: AttentionHost, x: torch.Tensor, projection: _Projection, context: Context
@@ -275,6 +286,7 @@ class MoDA(DepthMechanism):
     name = "moda"
     source = "arXiv 2603.15619"
     refused = refused_but("tensor_parallel", "context_parallel")
+    no_weight_decay = ("*.depth.scores",)
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse
@@ -290,6 +302,13 @@ class MoDA(DepthMechanism):
         kinds = 2 if self.ffn else 1
         return layout_of(self.read, n_layers, kinds, self.slot_dtype == SlotDtype.fp8)
 
+    def scores(self, n_layers: int) -> int:
+        """Scores of each layer that reads slots, 0 unless the policy has some.
+
+        As many as the layer that reads most has slots: layers with parameters of different shapes would share no compiled graph.
+        """
+        return max(map(len, self.layout(n_layers).reads)) if self.read.scored else 0
+
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:
             raise UserError("model.depth.key_norm", "none where model.qk_norm is none", self.key_norm.value)
@@ -297,12 +316,13 @@ class MoDA(DepthMechanism):
             hint = None if self.ffn else "there are no FFN slots: model.depth.ffn is false"
             raise UserError("model.depth.read", "a policy that reads some slot", self.read.to_plain(), hint)
 
-        if self.read.kept is not None and model.attention_backend.value not in ("auto", "reference"):
+        backend = model.attention_backend.value
+        if self.read.kept is not None and backend not in ("auto", "reference"):
             expected = f"auto or reference with model.depth.read: {self.read.name}"
-            raise UserError("model.attention_backend", expected, model.attention_backend.value)
-        if self.slot_dtype is not None and model.attention_backend.value == "fused":
-            expected = f"auto, split or reference with model.depth.slot_dtype: {self.slot_dtype.value}"
-            raise UserError("model.attention_backend", expected, model.attention_backend.value)
+            raise UserError("model.attention_backend", expected, backend)
+        if backend == "fused" and (self.read.scored or self.slot_dtype is not None):
+            what = f"read: {self.read.name}" if self.slot_dtype is None else f"slot_dtype: {self.slot_dtype.value}"
+            raise UserError("model.attention_backend", f"auto, split or reference with model.depth.{what}", backend)
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return SlotsLayer(self, model, index)
@@ -348,12 +368,15 @@ class MoDA(DepthMechanism):
             assert model.n_kv_heads is not None
             rows = f"{layout.n_slots} in fp8, {layout.n_slots} of gradients"
             slot, kind = width + 4 * model.n_kv_heads, "fp8"
+        n_scores = self.scores(model.n_layers) * sum(map(bool, layout.reads))
+        scores = [("trained scores of slots", f"{n_scores:,}")] if n_scores else []
         return [
             ("depth slots", f"{layout.n_slots} ({layout.slots_read / model.n_layers:.1f} read per layer)"),
             ("a layer reads", self.read.describe()),
             ("rows of the depth buffers", f"{rows}; in evaluation {len(set(layout.rows))}"),
             (f"slot bytes read per token ({kind})", f"{slot * sum(self._tensors_read(model)):,}"),
-            ("parameters of depth projections", f"{self.num_params(model):,}"),
+            ("parameters of depth projections", f"{self.num_params(model) - n_scores:,}"),
+            *scores,
         ]
 
     def draw(self, axes: Any, model: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from moda.config.model import ModelConfig
 from moda.config.schema import RunConfig
 from moda.data import load_tokenizer
 from moda.errors import UserError
-from moda.files import check_writable, read_json, write_json, write_text
+from moda.files import check_new, read_json, write_json, write_text
 from moda.model import ModelTransformerConfig, transformer_config
 from moda.placements import NormPlacement
 from moda.typed import from_dict, to_dict
@@ -171,12 +171,6 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path, length: int) -> dict[str
     return ids
 
 
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("OUT", "a new or empty folder", str(out))
-    check_writable("OUT", out, folder=True)
-
-
 def _check_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
     """Refuse weights that are not the model's, or not finite."""
     model = checkpoint.model.build(init_device="meta")
@@ -202,7 +196,7 @@ def write_export(
     """
     from safetensors.torch import save_file
 
-    _check_new(out)
+    check_new(out)
     length = checkpoint.sequence_length or 4096
     section = section_of(checkpoint.model)
     assert section.vocab_size is not None
@@ -312,7 +306,7 @@ def write_checkpoint(folder: Path, out: Path) -> RunConfig:
     """
     from olmo_core.distributed.checkpoint import save_state_dict
 
-    _check_new(out)
+    check_new(out)
     export = read_export(folder)
     run = _run_settings(folder, out, export)
     rows = run.model.rows(export.model.vocab_size)

@@ -145,6 +145,7 @@ class _Steps:
         state: State,
         context: Mapping[str, Any],
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if context["cache"] is not None:
@@ -158,7 +159,7 @@ class _Steps:
         n = keys.shape[2]
         if state:
             by_group = grouped if q_depth is None else q_depth.unflatten(2, groups).to(wide)
-            depth, depth_v = self._depth_logits(by_group, state, top)
+            depth, depth_v = self._depth_logits(by_group, state, top, bias)
             logits = torch.cat([logits, depth], dim=-1)
         weights = logits.softmax(-1)
         self._weights[0] = weights.flatten(1, 2).to(q.dtype)
@@ -174,13 +175,14 @@ class _Steps:
         state: State,
         context: Mapping[str, Any],
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         if not state:
             return torch.zeros_like(q) if own is None else own[1], state
         grouped = q.unflatten(2, (self.n_kv_heads, -1)).to(_wide(q))
-        logits, values = self._depth_logits(grouped, state, top)
+        logits, values = self._depth_logits(grouped, state, top, bias)
         if own is not None:
-            logit, value = self._depth_logits(grouped, own, None)
+            logit, value = self._depth_logits(grouped, own)
             logits, values = torch.cat([logits, logit], dim=-1), torch.cat([values, value])
         weights = logits.softmax(-1)
         among = weights[..., : len(state) // 2].flatten(1, 2).to(q.dtype)
@@ -188,10 +190,14 @@ class _Steps:
         return torch.einsum("bkgts,sbtkd->btkgd", weights, values).flatten(2, 3).to(q.dtype), state
 
     @staticmethod
-    def _depth_logits(grouped: torch.Tensor, state: State, top: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _depth_logits(
+        grouped: torch.Tensor, state: State, top: int | None = None, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, Hk, G, T, S]`` of queries ``[B, T, Hk, G, D]``, and values ``[S, B, T, Hk, D]``, of the slots."""
         keys, values = (torch.stack(state[i::2]).to(grouped.dtype) for i in (0, 1))
         logits = torch.einsum("btkgd,sbtkd->bkgts", grouped, keys) / math.sqrt(grouped.shape[-1])
+        if bias is not None:
+            logits = logits + bias[: len(keys)]
         if top is not None and top < len(keys):
             logits = logits.masked_fill(logits < logits.topk(top).values[..., -1:], -math.inf)
         return logits, values

@@ -200,6 +200,7 @@ class DepthAttention(Attention):
         state: State,
         context: Context,
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         order, row = state
         out, order = depth_attention(
@@ -212,6 +213,7 @@ class DepthAttention(Attention):
             cu_seqlens=context.get("cu_doc_lens"),
             mask=context.get("mask"),
             depth_top=top,
+            depth_bias=bias,
             past=None if self.cp_mesh is None else past_chunks(k, v, self.cp_mesh),
         )
         return out.view(q.shape), (order, row)
@@ -223,10 +225,11 @@ class DepthAttention(Attention):
         state: State,
         context: Context,
         top: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         order, row = state
         pair = None if own is None else (self._rows(own[0], context), self._rows(own[1], context))
-        out, order = slot_attention(self._rows(q, context), order, row, pair, depth_top=top)
+        out, order = slot_attention(self._rows(q, context), order, row, pair, depth_top=top, depth_bias=bias)
         return out.view(q.shape), (order, row)
 
     def write_slot(self, k: torch.Tensor, v: torch.Tensor, kind: int, state: State, context: Context) -> State:

@@ -308,8 +308,9 @@ def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrain
         trainer.load_checkpoint(source, load_trainer_state=False, load_optim_state=False)
     else:
         weights: dict[str, Any] = {}
-        on_first_rank(lambda: weights.update(match_weights(Path(source), p.transformer.build(init_device="meta"))))
-        # Not strict: of a tied pair only the embedding is there. match_weights has compared all names.
+        model, other_reads = p.transformer.build(init_device="meta"), p.config.train.load_other_reads
+        on_first_rank(lambda: weights.update(match_weights(Path(source), model, other_reads=other_reads)))
+        # Not strict: of a tied pair only the embedding is there, scores may begin at zero. match_weights has compared all names.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)
         set_model_state_dict(module.model, weights, options=options)
     log.info("starting from the weights of %s", source)

@@ -35,6 +35,7 @@ COMMANDS = {
     "report": "tables and charts of runs: losses, speedups, seeds",
     "generate": "continue a text with a checkpoint",
     "export": "write a checkpoint as a Hugging Face folder, or read one back",
+    "choose": "end a warm-up with scores of slots: keep the best and go on with them",
     "prepare": "turn text into token files, mirror a data mix, inspect prepared data",
     "bench": "measure kernels, training, evaluation and data preparation",
     "visualize": "show what checkpoints attend to, over the sequence and over depth",

@@ -76,6 +76,7 @@ CASES: list[tuple] = [
     ("name=..", ["name", "a name for a folder", "'..'"]),
     ("train.load_other_reads=true", ["train.load_path", "a checkpoint where train.load_other_reads is true", "null"]),
     ("model.depth.read={dynamic: {of: all}}", ["model.depth.read.dynamic.top", "an integer", "it has no default"]),
+    ("model.depth.read={learned: 0}", ["model.depth.read.learned.top", ">= 1", "0"]),
     ("model.depth.slot_dtype=fp16", ["model.depth.slot_dtype", "fp8", "fp16"]),
     ("train.seed=-1", ["train.seed", "from 0 to 4294967295", "-1"]),
     ("parallel.data=zero3", ["parallel.data", "fsdp, hsdp, ddp", "zero3"]),

@@ -47,6 +47,18 @@ def test_values_of_other_types(config: Path) -> None:
     assert typed.model.depth.to_plain()["attention"] == "reuse"  # merged with the file's section
 
 
+def test_another_policy_takes_the_place_of_the_file_s(config: Path) -> None:
+    file = config.with_name("reads.yaml")
+    file.write_text("base: tiny.yaml\nmodel: {depth: {read: {first_recent: {first: 1, recent: 2}}}}\n")
+    for override, read in (
+        ("model.depth.read={stride: 3}", {"stride": 3}),
+        ("model.depth.read.learned=3", {"learned": {"top": 3, "of": "all"}}),
+        ("model.depth.read.first_recent.first=4", {"first_recent": {"first": 4, "recent": 2}}),
+    ):
+        depth = load_config(file, [override]).model.depth
+        assert depth is not None and depth.to_plain()["read"] == read
+
+
 def test_prepare_reads_overrides_in_the_same_way(tmp_path: Path) -> None:
     options = load_options(None, [
         "output=out #1", "sources.c=/x/C #1", "sources.no=a", "sources.off=[b, c d]", "sources.2024={path: p, field: no}",

@@ -141,8 +141,9 @@ def test_depth_under_a_softmax_of_its_own(placement: str) -> None:
         (dict(key_norm="reader", rope="none", attention="project"), "all", None),
         (dict(key_norm="reader", ffn=False), {"recent": 1}, None),
         (dict(key_norm="none"), {"dynamic": 2}, 2),
+        (dict(), {"learned": 2}, None),
     ],
-    ids=["reader", "window", "dynamic"],
+    ids=["reader", "window", "dynamic", "learned"],
 )
 def test_variants_of_a_softmax_of_its_own(variant: dict, reads: Any, top: int | None) -> None:
     net = build("post", {"mechanism": "depth_only", "read": reads, **variant})

@@ -16,6 +16,7 @@ from tests.ranks import DEVICES, on_ranks
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": (DEPTH, {}),
     "reader, unrotated, projected": ({**DEPTH, "key_norm": "reader", "rope": "none", "attention": "project"}, {}),
+    "learned": ({**DEPTH, "read": {"learned": 2}}, {}),
     "recent slots, head norm": ({**DEPTH, "read": {"recent": 3}}, dict(qk_norm="head", n_kv_heads=4)),
 }
 

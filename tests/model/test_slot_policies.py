@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as M
 
 from moda.config.model import ModelConfig
 from moda.depth import MoDA
-from moda.depth.read import SlotPolicy
+from moda.depth.read import Kinds, Learned, SlotPolicy
 from moda.errors import UserError
 from moda.model import transformer, transformer_config
 from moda.train.memory import slots_memory
@@ -30,6 +31,11 @@ READS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "blocks-2": ({"blocks": 2}, ((), (0, 1), (2, 3), (2, 3, 4, 5), (2, 3, 6, 7))),
     "union": ({"union": [{"stride": 4}, {"recent": 2}]}, ((), (0, 1), (0, 2, 3), (0, 4, 5), (0, 4, 6, 7))),
     "dynamic": ({"dynamic": {"top": 2, "of": {"recent": 3}}}, ((), (0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7))),
+    "learned": ({"learned": {"top": 2, "of": {"recent": 3}}}, ((), (0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7))),
+    "learned-all": (
+        {"learned": {"top": 1, "of": "all"}},
+        ((), (0, 1), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5, 6, 7)),
+    ),
     "listed": ({"listed": [[], [1], [0, 3], [], [2, 3, 6]]}, ((), (1,), (0, 3), (), (2, 3, 6))),
     "intersect": ({"intersect": [{"kinds": ["ffn"]}, {"recent": 4}]}, ((), (1,), (1, 3), (3, 5), (5, 7))),
 }  # fmt: skip
@@ -52,7 +58,7 @@ def test_logits_and_gradients(name: str, attention: str, slot_dtype: str | None)
 ROWS = {
     "all": (16, 8), "recent-1": (5, 1), "recent-3": (11, 3), "first_recent": (11, 3), "stride-3": (12, 4), "attention": (8, 4),
     "ffn": (8, 4), "blocks-2": (12, 4), "union": (12, 4), "intersect": (6, 2), "dynamic": (11, 3),
-    "listed": (10, 3),
+    "listed": (10, 3), "learned": (11, 3), "learned-all": (16, 8),
 }  # fmt: skip
 
 
@@ -116,10 +122,45 @@ def test_dynamic_is_refused_where_it_cannot_run() -> None:
     for inner, words in (
         ({"union": ["all", {"dynamic": 2}]}, "model.depth.read.union: expected policies that are not dynamic"),
         ({"dynamic": {"top": 2, "of": {"dynamic": 2}}}, "model.depth.read.dynamic.of: expected a policy that is not"),
+        ({"dynamic": {"top": 2, "of": {"learned": 2}}}, "model.depth.read.dynamic.of: expected a policy that is not"),
+        ({"learned": {"top": 2, "of": {"dynamic": 2}}}, "model.depth.read.learned.of: expected a policy that is not"),
+        ({"intersect": ["all", {"learned": 2}]}, r"policies that are not learned \(write {learned: {top: S, of: {inte"),
         ({"dynamic": 0}, "model.depth.read.dynamic.top: expected an integer >= 1, got 0"),
     ):
         with pytest.raises(UserError, match=words):
             SlotPolicy.from_plain(inner, "model.depth.read")
+
+
+def test_learned_keeps_the_largest_scores() -> None:
+    policy = SlotPolicy.from_plain({"learned": 2}, "read")
+    assert isinstance(policy, Learned) and policy.to_plain() == {"learned": {"top": 2, "of": "all"}}
+    scores = [
+        [],
+        [0.5, -1.0, 9.0],
+        [0.0, 0.0, 0.0, 0.0],
+        [-1.0, 3.0, 0.0, 3.0, 2.0, 3.0],
+    ]  # ties: the most recent slots
+    assert policy.choose(scores, 2).reads(4, 2) == ((), (0, 1), (2, 3), (3, 5))
+    assert Learned(1).choose(scores, 2).layers == ((), (0,), (3,), (5,))
+    assert Learned(99).choose(scores, 2).reads(4, 2) == READS["all"][1][:4]  # more than there are
+    assert Learned(1, Kinds(("ffn",))).choose([[], [0.0], [1.0, 0.0]], 2).layers == ((), (1,), (1,))
+    for bad in (0, -1, "x", [1, 2]):
+        with pytest.raises(UserError, match="model.depth.read.learned.top: expected an integer"):
+            SlotPolicy.from_plain({"learned": bad}, "model.depth.read")
+
+
+def test_scores_of_slots() -> None:
+    depth: dict[str, Any] = {"mechanism": "moda", "read": {"learned": 2}}
+    with pytest.raises(UserError, match="attention_backend: expected auto, split or reference with .*learned, got fus"):
+        ModelConfig(**SMALL, depth=depth, attention_backend="fused")
+    net = build("post", depth)
+    scores = {n: p for n, p in net.named_parameters() if n.endswith("scores")}
+    assert list(scores) == [f"blocks.{i}.depth.scores" for i in (1, 2, 3)]
+    net.init_weights(max_seq_len=16, device=torch.device("cpu"))
+    assert all(p.shape == (6,) and not p.any() for p in scores.values())
+    model = net.config.model
+    assert ("trained scores of slots", "18") in model.depth.describe(model)
+    assert fnmatch.filter(scores, model.depth.no_weight_decay[0]) == list(scores)
 
 
 def test_policies_without_ffn_slots() -> None:
@@ -162,8 +203,9 @@ def test_a_policy_that_reads_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     "options", [dict(mode=Mode.full), dict(mode=Mode.selected_modules, modules=["blocks.*.attention"])]
 )
-def test_checkpointing_where_gradients_take_rows_of_keys(options: dict[str, Any]) -> None:
-    read, expected = READS["recent-3"]
+@pytest.mark.parametrize("name", ["recent-3", "learned"])
+def test_checkpointing_where_gradients_take_rows_of_keys(name: str, options: dict[str, Any]) -> None:
+    read, expected = READS[name]
     net = build("post", {"mechanism": "moda", "read": read}, n_layers=5)
     net.apply_activation_checkpointing(**options)
     check(net, "post", {**DEPTH, "reads": lambda layer, kinds: expected[layer]}, n_layers=5)

@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moda, reader, unrotated, head norm": ("post", {**READER, "rope": "none"}, dict(qk_norm="head")),
     "moda, value norm, bias, peri": ("peri", {**DEPTH, "value_norm": True}, dict(bias=True)),
     "moda, padded": ("post", DEPTH, dict(pad_vocab_to=16, tie_embeddings=False)),
+    "moda, learned": ("post", {**DEPTH, "read": {"learned": 2}}, {}),
     "value residual": ("reordered", dict(mechanism="value_residual"), {}),
     "depth only": ("post", dict(mechanism="depth_only", **DEPTH), {}),
     "depth attention": ("post", dict(mechanism="depth_attention"), {}),

@@ -47,7 +47,7 @@ def masked_attention(
 
 def masked_read(
     q: Tensor, k: Tensor, v: Tensor, row: Tensor, q_depth: Tensor | None, cu_seqlens: Tensor | None, scale: float | None,
-    mask: Tensor, depth_top: int | None,
+    mask: Tensor, depth_top: int | None, depth_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """:func:`.ops.depth_attention` under ``mask``: sequence and depth apart, then merged by log-sum-exp."""
     if cu_seqlens is not None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -58,7 +58,7 @@ def masked_read(
         raise ValueError(f"depth_attention: mask must be bool of shape {list(expected)} on {q.device}, got {got}")
     sequence = Result(*masked_attention(q, k, v, mask, scale))
     stream, layer = stream_of(row)
-    x, slots = stream.inputs(layer, q, None, None, q_depth)
+    x, slots = stream.inputs(layer, q, None, None, q_depth, depth_bias)
     if x.depth_k is None:
         return sequence.out
     p = stream.problem(x, slots, scale=scale, depth_top=depth_top)

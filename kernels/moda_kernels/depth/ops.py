@@ -80,12 +80,12 @@ def depth_write(order: Tensor, k: Tensor, v: Tensor, row: Tensor, kind: int) -> 
 
 @torch.library.custom_op("moda::depth_attention", mutates_args=())
 def _read(
-    order: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None, cu_seqlens: Tensor | None,
-    row: Tensor, past_k: Tensor | None, past_v: Tensor | None, causal: bool, scale: float | None, depth_top: int | None,
-    past: list[int],
+    order: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None, depth_bias: Tensor | None,
+    cu_seqlens: Tensor | None, row: Tensor, past_k: Tensor | None, past_v: Tensor | None, causal: bool, scale: float | None,
+    depth_top: int | None, past: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
-    x, slots = stream.inputs(layer, q, k, v, q_depth)
+    x, slots = stream.inputs(layer, q, k, v, q_depth, depth_bias)
     if x.k is None and x.depth_k is None:
         B, T, Hq, _ = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -108,36 +108,42 @@ def _(order, q, *rest):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("moda::depth_attention_backward", mutates_args=())
 def _read_backward(
     grad_order: Tensor, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
-    q_depth: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, row: Tensor, past_k: Tensor | None,
-    past_v: Tensor | None, causal: bool, scale: float | None, depth_top: int | None, past: list[int],
+    q_depth: Tensor | None, depth_bias: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, row: Tensor,
+    past_k: Tensor | None, past_v: Tensor | None, causal: bool, scale: float | None, depth_top: int | None, past: list[int],
 ) -> list[Tensor]:  # fmt: skip
     stream, layer = stream_of(row)
     stream.begin_backward(layer)
-    x, slots = stream.inputs(layer, q, k, v, q_depth)
+    x, slots = stream.inputs(layer, q, k, v, q_depth, depth_bias)
+    of_bias = None if depth_bias is None else torch.zeros_like(depth_bias)
     if x.k is None and x.depth_k is None:
-        return [torch.empty_like(grad_order), torch.zeros_like(q, memory_format=torch.contiguous_format)]
+        none_read = [torch.zeros_like(q, memory_format=torch.contiguous_format), of_bias]
+        return [torch.empty_like(grad_order), *(g for g in none_read if g is not None)]
     p = stream.problem(x, slots, cu_seqlens, causal, scale, depth_top)
     backend, saved = get_backend(stream.backend, p.kind), Result(out, lse)
     depth = stream.depth_gradients(layer, backend, q)
-    dq, dk, dv, dqd = backend.backward(replace(p, partial=past_k is not None), grad_out, grad_lse, x, saved, depth)
+    dq, dk, dv, dqd, dbias = backend.backward(
+        replace(p, partial=past_k is not None), grad_out, grad_lse, x, saved, depth
+    )
     if q_depth is not None and dqd is None:  # a layer that reads nothing: its depth query has no part in the output
         dqd = torch.zeros_like(q_depth)
+    if of_bias is not None and dbias is not None:
+        of_bias[: len(dbias)] = dbias
     of_past: tuple[Tensor, ...] = ()
     if past_k is not None and past_v is not None:
         dq, *of_past = past_gradients(q, past_k, past_v, past, saved, grad_out, dq, scale, stream.backend)  # type: ignore[assignment]
-    return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd, *of_past) if g is not None)]
+    return [torch.empty_like(grad_order), *(g for g in (dq, dk, dv, dqd, of_bias, *of_past) if g is not None)]
 
 
 @_read_backward.register_fake
-def _(grad_order, grad_out, grad_lse, q, k, v, q_depth, cu_seqlens, out, lse, row, past_k, past_v, *rest):  # type: ignore[no-untyped-def]
-    inputs = (q, k, v, q_depth, past_k, past_v)
+def _(grad_order, grad_out, grad_lse, q, k, v, q_depth, depth_bias, cu_seqlens, out, lse, row, past_k, past_v, *rest):  # type: ignore[no-untyped-def]
+    inputs = (q, k, v, q_depth, depth_bias, past_k, past_v)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
     return [torch.empty_like(grad_order), *grads]
 
 
 def _read_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, q, k, v, q_depth, cu_seqlens, row, past_k, past_v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, q_depth, cu_seqlens, *output[:2], row, past_k, past_v)
+    _, q, k, v, q_depth, depth_bias, cu_seqlens, row, past_k, past_v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, q_depth, depth_bias, cu_seqlens, *output[:2], row, past_k, past_v)
 
 
 def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) -> tuple[Any, ...]:
@@ -146,8 +152,8 @@ def _read_grad(ctx: Any, grad_out: Tensor, grad_lse: Any, grad_order: Tensor) ->
         grad_lse = None
     order, *grads = _read_backward(grad_order, grad_out, grad_lse, *saved, *ctx.options)
     remaining = iter(grads)
-    dq, dk, dv, dqd, *of_past = (None if x is None else next(remaining) for x in (*saved[:4], *saved[-2:]))
-    return order, dq, dk, dv, dqd, None, None, *of_past, None, None, None, None
+    *own, of_past_k, of_past_v = (None if x is None else next(remaining) for x in (*saved[:5], *saved[-2:]))
+    return order, *own, None, None, of_past_k, of_past_v, None, None, None, None
 
 
 _read.register_autograd(_read_grad, setup_context=_read_context)
@@ -156,7 +162,8 @@ _read.register_autograd(_read_grad, setup_context=_read_context)
 def depth_attention(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, row: Tensor, *,
     q_depth: Tensor | None = None, cu_seqlens: Tensor | None = None, causal: bool = True, scale: float | None = None,
-    mask: Tensor | None = None, depth_top: int | None = None, past: tuple[Tensor, Tensor, list[int]] | None = None,
+    mask: Tensor | None = None, depth_top: int | None = None, depth_bias: Tensor | None = None,
+    past: tuple[Tensor, Tensor, list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention over its sequence K/V and the slots it reads from the stream.
 
@@ -166,6 +173,8 @@ def depth_attention(
     :param mask: bool ``[B, T, T]``, which sequence keys each query sees, in place of the causal mask; for inference only.
     :param depth_top: how many slots a token's query head sees of those that the layer reads: the ones of the largest logits, and
         what ties with the last of them. None for all. The reference backend alone can.
+    :param depth_bias: ``[n]``, fp32 (fp64 with such queries): added to the logits of the slots that the layer reads, in the order
+        of slots, the same for all tokens and heads. What is left over where fewer are read has no effect. ``fused`` cannot.
     :param past: earlier keys and values under the same softmax, ``[C, B / R, T, Hk, D]`` each, and R numbers: row ``b * R + r``
         of the batch is a chunk of sequence b. It sees itself causally, and the first ``past[2][r]`` of that sequence's C chunks.
 
@@ -174,15 +183,17 @@ def depth_attention(
     :raises ValueError: for a mask together with gradients or ``cu_seqlens``.
     """
     if mask is not None:
-        return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask, depth_top), order
+        return masked_read(q, k, v, row, q_depth, cu_seqlens, scale, mask, depth_top, depth_bias), order
     past_k, past_v, counts = past or (None, None, [])
-    out, _, order = _read(order, q, k, v, q_depth, cu_seqlens, row, past_k, past_v, causal, scale, depth_top, counts)
+    out, _, order = _read(
+        order, q, k, v, q_depth, depth_bias, cu_seqlens, row, past_k, past_v, causal, scale, depth_top, counts
+    )
     return out, order
 
 
 def slot_attention(
     q: Tensor, order: Tensor, row: Tensor, own: tuple[Tensor, Tensor] | None = None, *, scale: float | None = None,
-    depth_top: int | None = None,
+    depth_top: int | None = None, depth_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention over the slots it reads from the stream alone, under a softmax of their own.
 
@@ -191,11 +202,12 @@ def slot_attention(
 
     :param q: ``[B, T, H, D]``, H a multiple of the slots' heads.
     :param own: keys and values ``[B, T, H, D]`` of one more pair per token.
-    :param order, row: those of :func:`depth_write`. :param scale, depth_top: those of :func:`depth_attention`, for slots.
+    :param order, row: those of :func:`depth_write`.
+    :param scale, depth_top, depth_bias: those of :func:`depth_attention`, for slots.
 
     :returns: the output ``[B, T, H, D]`` and the next ``order``.
     """
-    out, lse, order = _read(order, q, None, None, None, None, row, None, None, True, scale, depth_top, [])
+    out, lse, order = _read(order, q, None, None, None, depth_bias, None, row, None, None, True, scale, depth_top, [])
     if own is None:
         return out, order
     k, v = own

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..moda_attention.backend import Backend
 from ..moda_attention.fp8 import CODES
-from ..moda_attention.problem import Problem, as_run, make_problem
+from ..moda_attention.problem import Problem, as_run, make_problem, slot_table
 from ..moda_attention.quantised import Quantised, quantise_to
 from ..moda_attention.tensors import DepthGradients, DepthTarget, Inputs
 from .deferral import Deferral
@@ -143,11 +143,18 @@ class DepthStream:
         self._held[row] = slot
 
     def inputs(
-        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, q_depth: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        q_depth: Tensor | None,
+        depth_bias: Tensor | None = None,
     ) -> tuple[Inputs, tuple[int, ...] | None]:
         """What a layer's attention reads, and which rows of the depth tensors these are: None for all of them.
 
-        A run of rows comes as views of the buffers, any other list as the whole buffers and the rows' numbers.
+        A run of rows comes as views of the buffers, any other list as the whole buffers and the rows' numbers. The first numbers
+        of ``depth_bias`` are those of the slots read, in the order of slots; rows that are used again may have another.
         """
         slots = self.layout.read_slots(layer)
         if not slots:
@@ -156,7 +163,11 @@ class DepthStream:
         if missing or self.k is None or self.v is None:
             raise RuntimeError(f"depth stream: slots {missing} are read before they are written")
         rows = self._rows_read(layer)
-        x = Inputs(q, k, v, self.k, self.v, q_depth, self.scale_k, self.scale_v)
+        if depth_bias is not None:
+            by_row = tuple(sorted(range(len(slots)), key=lambda i: self._rows[slots[i]]))
+            as_they_are = by_row == tuple(range(len(slots)))
+            depth_bias = depth_bias[slice(len(slots)) if as_they_are else slot_table(by_row, depth_bias.device)]
+        x = Inputs(q, k, v, self.k, self.v, q_depth, self.scale_k, self.scale_v, depth_bias)
         run = as_run(rows)
         return (x, rows) if run is None else (x.with_slots(slice(*run)), None)
 

@@ -48,7 +48,7 @@ class _Call:
             make = torch.empty if n == x.depth_k.shape[0] else torch.zeros
             buffers = [make(x.depth_k.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(2)]
         depth = DepthGradients(buffers[0][self.run], buffers[1][self.run], (0, n)) if n else None
-        dq, dk, dv, dqd = self.backend.backward(self.problem, grad_out, grad_lse, self._read(x), saved, depth)
+        dq, dk, dv, dqd, _ = self.backend.backward(self.problem, grad_out, grad_lse, self._read(x), saved, depth)
         return [g for g in (dq, dk, dv, *buffers, dqd) if g is not None]
 
 

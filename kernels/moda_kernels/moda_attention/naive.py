@@ -4,6 +4,8 @@ For query head h of token t, with key/value head h // G (MoDA paper, arXiv 2603.
 
     logits = [ q . K_seq[0..t] , q_depth . K_depth[t, 0..S-1] ] * scale
     out    = softmax(logits) . [ V_seq[0..t] ; V_depth[t, 0..S-1] ]
+
+A bias of a slot, one number for all tokens and heads, is added to its logits.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from torch import Tensor
 def naive_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, depth_k: Tensor | None = None, depth_v: Tensor | None = None, *,
     q_depth: Tensor | None = None, causal: bool = True, scale: float | None = None, depth_chunk: int = 1,
-    cu_seqlens: Tensor | None = None, slots: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None, slots: Tensor | Sequence[int] | None = None, depth_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]``; arguments as in :func:`moda_kernels.moda_attention`.
+    """Output ``[B, T, Hq, D]`` and LSE ``[B, Hq, T]``; arguments as in :func:`moda_kernels.moda_attention`, and ``depth_bias``,
+    ``[S]`` or a number for each of ``slots``.
 
     In fp64 this is the truth that every backend is judged against, in a low-precision dtype the yardstick's ``plain``. For
     small shapes: memory grows with T * (T + S), and with T * (T + S * T) where ``depth_chunk > 1``.
@@ -49,13 +52,15 @@ def naive_attention(
             depth_k, depth_v = depth_k[index], depth_v[index]
         query = q if q_depth is None else q_depth
         if depth_chunk == 1:  # token t sees its own slots
-            logits.append(torch.einsum("bthd,sbthd->bhts", query, expand(depth_k)) * scale)
+            s = torch.einsum("bthd,sbthd->bhts", query, expand(depth_k)) * scale
+            logits.append(s if depth_bias is None else s + depth_bias)
             products.append("bhts,sbthd->bthd")
             values.append(expand(depth_v))
         else:  # and those of the tokens u before it in its chunk
             chunk = start + (token - start) // depth_chunk * depth_chunk
             seen = (token[None, :] <= token[:, None]) & (token[None, :] >= chunk[:, None])
             s = torch.einsum("bthd,sbuhd->bhtus", query, expand(depth_k)) * scale
+            s = s if depth_bias is None else s + depth_bias
             logits.append(s.masked_fill(~seen[:, :, None], float("-inf")).flatten(-2))
             products.append("bhtn,bnhd->bthd")
             values.append(expand(depth_v).permute(1, 2, 0, 3, 4).flatten(1, 2))

@@ -38,6 +38,7 @@ class Kind(NamedTuple):
     interpreted: bool  # Triton runs in its interpreter
     selects: bool = False  # a query sees its largest depth logits only
     quantised: bool = False  # depth slots are fp8
+    biased: bool = False  # numbers are added to the depth logits
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Problem:
     slots: tuple[int, ...] | None  # increasing numbers of the slots read; None for all of the depth tensors
     depth_top: int | None = None  # a token's query head sees its slots of the largest logits only, so many
     quantised: bool = False  # depth slots are fp8 with a scale per row
+    biased: bool = False  # a number per slot is added to its logits
     partial: bool = False  # in a backward pass: output and LSE are those of a softmax with further keys, elsewhere
 
     @property
@@ -75,7 +77,7 @@ class Problem:
             packed=self.cu_seqlens is not None, one_token=self.length == 1,
             sequence_kernel=os.environ.get("MODA_SEQUENCE_KERNEL") or None,
             interpreted=os.environ.get("TRITON_INTERPRET") == "1", selects=self.depth_top is not None,
-            quantised=self.quantised,
+            quantised=self.quantised, biased=self.biased,
         )  # fmt: skip
 
     @property
@@ -116,7 +118,7 @@ def make_problem(
     for name, tensor in x._asdict().items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "q"):
             _fail(name, "a torch.Tensor", type(tensor).__name__)
-    q, k, v, depth_k, depth_v, q_depth, scale_k, scale_v = x
+    q, k, v, depth_k, depth_v, q_depth, scale_k, _, depth_bias = x
     for name, shape in (("q", "[B, T, Hq, D]"), ("k", "[B, T, Hk, D]"), ("depth_k", "[S, B, T, Hk, D]")):
         tensor = getattr(x, name)
         if tensor is not None and tensor.ndim != shape.count(",") + 1:
@@ -145,8 +147,10 @@ def make_problem(
         _fail("q", f"of a head count that is a multiple of the key/value heads ({Hk})", Hq)
     if q_depth is not None and n_slots == 0:
         _fail("q_depth", "None where there are no depth slots", list(q_depth.shape))
-    shapes = [(B, T, Hk, D)] * 2 + [(S, B, T, Hk, D)] * 2 + [(B, T, Hq, D)] + [(S, B, T, Hk)] * 2
-    dtypes = {} if scale_k is None else dict(depth_k=CODES, depth_v=CODES, scale_k=torch.float32, scale_v=torch.float32)
+    shapes = [(B, T, Hk, D)] * 2 + [(S, B, T, Hk, D)] * 2 + [(B, T, Hq, D)] + [(S, B, T, Hk)] * 2 + [(n_slots,)]
+    dtypes = dict(depth_bias=torch.promote_types(q.dtype, torch.float32))
+    if scale_k is not None:
+        dtypes |= dict(depth_k=CODES, depth_v=CODES, scale_k=torch.float32, scale_v=torch.float32)
     for (name, tensor), expected in zip(list(x._asdict().items())[1:], shapes):
         if tensor is None:
             continue
@@ -166,7 +170,7 @@ def make_problem(
         max_seqlen = T if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, B, T, q.device)
     return Problem(
         B, T, Hq, Hk, D, n_slots, q.dtype, q.device, bool(causal), float(D**-0.5 if scale is None else scale), depth_chunk,
-        k is not None, cu_seqlens, max_seqlen, numbers, depth_top, scale_k is not None,
+        k is not None, cu_seqlens, max_seqlen, numbers, depth_top, scale_k is not None, depth_bias is not None,
     )  # fmt: skip
 
 

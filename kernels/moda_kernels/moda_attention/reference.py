@@ -73,6 +73,8 @@ def _logits(p: Problem, lo: int, hi: int, end: int, x: Inputs) -> Tensor:
         tokens, hidden = _depth_tokens(p, lo, hi)
         qd = _grouped(x.depth_query, p, lo, hi) * p.scale
         s = torch.einsum("brhgd,sbrchd->bhgrcs", qd, x.depth_k[:, :, tokens].to(dtype))
+        if x.depth_bias is not None:
+            s += x.depth_bias
         s = s.masked_fill_(hidden[:, :, None], float("-inf")).flatten(-2)
         if p.depth_top is not None and p.depth_top < s.shape[-1]:
             s.masked_fill_(s < s.topk(p.depth_top).values[..., -1:], float("-inf"))
@@ -122,6 +124,7 @@ class Reference(Backend):
         dk, dv, dkd, dvd = (torch.zeros(shape, dtype=dtype, device=p.device) for shape in like)
         dq = torch.zeros(p.batch, p.length, p.n_kv_heads, p.group, p.head_dim, dtype=dtype, device=p.device)
         dqd = dq if x.q_depth is None else torch.zeros_like(dq)
+        dbias = None if x.depth_bias is None else torch.zeros_like(x.depth_bias)
         for lo, hi, end in _row_blocks(p):
             logits = _logits(p, lo, hi, end, x)
             probs = torch.softmax(logits, dim=-1)  # exactly normalised: exp(logits - lse) has the rounding of lse in it
@@ -141,7 +144,10 @@ class Reference(Backend):
                 tokens, _ = _depth_tokens(p, lo, hi)
                 pr = probs[..., end:].unflatten(-1, (p.depth_chunk, p.n_slots))
                 dp = torch.einsum("brhgd,sbrchd->bhgrcs", do, x.depth_v[:, :, tokens].to(dtype))
-                ds = pr * (dp - delta.unsqueeze(-1)) * p.scale
+                ds = pr * (dp - delta.unsqueeze(-1))
+                if dbias is not None:
+                    dbias += ds.sum((0, 1, 2, 3, 4))
+                ds *= p.scale
                 qd = _grouped(x.depth_query, p, lo, hi)
                 dqd[:, lo:hi] += torch.einsum("bhgrcs,sbrchd->brhgd", ds, x.depth_k[:, :, tokens].to(dtype))
                 dkd.index_add_(2, tokens.flatten(), torch.einsum("bhgrcs,brhgd->sbrchd", ds, qd).flatten(2, 3))
@@ -154,7 +160,8 @@ class Reference(Backend):
         def final(grad: Tensor, like: Tensor | None) -> Tensor | None:
             return None if like is None else grad.reshape(like.shape).to(p.dtype)
 
-        return Gradients(dq.reshape(x.q.shape).to(p.dtype), final(dk, x.k), final(dv, x.v), final(dqd, x.q_depth))
+        of_depth = final(dqd, x.q_depth), dbias
+        return Gradients(dq.reshape(x.q.shape).to(p.dtype), final(dk, x.k), final(dv, x.v), *of_depth)
 
 
 def store_or_add(buffer: Tensor, grad: Tensor, fresh: tuple[int, int], table: Tensor | None) -> None:

@@ -21,6 +21,9 @@ class Inputs(NamedTuple):
     q_depth: Tensor | None = None  # [B, T, Hq, D], the query of the depth branch where it is not q
     scale_k: Tensor | None = None  # fp32 [S, B, T, Hk], the scales of depth tensors in fp8 (:mod:`.fp8`)
     scale_v: Tensor | None = None
+    depth_bias: Tensor | None = (
+        None  # [n], fp32 or above: added to the scaled logits of the n slots read, in their order
+    )
 
     def with_slots(self, index: Any) -> Inputs:
         """The same with those slots of the depth tensors that ``index`` takes."""
@@ -46,6 +49,7 @@ class Gradients(NamedTuple):
     k: Tensor | None
     v: Tensor | None
     q_depth: Tensor | None
+    depth_bias: Tensor | None = None
 
 
 class DepthGradients(NamedTuple):

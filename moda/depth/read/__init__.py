@@ -8,13 +8,15 @@ from .combined import Intersect, Union
 from .dynamic import Dynamic
 from .first_recent import FirstRecent
 from .kinds import Kinds
+from .learned import Learned
 from .listed import Listed
 from .policy import SlotPolicy
 from .recent import Recent
 from .stride import Stride
 
 __all__ = [
-    "All", "Blocks", "Dynamic", "FirstRecent", "Intersect", "Kinds", "Listed", "Recent", "SlotPolicy", "Stride", "Union",
+    "All", "Blocks", "Dynamic", "FirstRecent", "Intersect", "Kinds", "Learned", "Listed", "Recent", "SlotPolicy", "Stride",
+    "Union",
 ]  # fmt: skip
 
-SlotPolicy.register(All, Recent, FirstRecent, Stride, Kinds, Blocks, Union, Intersect, Listed, Dynamic)
+SlotPolicy.register(All, Recent, FirstRecent, Stride, Kinds, Blocks, Union, Intersect, Listed, Dynamic, Learned)

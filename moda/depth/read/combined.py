@@ -22,9 +22,9 @@ class _Combined(SlotPolicy):
         if len(set(self.policies)) < max(2, len(self.policies)):
             given = [policy.to_plain() for policy in self.policies]
             raise UserError(f"model.depth.read.{self.name}", "two or more different slot policies", given)
-        if any(policy.kept is not None for policy in self.policies):
-            hint = f"write {{dynamic: {{top: S, of: {{{self.name}: [...]}}}}}}"
-            raise UserError(f"model.depth.read.{self.name}", "policies that are not dynamic", hint=hint)
+        if (alone := next((policy.name for policy in self.policies if policy.alone), None)) is not None:
+            hint = f"write {{{alone}: {{top: S, of: {{{self.name}: [...]}}}}}}"
+            raise UserError(f"model.depth.read.{self.name}", f"policies that are not {alone}", hint=hint)
 
 
 class Union(_Combined):

@@ -27,8 +27,10 @@ class Dynamic(SlotPolicy):
     of: SlotPolicy = All()
 
     def __post_init__(self) -> None:
-        if self.of.kept is not None:
-            raise UserError("model.depth.read.dynamic.of", "a policy that is not dynamic itself", self.of.to_plain())
+        if self.of.alone:
+            raise UserError(
+                "model.depth.read.dynamic.of", "a policy that is not dynamic or learned", self.of.to_plain()
+            )
 
     @property
     def kept(self) -> int:

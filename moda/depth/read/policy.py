@@ -21,6 +21,8 @@ class SlotPolicy(Registered):
     """
 
     family = "slot policy"
+    #: Whether the logits of each slot that a layer reads get a trained score, a parameter of the layer.
+    scored: ClassVar[bool] = False
 
     def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
         """The slots that a layer reads, increasing, each below ``layer * kinds`` (what earlier layers could write).
@@ -46,6 +48,11 @@ class SlotPolicy(Registered):
     def kept(self) -> int | None:
         """How many of :meth:`slots` a token keeps for each query head, those of the largest logits; None for all."""
         return None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the policy is more than its :meth:`slots`, and so cannot be part of another one."""
+        return self.scored or self.kept is not None
 
     def describe(self) -> str:
         """What is read, in words."""

@@ -28,6 +28,8 @@ class Fused(Backend):
     def unsupported(self, kind: Kind) -> str | None:
         if kind.selects:
             return "depth_top: only the reference backend picks a token's slots by their logits"
+        if kind.biased:
+            return "depth_bias: fused adds none, split and reference do"
         if kind.quantised:
             return "depth_k: fused does not read fp8, split and reference do"
         cuda = kind.device.type == "cuda"

@@ -72,13 +72,15 @@ class Split(Backend):
             if p.n_slots == 0:
                 return Gradients(dq, dk, dv, None)
         assert x.depth_k is not None and x.depth_v is not None and depth is not None
+        dbias = None if x.depth_bias is None else torch.empty_like(x.depth_bias)
         dq_depth = depth_backward(
             grad_out, rows(x.depth_query), x.depth_k, x.depth_v, saved, p.scale, depth,
-            slot_scales=(x.scale_k, x.scale_v), table=p.table, grad_lse=grad_lse, add_to=dq if x.q_depth is None else None,
+            slot_scales=(x.scale_k, x.scale_v), bias=x.depth_bias, grad_bias=dbias, table=p.table, grad_lse=grad_lse,
+            add_to=dq if x.q_depth is None else None,
         )  # fmt: skip
         if x.q_depth is None:
-            return Gradients(dq_depth, dk, dv, None)
-        return Gradients(torch.zeros_like(q) if dq is None else dq, dk, dv, dq_depth)
+            return Gradients(dq_depth, dk, dv, None, dbias)
+        return Gradients(torch.zeros_like(q) if dq is None else dq, dk, dv, dq_depth, dbias)
 
     def pending(self, layers: int, slots: int, q: Tensor, n_kv_heads: int) -> LayerProducts:
         return LayerProducts(max(1, min(layers, MAX_PRODUCTS * n_kv_heads // q.shape[2])), slots, q)
@@ -86,10 +88,10 @@ class Split(Backend):
 
 def _read_depth(p: Problem, x: Inputs, branch: Result | None) -> Result:
     assert x.depth_k is not None and x.depth_v is not None
-    scales = x.scale_k, x.scale_v
     return depth_forward(
-        rows(x.depth_query), x.depth_k, x.depth_v, p.scale, slot_scales=scales, table=p.table, sequence=branch
-    )
+        rows(x.depth_query), x.depth_k, x.depth_v, p.scale, slot_scales=(x.scale_k, x.scale_v), bias=x.depth_bias,
+        table=p.table, sequence=branch,
+    )  # fmt: skip
 
 
 def _backward_of_lse(

@@ -7,6 +7,9 @@ LSE and dlse its gradient (0 unless the caller differentiates it):
     delta = do . out - dlse                         dq  += sum_s ds_s * K[s]
     dK[s] = sum over the G heads of ds_s * q        dV[s] = sum over the G heads of p_s * do
 
+The gradient of a bias is the sum of ds_s / scale over tokens and heads: each program leaves its own sum, and they are added up
+in a fixed order.
+
 Two ways for dK and dV, which are two thirds of the bytes if they are added to what deeper layers left in the buffers:
 
 * immediate: store into *fresh* slots, read-modify-write the others (sum in fp32, rounded once);
@@ -37,6 +40,7 @@ from .depth_forward import (
     rows_of_program,
     scale_layout,
     slot_layout,
+    with_bias,
 )
 from .flush import LayerProducts
 
@@ -44,14 +48,16 @@ from .flush import LayerProducts
 @triton.jit
 def _depth_backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    k_scale_ptr, v_scale_ptr, table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr, T, n_slots, fresh_lo, fresh_hi, scale,
+    k_scale_ptr, v_scale_ptr, bias_ptr, dbias_ptr, table_ptr, p_ptr, ds_ptr, q_keep_ptr, do_keep_ptr,
+    T, n_slots, fresh_lo, fresh_hi, scale,
     k_slot_stride, v_slot_stride, scale_slot_stride, dk_slot_stride, dv_slot_stride, pending_slots, pending_first,
     q_stride_b, q_stride_t, q_stride_h, out_stride_b, out_stride_t, out_stride_h, do_stride_b, do_stride_t, do_stride_h,
     dq_stride_b, dq_stride_t, dq_stride_h, dlse_stride_b, dlse_stride_h, dlse_stride_t,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, ADD_DQ: tl.constexpr, DEFER: tl.constexpr, ALL_FRESH: tl.constexpr, LISTED: tl.constexpr,
-    QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr, ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, BIASED: tl.constexpr, ASSEMBLY: tl.constexpr, ONE_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:  # one set of 64-bit offsets instead of four: about 24 registers, and with them a third more warps
         v_slot_stride = k_slot_stride
@@ -122,15 +128,27 @@ def _depth_backward_kernel(
         if QUANTISED:
             k = k.to(q_half.dtype)
             x = depth_logits(q_half, k, m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
-            p = tl.exp2(x * q_scale[:, None] - lse[:, None])
+            x *= q_scale[:, None]
+            if BIASED:
+                x = with_bias(x, bias_ptr, position, n_slots, m_mask)
+            p = tl.exp2(x - lse[:, None])
             dp = tl.dot(do_half, tl.trans(v.to(do_half.dtype)), input_precision=PRECISION) * v_scale[None, :]
             ds = p * (dp * do_scale[:, None] - delta[:, None])  # in units of ds_unit
             dq = tl.dot((ds * (k_scale * (1 / k_unit))[None, :]).to(k.dtype), k, dq, input_precision=PRECISION)
         else:
             x = depth_logits(q, k, m, n, position, n_slots, scale * LOG2_E, G, HEADS, PRECISION)
+            if BIASED:
+                x = with_bias(x, bias_ptr, position, n_slots, m_mask)
             p = tl.exp2(x - lse[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - delta[:, None]) * scale
+        if BIASED:
+            dbias = ds
+            if QUANTISED:
+                dbias = ds * ds_unit[:, None]
+            dbias = tl.sum(tl.reshape(tl.sum(dbias, axis=0), [STEP, HEADS]), axis=1)
+            at = tl.program_id(0).to(tl.int64) * n_slots + start + step
+            tl.store(dbias_ptr + at, dbias, mask=start + step < n_slots)
         p_low = p.to(q.dtype)
         if QUANTISED and not (DEFER and HEADS > 1):
             ds_low = (ds * ds_unit[:, None]).to(q.dtype)
@@ -181,8 +199,9 @@ def backward_tile(dtype: torch.dtype, block_d: int, deferred: bool, quantised: b
 
 def depth_backward(
     grad_out: Tensor, q: Tensor, depth_k: Tensor, depth_v: Tensor, merged: Result, scale: float,
-    depth: DepthGradients | Deferred, *, slot_scales: SlotScales = (None, None), table: Tensor | None = None,
-    grad_lse: Tensor | None = None, add_to: Tensor | None = None, tile: Tile | None = None,
+    depth: DepthGradients | Deferred, *, slot_scales: SlotScales = (None, None), bias: Tensor | None = None,
+    grad_bias: Tensor | None = None, table: Tensor | None = None, grad_lse: Tensor | None = None, add_to: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradients of the depth branch.
 
@@ -191,6 +210,7 @@ def depth_backward(
     :param depth: buffers ``[S, B, T, Hk, D]`` that take the gradients of depth_k and depth_v (in fp8, of what their codes and
         scales stand for), or where they are left for a later flush.
     :param slot_scales: fp32 ``[S, B, T, Hk]`` of ``depth_k`` and ``depth_v`` where they are fp8.
+    :param bias: fp32 ``[n]`` that was added to the logits. :param grad_bias: takes its gradient, the same.
     :param table: int32 ``[n]`` numbers of the slots that were read; None for all.
     :param grad_lse: ``[B, Hq, T]`` gradient of the LSE, or None.
     :param add_to: ``[B, T, Hq, D]`` to which the query gradient is added in place; a new tensor is returned if None.
@@ -215,11 +235,16 @@ def depth_backward(
     deferred = isinstance(depth, Deferred)
     tile = tile or backward_tile(q.dtype, padded(q.shape[3]), deferred, scale_slot > 0)
     grid, options = depth_launch(q, depth_k.shape[3], tile)
+    parts = None if bias is None else torch.empty((*grid, n_slots), dtype=torch.float32, device=q.device)
     _depth_backward_kernel[grid](
-        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, *scales, table, *keep, q.shape[1], n_slots, *fresh, scale,
-        k_slot_stride, v_slot_stride, scale_slot, dk.stride(0), dv.stride(0), pending_slots, first_slot,
+        q, depth_k, depth_v, out, grad_out, merged.lse, dl, dq, dk, dv, *scales, bias, parts, table, *keep, q.shape[1], n_slots,
+        *fresh, scale, k_slot_stride, v_slot_stride, scale_slot, dk.stride(0), dv.stride(0), pending_slots, first_slot,
         *strides(3, q, out, grad_out, dq, dl), HAS_DLSE=grad_lse is not None, ADD_DQ=add_to is not None, DEFER=deferred,
         ALL_FRESH=fresh[0] <= 0 and fresh[1] >= n_slots, LISTED=table is not None,
-        QUANTISED=scale_slot > 0, ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), **options,
+        QUANTISED=scale_slot > 0, BIASED=bias is not None,
+        ONE_STRIDE=k_slot_stride == v_slot_stride == dk.stride(0) == dv.stride(0), **options,
     )  # fmt: skip
+    if parts is not None:
+        assert grad_bias is not None
+        torch.sum(parts, 0, out=grad_bias).div_(scale)
     return dq

@@ -20,6 +20,8 @@ x_s = scale * a_K[s] * (q . c_K[s]), and the probability of a slot is multiplied
 products are of fp16 (of fp32 for fp32 queries): two e4m3 become fp16, exactly, in one instruction, but bf16 in three, two of them
 at a quarter of the rate, which would take longer than the bytes. What codes are multiplied by is brought into the range of fp16:
 q by a power of two per row (:func:`half_rows`), probabilities times a_V by the largest a_V of a program (:func:`largest_scale`).
+
+A bias (``BIASED``) is one fp32 number per slot read, the same for all tokens and heads, that is added to its logits.
 """
 
 # mypy: allow-untyped-defs
@@ -146,13 +148,20 @@ def depth_logits(
 
 
 @triton.jit
+def with_bias(x, bias_ptr, position, n_slots, m_mask):
+    """Logits ``[BLOCK_M, BLOCK_N]`` in base 2 with the bias of each column's slot; padded rows see nothing."""
+    bias = tl.load(bias_ptr + position, mask=position < n_slots, other=0.0) * LOG2_E
+    return tl.where(m_mask[:, None], x + bias[None, :], float("-inf"))
+
+
+@triton.jit
 def _depth_forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, table_ptr, seq_out_ptr, seq_lse_ptr, out_ptr, lse_ptr,
     T, n_slots, scale_log2, k_slot_stride, v_slot_stride, scale_slot_stride, q_stride_b, q_stride_t, q_stride_h,
     seq_stride_b, seq_stride_t, seq_stride_h, out_stride_b, out_stride_t, out_stride_h,
     N_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, LISTED: tl.constexpr, QUANTISED: tl.constexpr, BIASED: tl.constexpr, ASSEMBLY: tl.constexpr,
     ONE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ONE_STRIDE:
@@ -201,10 +210,16 @@ def _depth_forward_kernel(
         )  # fmt: skip
         if QUANTISED:  # a row's factor joins the subtraction in the exponent
             x = depth_logits(q, k.to(q.dtype), m, n, position, n_slots, k_scale[None, :], G, HEADS, PRECISION)
-            new_top = tl.maximum(top, tl.max(x, axis=1) * q_scale)
-            x *= q_scale[:, None]
+            if BIASED:
+                x = with_bias(x * q_scale[:, None], bias_ptr, position, n_slots, m_mask)
+                new_top = tl.maximum(top, tl.max(x, axis=1))
+            else:
+                new_top = tl.maximum(top, tl.max(x, axis=1) * q_scale)
+                x *= q_scale[:, None]
         else:
             x = depth_logits(q, k, m, n, position, n_slots, scale_log2, G, HEADS, PRECISION)
+            if BIASED:
+                x = with_bias(x, bias_ptr, position, n_slots, m_mask)
             new_top = tl.maximum(top, tl.max(x, axis=1))
         if not HAS_SEQUENCE:  # padded rows never see anything
             base = tl.where(m_mask, new_top, 0.0)
@@ -272,13 +287,14 @@ def depth_launch(q: Tensor, n_kv_heads: int, tile: Tile) -> tuple[tuple[int], di
 
 def depth_forward(
     q: Tensor, depth_k: Tensor, depth_v: Tensor, scale: float, *, slot_scales: SlotScales = (None, None),
-    table: Tensor | None = None, sequence: Result | None = None, tile: Tile | None = None,
+    bias: Tensor | None = None, table: Tensor | None = None, sequence: Result | None = None, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """Attention over depth slots, merged with a sequence part if one is given.
 
     :param q: ``[B, T, Hq, D]`` depth queries, last dimension contiguous.
     :param depth_k: ``[S, B, T, Hk, D]``, S >= 1; so is ``depth_v``.
     :param slot_scales: fp32 ``[S, B, T, Hk]`` of ``depth_k`` and ``depth_v`` where they are fp8.
+    :param bias: fp32 ``[n]``, contiguous: added to the logits of the slots read, in their order.
     :param table: int32 ``[n]`` numbers of the slots that are read; None for all.
     :param sequence: the sequence branch's normalised output, overwritten by the merged one if contiguous, and contiguous fp32
         LSE; None for depth-only attention.
@@ -295,8 +311,8 @@ def depth_forward(
     scales, scale_slot = scale_layout(slot_scales)
     grid, options = depth_launch(q, depth_k.shape[3], tile or forward_tile(q.dtype, padded(D), scale_slot > 0))
     _depth_forward_kernel[grid](
-        q, depth_k, depth_v, *scales, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride, v_slot_stride,
-        scale_slot, *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
-        QUANTISED=scale_slot > 0, ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
+        q, depth_k, depth_v, *scales, bias, table, so, sl, out, lse, T, n_slots, scale * LOG2_E.value, k_slot_stride,
+        v_slot_stride, scale_slot, *strides(3, q, so, out), HAS_SEQUENCE=sequence is not None, LISTED=table is not None,
+        QUANTISED=scale_slot > 0, BIASED=bias is not None, ONE_STRIDE=k_slot_stride == v_slot_stride, **options,
     )  # fmt: skip
     return Result(out, lse)

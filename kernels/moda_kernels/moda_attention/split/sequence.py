@@ -168,7 +168,7 @@ class TritonAttention(SequenceKernel):
 
     def backward(self, p: Problem, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
         p = replace(p, n_slots=0, slots=None)
-        dq, dk, dv, _ = fused.backward(p, do, None, Inputs(q, k, v), Result(out, lse), None)
+        dq, dk, dv, *_ = fused.backward(p, do, None, Inputs(q, k, v), Result(out, lse), None)
         assert dk is not None and dv is not None
         return dq, dk, dv
 
