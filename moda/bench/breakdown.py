@@ -22,7 +22,7 @@ _PATTERNS = {
     "optimizer": r"multi_tensor_apply|lpnorm|FusedAdam",
     "attention": r"flash|fmha|sdpa|attention|cudnn::fusion|^(forward|rows|queries|keys)_kernel",
     "matmul": r"nvjet|gemm|gemv|cutlass|xmma|splitK|cublas|^triton_(tem|mm)_",
-    "eager": r"^(void )?at::|elementwise|[Mm]emcpy|[Mm]emset|split_with_sizes|chunk_cat|index|embedding|DeviceRadixSort|DeviceUnique",
+    "eager": r"^(void )?at::|elementwise|[Mm]emcpy|[Mm]emset|split_with_sizes|chunk_cat|index|embedding|DeviceRadix|DeviceUnique",
 }
 
 #: In the order in which they claim a moment. ``norms_copies`` has what the compiler made, and eager copies and reductions.

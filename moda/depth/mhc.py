@@ -19,24 +19,24 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from moda.ranges import Count
+from moda_kernels.sinkhorn import sinkhorn
 
-from .hyper_connections import EPS, Connection, StreamsLayer, StreamsModel, streams_block_memory, streams_memory
+from .hyper_connections import (
+    EPS,
+    Connection,
+    StreamsLayer,
+    StreamsModel,
+    project,
+    streams_block_memory,
+    streams_memory,
+    weighted_sum,
+)  # fmt: skip
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
-
-
-def sinkhorn(logits: torch.Tensor, iterations: int) -> torch.Tensor:
-    """A nearly doubly stochastic matrix ``[..., n, n]`` of logits: columns, then rows, scaled to sum to 1 (Eq. 9)."""
-    matrix = (logits - logits.amax((-2, -1), keepdim=True)).exp()
-    for _ in range(iterations):
-        matrix = matrix / matrix.sum(-2, keepdim=True)
-        matrix = matrix / matrix.sum(-1, keepdim=True)
-    return matrix
 
 
 class _Connection(Connection):
@@ -50,11 +50,11 @@ class _Connection(Connection):
         self.gates = nn.Parameter(torch.empty(3))
         self.reset_parameters()
 
-    def mappings(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def matrices(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """H_pre and H_post ``[B, T, n]``, H_res ``[B, T, n, n]`` for streams ``[n, B, T, d]``, in fp32 or above."""
         wide = torch.promote_types(streams.dtype, torch.float32)
-        flat = streams.permute(1, 2, 0, 3).flatten(2).to(wide)
-        given = F.rms_norm(flat, flat.shape[-1:], eps=EPS) @ self.phi.to(wide)
+        scale = (streams.to(wide).square().mean((0, -1))[..., None] + EPS).rsqrt()
+        given = scale * project(streams, self.phi.unflatten(0, (self.n, -1))).to(wide).sum(0)
         sizes = (self.n, self.n, self.n * self.n)
         parts = zip(self.gates.to(wide), given.split(sizes, -1), self.b.to(wide).split(sizes, -1))
         pre, post, res = (gate * x + b for gate, x, b in parts)
@@ -62,14 +62,15 @@ class _Connection(Connection):
 
     def read(self, streams: torch.Tensor) -> torch.Tensor:
         """What the sublayer receives, ``[B, T, d]``."""
-        pre, _, _ = self.mappings(streams)
-        return torch.einsum("bti,ibtd->btd", pre, streams.to(pre.dtype)).to(streams.dtype)
+        self._matrices = pre, _, _ = self.matrices(streams)
+        return weighted_sum(pre.movedim(-1, 0), streams).to(streams.dtype)
 
     def write(self, streams: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The streams after the sublayer gave ``out`` ``[B, T, d]``."""
-        _, post, res = self.mappings(streams)
-        mixed = torch.einsum("btji,ibtd->jbtd", res, streams.to(res.dtype))
-        return (mixed + post.permute(2, 0, 1)[..., None] * out).to(streams.dtype)
+        _, post, res = self.kept_matrices(streams)
+        rows = res.movedim((-2, -1), (0, 1))
+        mixed = [weighted_sum(row, streams) + post[..., j, None] * out for j, row in enumerate(rows)]
+        return torch.stack([x.to(streams.dtype) for x in mixed])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
