@@ -106,8 +106,28 @@ def chart_data(all_variants: Sequence[Variant]) -> dict[str, Any]:
     return {"xs": list(xs.values()), "charts": charts}
 
 
+def _draw_ranking(ax: Any, all_variants: Sequence[Variant], metric: str) -> None:
+    """Final values by variant, the least on top: every seed's, their mean, and its 95 % interval."""
+    found = [(v.final(metric), i, v) for i, v in enumerate(all_variants)]
+    ranked = sorted((x for x in found if x[0].n and math.isfinite(x[0].mean)), key=lambda x: -x[0].mean)
+    for y, (estimate, i, v) in enumerate(ranked):
+        colour = _style(i, v.label)["colour"]
+        margin = 0.0 if math.isnan(estimate.margin) else estimate.margin
+        ax.errorbar(estimate.mean, y, xerr=margin, color=colour, marker="D", markersize=6, capsize=4)
+        ax.annotate(f"{estimate.mean:.3f}", (estimate.mean, y), (8, 4), textcoords="offset points", fontsize="small")
+        if estimate.n > 1:
+            values = [run.final(metric) for run in v.finished]
+            ax.plot(values, [y] * len(values), ".", color=colour, alpha=0.5)
+    ax.set_yticks(range(len(ranked)), [v.label.replace("$", r"\$") for _, _, v in ranked], fontsize="small")
+    ax.margins(x=0.12)
+    ax.grid(alpha=0.3)
+
+
 def draw_losses(all_variants: Sequence[Variant], path: Path) -> None:
-    """Training losses, and those of the first validation set, over tokens and, of several runs, FLOPs and time."""
+    """Training losses, and those of the first validation set, over tokens and, of several runs, FLOPs and time.
+
+    Runs that were validated at their end alone are ranked by it instead.
+    """
     from matplotlib.figure import Figure
 
     runs = [run for v in all_variants for run in v.runs]
@@ -118,6 +138,14 @@ def draw_losses(all_variants: Sequence[Variant], path: Path) -> None:
     figure = Figure(figsize=(5 * len(known) + 1, 3.8 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), len(known), squeeze=False)
     for row, (title, metric) in zip(axes, metrics.items()):
+        if metric != "loss" and len(all_variants) > 1 and all(len(run.of(metric)[0]) < 2 for run in runs):
+            whole = figure.add_subplot(row[0].get_gridspec()[1, :])
+            for ax in row:
+                ax.remove()
+            figure.set_size_inches(5 * len(known) + 1, 3.8 + max(2.0, 0.28 * len(all_variants) + 0.8))
+            _draw_ranking(whole, all_variants, metric)
+            whole.set(xlabel=f"{title}, at the end")
+            continue
         curves = []
         for i, v in enumerate(all_variants):
             style = _style(i, v.label)

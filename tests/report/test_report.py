@@ -22,6 +22,7 @@ from moda.config import load_config
 from moda.errors import UserError
 from moda.model import transformer_config
 from moda.report import FILES, write_report
+from moda.report.charts import _draw_ranking
 from moda.report.paper import PAPER_TABLES
 from moda.report.runs import _flatten, find_runs
 from moda.report.tables import build_tables, markdown_table
@@ -322,3 +323,21 @@ def test_the_report_imports_no_torch() -> None:
         "assert not {'torch', 'olmo_core', 'matplotlib', 'moda.train', 'moda.config'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_runs_validated_at_their_end_alone_are_ranked(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    for name, last in {"a": 2.0, "b": 1.5, "c": 3.0}.items():
+        for seed in (0, 1):
+            write_run(
+                tmp_path / f"{name}{seed}", falling(4.0, 0.1), evals={20: last + 0.1 * seed},
+                optim={"lr": ord(name) * 1e-5}, train={"seed": seed},
+            )  # fmt: skip
+    ax = Figure().subplots()
+    _draw_ranking(ax, variants(find_runs([tmp_path])), "eval/c4/loss")
+    assert [text.get_text() for text in ax.texts] == ["3.050", "2.050", "1.550"], (
+        "the least comes last, which is on top"
+    )
+    seeds = [line for line in ax.lines if line.get_marker() == "."]
+    assert [sorted(line.get_xdata()) for line in seeds] == [[3.0, 3.1], [2.0, 2.1], [1.5, 1.6]]
