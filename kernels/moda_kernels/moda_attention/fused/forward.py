@@ -169,8 +169,12 @@ def forward(p: Problem, x: Inputs) -> Result:
     return Result(out, lse)
 
 
-def problem_kind(p: Problem, depth_query: bool) -> tuple[Any, ...]:
-    """What a tile choice depends on: everything compiled into the kernel, and the sizes up to a factor of two."""
-    sizes = map(triton.next_power_of_2, (p.length, p.n_slots + 1, p.batch * p.n_kv_heads))
-    switches = (p.causal, p.depth_chunk > 1, p.has_sequence, p.cu_seqlens is not None, p.slots is not None, depth_query)
-    return (p.device.index, p.dtype, p.head_dim, p.group, *sizes, *switches)
+def problem_kind(p: Problem, depth_query: bool, **further: bool) -> tuple[int | None, str]:
+    """A device's index, and what a tile choice depends on: all that is compiled in, and sizes up to a factor of two."""
+    T, S, N = map(triton.next_power_of_2, (p.length, p.n_slots + 1, p.batch * p.n_kv_heads))
+    switches = {
+        "causal": p.causal, "chunks": p.depth_chunk > 1, "sequence": p.has_sequence, "documents": p.cu_seqlens is not None,
+        "list": p.slots is not None, "depth query": depth_query, **further,
+    }  # fmt: skip
+    sizes = f"{str(p.dtype).removeprefix('torch.')}, D {p.head_dim}, G {p.group}, T {T}, S {S}, rows {N}"
+    return p.device.index, ", ".join([sizes, *(name for name, on in switches.items() if on)])

@@ -179,4 +179,4 @@ def key_gradients(
     if slots:  # not timed, for a second launch would add to the gradients again; chunks are short, so a small tile
         launch(min(_chooser.tiles(p), key=lambda t: t.rows * t.keys))
     else:
-        launch(_chooser.choose((*problem_kind(p, False), tma), p, launch))
+        launch(_chooser.choose(problem_kind(p, False, tma=tma), p, launch))

@@ -162,5 +162,5 @@ def query_gradients(
                 DEPTH_QUERY=q_depth is not None, **launch_options(p, tile, tma),
             )  # fmt: skip
 
-    kind = (*problem_kind(p, q_depth is not None), tma, grad_q_start is not None)
+    kind = problem_kind(p, q_depth is not None, tma=tma, start=grad_q_start is not None)
     launch(_chooser.choose(kind, p, launch))
