@@ -274,7 +274,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
-    refused = refused_but("tensor_parallel", "context_parallel")
+    refused = refused_but("tensor_parallel", "context_parallel", "pipeline_parallel")
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
     attention: AttentionSlot = AttentionSlot.reuse
@@ -289,6 +289,11 @@ class MoDA(DepthMechanism):
         """Which slots the layers of a model write and read."""
         kinds = 2 if self.ffn else 1
         return layout_of(self.read, n_layers, kinds, self.slot_dtype == SlotDtype.fp8)
+
+    def refuses(self, feature: str) -> str | None:
+        if feature == "pipeline_parallel" and self.slot_dtype is not None:
+            return f"each stage would round slots in {self.slot_dtype.value} again"
+        return super().refuses(feature)
 
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:

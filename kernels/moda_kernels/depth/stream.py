@@ -67,6 +67,7 @@ class _KeepAlive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.stream.check_taken()
         return None, None
 
 
@@ -240,6 +241,29 @@ class DepthStream:
             return torch.zeros_like(self.k[row], dtype=self._dtype), torch.zeros_like(self.k[row], dtype=self._dtype)
         self._has_gradient.remove(row)
         return self.grad_k[row], self.grad_v[row]
+
+    def copy(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies ``[S, B, T, Hk, D]`` of the keys and of the values that a layer reads."""
+        if self.layout.quantised:
+            raise RuntimeError("depth stream: slots in fp8 do not leave their stream")
+        self.inputs(layer, torch.empty(0), None, None, None)  # they must be there
+        assert self.k is not None and self.v is not None
+        rows = [self._rows[slot] for slot in self.layout.read_slots(layer)]
+        return self.k[rows], self.v[rows]
+
+    def deposit(self, layer: int, grad_k: Tensor, grad_v: Tensor) -> None:
+        """The gradients of those copies, for the slots' writers to take. Before those of any other read."""
+        self.begin_backward(layer)
+        rows = tuple(self._rows[slot] for slot in self.layout.read_slots(layer))
+        assert not self._has_gradient and self._deferral is None
+        to = self._gradients(rows)
+        to.k[list(rows)], to.v[list(rows)] = grad_k, grad_v
+
+    def check_taken(self) -> None:
+        """Refuse gradients that no writer has taken at the end of a backward pass."""
+        waiting = self._deferral is not None and any(map(self._deferral.covers, self._held))
+        if self._has_gradient or waiting:
+            raise RuntimeError(f"depth stream: gradients of the rows {sorted(self._has_gradient)} were not taken")
 
 
 def stream_of(row: Tensor) -> tuple[DepthStream, int]:
