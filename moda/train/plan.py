@@ -178,10 +178,10 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         raise UserError(
             "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
         )
-    for key in ("tensor", "context"):  # at most one of them is more than 1
+    for key in ("tensor", "context", "pipeline"):  # at most one of them is more than 1
         if world_size % getattr(parallel, key):
             raise UserError(f"parallel.{key}", f"a divisor of the {world_size} processes", getattr(parallel, key))
-    replicas = world_size // (parallel.tensor * parallel.context)
+    replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
     if not isinstance(train.microbatch_size, int):
         if train.global_batch_size % replicas:
             expected = f"a multiple of the {replicas} processes"
