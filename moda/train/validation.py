@@ -26,6 +26,9 @@ class TimedEvaluator(EvaluatorCallback):
 
     _evaluated_at: int | None = None
 
+    def post_attach(self) -> None:
+        """OLMo-core lets some train modules evaluate. All of this project's can, a pipeline's too."""
+
     def perform_eval(self, prefix: str = "eval") -> None:
         head = cast(Any, self.trainer.train_module).model.lm_head
         if head is not None:  # a stage of a pipeline may have none
