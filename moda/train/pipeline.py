@@ -15,6 +15,7 @@ from olmo_core.nn.lm_head import LMOutputWithLoss
 from olmo_core.nn.transformer import Transformer
 from olmo_core.train.train_module import EvalBatchSpec
 from olmo_core.train.train_module.transformer import (
+    TransformerActivationCheckpointingConfig,
     TransformerDataParallelConfig,
     TransformerPipelineParallelConfig,
     TransformerPipelineTrainModule,
@@ -32,12 +33,23 @@ __all__ = ["PipelineTrainModule"]
 
 @dataclass
 class _Stages(TransformerPipelineParallelConfig):
-    """One stage for each rank, cut here; the schedule is :mod:`moda.model.pipeline`'s."""
+    """One stage for each rank, cut here; the schedule is :mod:`moda.model.pipeline`'s.
+
+    :param checkpointing: applied before the cut, as OLMo-core takes the blocks of a model for numbered from 0.
+    """
 
     stages: list[Stage] = field(default_factory=list)
+    checkpointing: TransformerActivationCheckpointingConfig | None = None
 
     def split_model(self, model: Transformer, *, pp_mesh: Any, **_: Any) -> tuple[list[Any], list[Transformer]]:
         part = copy.deepcopy(model)
+        if (ac := self.checkpointing) is not None:
+            part.apply_activation_checkpointing(
+                ac.mode,
+                block_interval=ac.block_interval,
+                modules=ac.modules,
+                activation_memory_budget=ac.activation_memory_budget,
+            )
         cut(part, self.stages[pp_mesh.get_local_rank()])
         return [], [part]
 
@@ -53,12 +65,18 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
     """
 
     def __init__(
-        self, model: Transformer, *, stages: list[Stage], dp_config: TransformerDataParallelConfig, **kwargs: Any
+        self,
+        model: Transformer,
+        *,
+        stages: list[Stage],
+        dp_config: TransformerDataParallelConfig,
+        ac_config: TransformerActivationCheckpointingConfig | None,
+        **kwargs: Any,
     ) -> None:
         schedule = PipelineScheduleType.single_1F1B
         super().__init__(
             model,
-            pp_config=_Stages(degree=len(stages), schedule=schedule, stages=stages),
+            pp_config=_Stages(degree=len(stages), schedule=schedule, stages=stages, checkpointing=ac_config),
             dp_config=dp_config,
             state_dict_load_opts=StateDictOptions(flatten_optimizer_state_dict=True, strict=True),
             **kwargs,
