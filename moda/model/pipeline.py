@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from olmo_core.nn.lm_head import LMOutputWithLoss
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 
 from .stages import Stage, run_stage
@@ -75,7 +76,7 @@ class Pipeline:
         s = self.stage
         before, after = None if s.is_first else s.index - 1, None if s.is_last else s.index + 1
         self.down, self.up = _Channel(down, after, before), _Channel(up, before, after)
-        self._in_flight: deque[tuple[list[torch.Tensor], Any]] = deque()
+        self._in_flight: deque[tuple[list[torch.Tensor], Any, list[torch.Size]]] = deque()
 
     @property
     def device(self) -> torch.device:
@@ -97,20 +98,23 @@ class Pipeline:
         labels = {"labels": batch["labels"]} if self.stage.is_last else {}
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "labels")}
         out = run_stage(self.model, batch["input_ids"], tuple(received), **labels, **rest, **options)
+        for slots in received[1:]:
+            slots.untyped_storage().resize_(0)  # the stream has them: only their gradient is of use now
         if isinstance(out, LMOutputWithLoss):
-            self._in_flight.append((received, out.loss))
+            self._in_flight.append((received, out.loss, []))
             return out._replace(loss=out.loss.detach())
-        self._in_flight.append((received, out))
-        self._send(cast(tuple[torch.Tensor, ...], out))
+        assert isinstance(out, tuple)
+        # What was sent need not be kept: its place in the graph is.
+        self._in_flight.append((received, [get_gradient_edge(x) for x in out], [x.shape for x in out]))
+        self._send(out)
         return None
 
     def _backward(self) -> None:
-        received, out = self._in_flight.popleft()
+        received, out, shapes = self._in_flight.popleft()
         if self.stage.is_last:
             out.backward()
         else:
-            grads = self.up.receive([x.shape for x in out], self.dtype, self.device)
-            torch.autograd.backward(out, grads)
+            torch.autograd.backward(out, self.up.receive(shapes, self.dtype, self.device))
         del out
         self.up.send([cast(torch.Tensor, x.grad) for x in received])
 

@@ -51,9 +51,14 @@ class Stage:
         rows = (1, batch * length) if packed else (batch, length)  # slots of packed documents are one row
         return [(batch, length, self.width), *([(2 * slots, *rows, *self.slot)] if slots else [])]
 
+    def numbers(self, slots: int) -> int:
+        """Numbers per token that cross a cut with so many slots; in the backward pass as many go back."""
+        return self.width + 2 * slots * self.slot[0] * self.slot[1]
+
+    @property
     def numbers_sent(self) -> int:
-        """Numbers per token that go to the next stage, and as many gradients that come back."""
-        return 0 if self.is_last else self.width + 2 * self.sent * self.slot[0] * self.slot[1]
+        """Those that go to the next stage."""
+        return 0 if self.is_last else self.numbers(self.sent)
 
 
 def make_stages(model: ModelConfig, count: int, vocab_rows: int) -> list[Stage]:

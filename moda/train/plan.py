@@ -16,6 +16,7 @@ from moda.config.schema import DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig, transformer_config
+from moda.model.stages import make_stages
 from moda_kernels.moda_attention.quantised import fp8_missing
 
 from .memory import ASSUMED, Device, estimate_memory, fitted, this_machine
@@ -132,6 +133,7 @@ class Plan:
             ("sequences per microbatch", f"{train.microbatch}"),
             ("activation checkpointing", self.config.parallel.activation_checkpointing.value),
         ]
+        rows += self._pipeline_rows()
         memory = estimate_memory(self)
         total, device = sum(memory.values()), self.device
         fits = "" if total <= device.room else ", more than fits" if total <= device.memory else ", more than there is"
@@ -139,12 +141,28 @@ class Plan:
         rows += [(f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
         return rows
 
+    def _pipeline_rows(self) -> list[tuple[str, str]]:
+        c = self.config
+        count = c.parallel.pipeline
+        if count == 1:
+            return []
+        stages = make_stages(c.model, count, self.transformer.vocab_size)
+        layers = ", ".join(f"{s.first}-{s.end - 1}" for s in stages)
+        microbatches = c.train.global_batch_size * count // (self.world_size * c.train.microbatch)
+        idle = (count - 1) / (microbatches + count - 1)
+        sent = ", ".join(f"{2 * s.numbers_sent:,} ({s.sent} slots)" for s in stages[:-1])
+        return [
+            ("layers of each stage", layers),
+            ("microbatches per step", f"{microbatches}; stages wait for {idle:.1%} of the time"),
+            ("bytes per token across each cut, each way (bf16)", sent),
+        ]
+
 
 def _proposal(p: Plan) -> RunConfig | None:
     """The fastest settings that fit: the fewest processes that share a model, no recomputation, the largest microbatch."""
     parallel, train = p.config.parallel, p.config.train
     kinds: list[tuple[DataParallel, int | None]] = [(DataParallel.fsdp, None)]
-    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == 1:
+    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == parallel.pipeline == 1:
         kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
     for data, degree in kinds:
         options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
