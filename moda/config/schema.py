@@ -123,7 +123,7 @@ class ParallelConfig(Section):
     :param hang_timeout: seconds without a sign of life after which a rank is named and the job ended; null for never.
     :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
     :param context: context-parallel ranks, which share the tokens of each sequence; 1 for mechanisms other than ``moda``.
-    :param pipeline: pipeline-parallel ranks, which share the layers, one stage each; 1 for mechanisms whose state is more than slots.
+    :param pipeline: pipeline-parallel ranks, which share the layers; 1 for mechanisms that keep more than slots between layers.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.

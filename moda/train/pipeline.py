@@ -57,7 +57,7 @@ class _Stages(TransformerPipelineParallelConfig):
 class PipelineTrainModule(TransformerPipelineTrainModule):
     """OLMo-core's pipeline train module with other stages and another schedule.
 
-    Every rank is given the whole batch of its pipeline, and knows its losses. Weights begin as those of a model without a pipeline.
+    Every rank is given the whole batch of its pipeline, and knows its losses. Weights begin as they do without a pipeline.
 
     :param model: the whole model, on the meta device.
     :param stages: of one pipeline, in order.
