@@ -82,28 +82,31 @@ class Pipeline:
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
 
-    def _received(self, batch: Mapping[str, Any], grad: bool) -> list[torch.Tensor]:
-        s = self.stage
-        if s.is_first:
-            return []
-        shapes = s.shapes(s.received, *batch["input_ids"].shape, packed="doc_lens" in batch)
-        return [x.requires_grad_(grad) for x in self.down.receive(shapes, self.dtype, self.device)]
+    def _run(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[list[torch.Tensor], Any]:
+        """A forward pass: what was received for it, and what became of it."""
+        s, received = self.stage, []
+        if not s.is_first:
+            size, length = batch["input_ids"].shape
+            shapes = s.shapes(s.received, size, length, packed="doc_lens" in batch)
+            received = self.down.receive(shapes, self.dtype, self.device)
+            for x in received:
+                x.requires_grad_(torch.is_grad_enabled())
+        of_last = () if s.is_last else ("labels",)
+        rest = {k: v for k, v in batch.items() if k not in ("input_ids", *of_last)}
+        out = run_stage(self.model, batch["input_ids"], tuple(received), **rest, **options)
+        for slots in received[1:]:
+            slots.untyped_storage().resize_(0)  # the stream has them: only their gradient is of use now
+        return received, out
 
     def _send(self, out: Sequence[torch.Tensor]) -> None:
         assert all(x.dtype == self.dtype for x in out)
         self.down.send(out)
 
     def _forward(self, batch: Mapping[str, Any], options: Mapping[str, Any]) -> LMOutputWithLoss | None:
-        received = self._received(batch, grad=True)
-        labels = {"labels": batch["labels"]} if self.stage.is_last else {}
-        rest = {k: v for k, v in batch.items() if k not in ("input_ids", "labels")}
-        out = run_stage(self.model, batch["input_ids"], tuple(received), **labels, **rest, **options)
-        for slots in received[1:]:
-            slots.untyped_storage().resize_(0)  # the stream has them: only their gradient is of use now
-        if isinstance(out, LMOutputWithLoss):
+        received, out = self._run(batch, options)
+        if self.stage.is_last:
             self._in_flight.append((received, out.loss, []))
-            return out._replace(loss=out.loss.detach())
-        assert isinstance(out, tuple)
+            return cast(LMOutputWithLoss, out._replace(loss=out.loss.detach()))
         # What was sent need not be kept: its place in the graph is.
         self._in_flight.append((received, [get_gradient_edge(x) for x in out], [x.shape for x in out]))
         self._send(out)
@@ -149,13 +152,10 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """A forward pass; the model's result on the last stage, else None."""
-        received = self._received(batch, grad=False)
-        labels = {"labels": batch.get("labels")} if self.stage.is_last else {}
-        rest = {k: v for k, v in batch.items() if k not in ("input_ids", "labels")}
-        out = run_stage(self.model, batch["input_ids"], tuple(received), **labels, **rest, **options)
+        _, out = self._run(batch, options)
         if self.stage.is_last:
             return out
-        self._send(cast(tuple[torch.Tensor, ...], out))
+        self._send(out)
         self.down.finish()
         return None
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from olmo_core.nn.lm_head import LMOutputWithLoss
 from olmo_core.nn.transformer import Transformer
 
 from moda.config.model import ModelConfig
@@ -99,9 +98,7 @@ def cut(model: Transformer, stage: Stage) -> None:
     cast(Any, model).stage = stage
 
 
-def run_stage(
-    model: nn.Module, input_ids: torch.Tensor, received: tuple[torch.Tensor, ...], **options: Any
-) -> tuple[torch.Tensor, ...] | LMOutputWithLoss | torch.Tensor:
+def run_stage(model: nn.Module, input_ids: torch.Tensor, received: tuple[torch.Tensor, ...], **options: Any) -> Any:
     """A forward pass through a model that was cut.
 
     :param input_ids: ``[B, T]``; of later stages only its shape matters. :param received: what the stage before gave.

@@ -226,7 +226,7 @@ class DepthTransformer(Transformer):
         """Whether several continuations of one text may share a row under ``mask``."""
         return self.mechanism.refuses("shared_prefix") is None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         *,

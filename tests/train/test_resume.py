@@ -33,7 +33,9 @@ from tests.tiny import make_tokenizer, write_config
 
 
 def build(folder: Path, *overrides: str) -> TransformerTrainModule:
-    return build_train_module(make_plan(load_config(write_config(folder), overrides), 1), torch.device("cpu"))
+    module = build_train_module(make_plan(load_config(write_config(folder), overrides), 1), torch.device("cpu"))
+    assert isinstance(module, TransformerTrainModule)
+    return module
 
 
 def step(module: TransformerTrainModule, number: int, loss: float = 2.0, norm: float = 1.0) -> float:

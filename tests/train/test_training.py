@@ -215,7 +215,13 @@ def validated(folder: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shared", ["parallel.prefetch=0", "parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"]
+    "shared",
+    [
+        "parallel.prefetch=0",
+        "parallel.tensor=2",
+        "parallel.context=2",
+        "parallel={pipeline: 2, activation_checkpointing: full}",
+    ],
 )
 def test_two_processes_train_the_same_model(shared: str, whole: Path, tmp_path: Path) -> None:
     two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))
@@ -252,7 +258,6 @@ PARALLEL = {
     "ddp": ["parallel.data=ddp"],
     "hsdp": ["parallel.data=hsdp", "parallel.shard_degree=1"],
     "tensor": ["parallel.tensor=2", "model.depth=null"],
-    "pipeline": ["parallel.pipeline=2", "model.depth=null", "parallel.activation_checkpointing=full"],
     "fsdp, value residual": ["model.depth.mechanism=value_residual"],
     "fsdp, denseformer": ["model.depth.mechanism=denseformer"],
     "fsdp, mhc": ["model.depth.mechanism=mhc"],
