@@ -4,6 +4,9 @@ A stage is the model without the layers of other stages, under the same names. I
 earlier layers that it or a later stage reads; a slot that several of its layers read arrives once. It gives the same to the next
 stage, and in the backward pass the gradients of these tensors go the other way: a slot's is the sum over all its readers from the
 stage on (:mod:`moda_kernels.depth.stages`).
+
+With R ranks, stage i is on rank i % R. A rank that has several stages keeps the slots that a later one of them needs: those are
+not sent to it again.
 """
 
 from __future__ import annotations
@@ -20,22 +23,33 @@ from moda.config.model import ModelConfig
 __all__ = ["Stage", "cut", "make_stages", "run_stage"]
 
 
+Slots = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Stage:
-    """The layers ``first <= l < end`` of a model, stage ``index`` of ``count``.
+    """The layers ``first <= l < end`` of a model, stage ``index`` of ``count`` on ``ranks`` ranks.
+
+    Slots go by their candidates' numbers (:class:`moda_kernels.DepthLayout`), increasing.
 
     :param width: d_model. :param slot: heads and head dim of a slot's keys and values.
-    :param received: slots that come from earlier stages. :param sent: slots that go to later ones.
+    :param entering: slots that come from before. :param received: those of them that the rank does not have yet.
+    :param leaving: slots that later stages need. :param sent: those of them that the next stage's rank does not have yet.
+    :param kept: those of them that the rank keeps for the next of its own stages.
     """
 
     index: int
     count: int
+    ranks: int
     first: int
     end: int
     width: int
     slot: tuple[int, int]
-    received: int
-    sent: int
+    entering: Slots
+    received: Slots
+    leaving: Slots
+    sent: Slots
+    kept: Slots
 
     @property
     def is_first(self) -> bool:
@@ -50,9 +64,9 @@ class Stage:
         rows = (1, batch * length) if packed else (batch, length)  # slots of packed documents are one row
         return [(batch, length, self.width), *([(2 * slots, *rows, *self.slot)] if slots else [])]
 
-    def numbers(self, slots: int) -> int:
-        """Numbers per token that cross a cut with so many slots; in the backward pass as many go back."""
-        return self.width + 2 * slots * self.slot[0] * self.slot[1]
+    def numbers(self, slots: Slots) -> int:
+        """Numbers per token that cross a cut with these slots; in the backward pass as many go back."""
+        return self.width + 2 * len(slots) * self.slot[0] * self.slot[1]
 
     @property
     def numbers_sent(self) -> int:
@@ -60,25 +74,37 @@ class Stage:
         return 0 if self.is_last else self.numbers(self.sent)
 
 
-def make_stages(model: ModelConfig, count: int, vocab_rows: int) -> list[Stage]:
-    """Share a model's layers among ``count`` stages, each at least one: the last has fewer, as it has the head.
+def _ends(model: ModelConfig, count: int, vocab_rows: int) -> list[int]:
+    """Where each stage's layers end. The last stage has fewer, as it has the head."""
+    assert model.head_dim is not None and model.n_kv_heads is not None and 1 <= count <= model.n_layers
+    heads = 2 * (model.n_heads + model.n_kv_heads) * model.head_dim
+    head = vocab_rows / (heads + 3 * model.ffn_hidden_size)  # in layers, by parameters
+    last = max(1, min(round((model.n_layers + head) / count - head), model.n_layers - count + 1))
+    before = model.n_layers - last
+    return [before * (i + 1) // (count - 1) for i in range(count - 1)] + [model.n_layers]
+
+
+def make_stages(model: ModelConfig, ranks: int, vocab_rows: int, per_rank: int = 1) -> list[Stage]:
+    """Share a model's layers among ``ranks * per_rank`` stages, each at least one.
 
     :param vocab_rows: of the head, whose matrix product counts as those of as many layers as have its parameters.
     """
-    assert model.head_dim is not None and model.n_kv_heads is not None and 1 <= count <= model.n_layers
-    heads = 2 * (model.n_heads + model.n_kv_heads) * model.head_dim
-    head = vocab_rows / (heads + 3 * model.ffn_hidden_size)
-    last = round((model.n_layers + head) / count - head)
-    last = max(1, min(last, model.n_layers - count + 1)) if count > 1 else model.n_layers
-    before = model.n_layers - last
-    ends = [before * (i + 1) // max(1, count - 1) for i in range(count - 1)] + [model.n_layers]
+    count = ranks * per_rank
+    ends = _ends(model, count, vocab_rows)
     layout = None if model.depth is None else model.depth.layout(model.n_layers)
-    crossing = [0 if layout is None else len(layout.crossing(layer)) for layer in (0, *ends)]
-    slot = (model.n_kv_heads, model.head_dim)
+    crossing = [() if layout is None else layout.crossing(layer) for layer in (0, *ends)]
+    kinds = 1 if layout is None else layout.kinds
+    # Of what enters stage i, what its rank has from its stage before, i - ranks.
+    there = [tuple(c for c in crossing[i] if i >= ranks and c < ends[i - ranks] * kinds) for i in range(count)]
+    received = [tuple(c for c in crossing[i] if c not in there[i]) for i in range(count)]
+    shape = model.d_model, (model.n_kv_heads or 0, model.head_dim or 0)
     return [
-        Stage(i, count, first, end, model.d_model, slot, crossing[i], crossing[i + 1])
+        Stage(
+            i, count, ranks, first, end, *shape, entering=crossing[i], received=received[i], leaving=crossing[i + 1],
+            sent=received[i + 1] if i + 1 < count else (), kept=there[i + ranks] if i + ranks < count else (),
+        )
         for i, (first, end) in enumerate(zip([0, *ends], ends))
-    ]
+    ]  # fmt: skip
 
 
 def cut(model: Transformer, stage: Stage) -> None:

@@ -139,7 +139,7 @@ def build_train_module(plan: Plan, device: torch.device) -> AnyTrainModule:
             graph = False
         built = OneProcessTrainModule(model, half=dtype, cuda_graph=graph, device=device, **options)
     elif p.pipeline > 1:
-        stages = make_stages(c.model, p.pipeline, plan.transformer.vocab_size)
+        stages = make_stages(c.model, p.pipeline, plan.transformer.vocab_size, p.stages_per_rank)
         return PipelineTrainModule(model, stages=stages, dp_config=_data_parallel(plan, half), device=device, **options)
     else:
         built = TransformerTrainModuleConfig(

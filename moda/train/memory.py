@@ -25,6 +25,7 @@ from moda.config.schema import RunConfig
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig
 from moda.model.loss import chunk_rows
+from moda.model.pipeline import most_in_flight
 from moda.model.stages import Stage, make_stages
 from moda_kernels.depth.stream import DEFER
 
@@ -102,29 +103,34 @@ def this_machine() -> Device:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a process has of a model: all of it, or its stage of a pipeline.
+    """What a process has of a model: all of it, or its stages of a pipeline.
 
-    :param layers: how many. :param params: parameters. :param in_flight: microbatches that wait for their backward pass.
+    :param layers: how many. :param params: parameters.
+    :param in_flight: microbatches that wait for their backward pass, through all of its layers.
     """
 
     layers: int
     params: float
-    in_flight: int = 1
-    stage: Stage | None = None
+    in_flight: float = 1
+    stages: tuple[Stage, ...] = ()
 
 
 def _shares(config: RunConfig, t: ModelTransformerConfig, world_size: int) -> list[_Share]:
     parallel, train = config.parallel, config.train
-    if parallel.pipeline == 1:
+    ranks = parallel.pipeline
+    if ranks == 1:
         return [_Share(t.n_layers, t.num_params)]
     head = t.d_model * t.vocab_size
     block = (t.num_params - head * (1 if t.tie_word_embeddings else 2)) / t.n_layers
-    microbatches = train.global_batch_size * parallel.pipeline // (world_size * train.microbatch)
+    microbatches = train.global_batch_size * ranks // (world_size * train.microbatch)
     shares = []
-    for s in make_stages(t.model, parallel.pipeline, t.vocab_size):
-        layers = s.end - s.first
-        params = block * layers + head * (s.is_first + s.is_last)
-        shares.append(_Share(layers, params, min(s.count - s.index, microbatches), s))
+    stages = make_stages(t.model, ranks, t.vocab_size, parallel.stages_per_rank)
+    for rank in range(ranks):
+        own = tuple(stages[rank::ranks])
+        layers = sum(s.end - s.first for s in own)
+        params = block * layers + head * sum(s.is_first + s.is_last for s in own)
+        passed = most_in_flight(rank, ranks, len(own), microbatches)
+        shares.append(_Share(layers, params, passed / len(own), own))
     return shares
 
 
@@ -149,7 +155,7 @@ def _states(
         "gradients": 4 * params / shards,
         "optimizer (two moments)": 8 * params / shards,
     }
-    if share.stage is not None:  # a stage's stay gathered from its first forward pass to its last backward pass
+    if share.stages:  # a stage's stay gathered from its first forward pass to its last backward pass
         out["gathered copies (FSDP)"] = size * params
     elif world_size == 1:
         if gpu:
@@ -262,11 +268,16 @@ def _memory_of(
     stream = tokens * t.d_model * size / tensor
     parts["activations: block inputs"] = (1 - kept) * layers * stream
     parts["activations: head"] = stream
-    slots, late = slots_memory(t, tokens / tensor, size, gpu, share.stage)
+    slots: dict[str, float] = {}
+    late: dict[str, float] = {}
+    for stage in share.stages or (None,):
+        of_pass, of_backward = slots_memory(t, tokens / tensor, size, gpu, stage)
+        slots = {name: slots.get(name, 0.0) + n for name, n in of_pass.items()}
+        late = {name: max(late.get(name, 0.0), n) for name, n in of_backward.items()}
     parts |= {name: n * share.in_flight for name, n in slots.items()}
-    if share.stage is not None:
-        received = share.stage.numbers(share.stage.received)
-        late["what crosses cuts, with its gradients"] = 2 * tokens * size * (received + share.stage.numbers_sent)
+    if share.stages:
+        numbers = max(s.numbers(s.entering) + s.numbers(s.leaving) for s in share.stages)
+        late["what crosses cuts, with its gradients"] = 2 * tokens * size * numbers
     if depth is not None:
         kept_between = depth.memory(model, tokens / tensor, size)
         parts |= {name: n * layers / t.n_layers for name, n in kept_between.items()}
@@ -316,7 +327,7 @@ def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device
     if isinstance(train.microbatch_size, int):
         sizes = [train.microbatch_size]
     else:
-        together = parallel.tensor * parallel.context * parallel.pipeline
+        together = parallel.tensor * parallel.context * (parallel.pipeline if parallel.stages_per_rank == 1 else 1)
         sizes = _divisors(train.global_batch_size * together // world_size)
     modes = [parallel.activation_checkpointing]
     if modes == [Checkpointing.auto]:

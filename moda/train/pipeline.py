@@ -20,7 +20,12 @@ from olmo_core.train.train_module.transformer import (
     TransformerPipelineParallelConfig,
     TransformerPipelineTrainModule,
 )
-from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -33,7 +38,7 @@ __all__ = ["PipelineTrainModule"]
 
 @dataclass
 class _Stages(TransformerPipelineParallelConfig):
-    """One stage for each rank, cut here; the schedule is :mod:`moda.model.pipeline`'s.
+    """The stages of each rank, cut here; the schedule is :mod:`moda.model.pipeline`'s.
 
     :param checkpointing: applied before the cut, as OLMo-core takes the blocks of a model for numbered from 0.
     """
@@ -42,16 +47,18 @@ class _Stages(TransformerPipelineParallelConfig):
     checkpointing: TransformerActivationCheckpointingConfig | None = None
 
     def split_model(self, model: Transformer, *, pp_mesh: Any, **_: Any) -> tuple[list[Any], list[Transformer]]:
-        part = copy.deepcopy(model)
-        if (ac := self.checkpointing) is not None:
-            part.apply_activation_checkpointing(
-                ac.mode,
-                block_interval=ac.block_interval,
-                modules=ac.modules,
-                activation_memory_budget=ac.activation_memory_budget,
-            )
-        cut(part, self.stages[pp_mesh.get_local_rank()])
-        return [], [part]
+        parts = []
+        for stage in self.stages[pp_mesh.get_local_rank() :: self.degree]:
+            parts.append(part := copy.deepcopy(model))
+            if (ac := self.checkpointing) is not None:
+                part.apply_activation_checkpointing(
+                    ac.mode,
+                    block_interval=ac.block_interval,
+                    modules=ac.modules,
+                    activation_memory_budget=ac.activation_memory_budget,
+                )
+            cut(part, stage)
+        return [], parts
 
 
 class PipelineTrainModule(TransformerPipelineTrainModule):
@@ -60,7 +67,7 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
     Every rank is given the whole batch of its pipeline, and knows its losses. Weights begin as they do without a pipeline.
 
     :param model: the whole model, on the meta device.
-    :param stages: of one pipeline, in order.
+    :param stages: of one pipeline, in order; stage i is on its rank i % R.
     :param kwargs: those of OLMo-core's module.
     """
 
@@ -76,31 +83,44 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
         schedule = PipelineScheduleType.single_1F1B
         super().__init__(
             model,
-            pp_config=_Stages(degree=len(stages), schedule=schedule, stages=stages, checkpointing=ac_config),
+            pp_config=_Stages(degree=stages[0].ranks, schedule=schedule, stages=stages, checkpointing=ac_config),
             dp_config=dp_config,
             state_dict_load_opts=StateDictOptions(flatten_optimizer_state_dict=True, strict=True),
             **kwargs,
         )
         self._tied = model.tie_word_embeddings
         whole = copy.deepcopy(model)
-        whole.init_weights(device=self.device)  # what one rank would draw; this stage's part of it stays
+        whole.init_weights(device=self.device)  # what one rank would draw; this rank's part of it stays
         self.load_weights(dict(whole.named_parameters(remove_duplicate=False)))
         del whole
-        # With two groups, of which each goes one way, no message waits for one that goes the other way.
         pipelines = self.world_mesh.mesh.flatten(1).T.tolist()  # ranks are laid out by stages first
-        up, _ = dist.new_subgroups_by_enumeration(pipelines, group_desc="pipeline_up")
+        more = 1 if len(self.model_parts) == 1 else 3
+        groups = [dist.new_subgroups_by_enumeration(pipelines, group_desc=f"pipeline_{i}")[0] for i in range(more)]
         half = dp_config.param_dtype
         dtype = model.dtype if half is None else half.as_pt()
-        self.pipeline = Pipeline(self.model, self.pp_group, up, dtype)
+        self.pipeline = Pipeline(self.model_parts, [self.pp_group, *groups], dtype)
 
     def load_weights(self, whole: dict[str, torch.Tensor]) -> None:
-        """Take this stage's weights from those of the whole model."""
-        for name, p in self.model.named_parameters():
-            set_start(p, whole[name.replace("_checkpoint_wrapped_module.", "")])
+        """Take this rank's weights from those of the whole model."""
+        for part in self.model_parts:
+            for name, p in part.named_parameters():
+                set_start(p, whole[name.replace("_checkpoint_wrapped_module.", "")])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, optim in zip(self.model_parts, self.optimizers, strict=True):
+            own = {name: state_dict["model"][name] for name in get_model_state_dict(part)}
+            set_model_state_dict(part, own, options=self.state_dict_load_opts)
+            if "optim" in state_dict:
+                set_optimizer_state_dict(part, optim, state_dict["optim"], options=self.state_dict_load_opts)
+
+    @property
+    def model(self) -> Transformer:
+        """The last of this rank's stages."""
+        return self.model_parts[-1]
 
     @property
     def optim(self) -> Optimizer:
-        """This stage's optimizer."""
+        """The optimizer of one of this rank's stages: all are alike."""
         return self.optimizers[0]
 
     @property
@@ -135,7 +155,7 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
 
     def _clip_grad_norm(self, max_grad_norm: float, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Clip gradients by their norm over all stages, in which a tied embedding counts once."""
-        if not (self._tied and self.pipeline.stage.is_last):
+        if not (self._tied and self.pipeline.stages[-1].is_last):
             return super()._clip_grad_norm(max_grad_norm, *args, **kwargs)
         copied = cast(torch.nn.Parameter, self.model.embeddings.weight)
         grad, copied.grad = copied.grad, None
@@ -148,10 +168,13 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
         """The cross-entropy ``[B, T]`` of each token, on every rank; no logits."""
         input_ids, labels, kwargs = self._prepare_batch(batch, labels)
         assert labels is not None
-        self.model.eval()
+        for part in self.model_parts:
+            part.eval()
         options = dict(ignore_index=self.label_ignore_index, loss_reduction="none", return_logits=False)
         out = self.pipeline.evaluate({"input_ids": input_ids, "labels": labels, **kwargs}, **options)
-        for module in self.model.modules():  # a forward pass alone leaves a stage's parameters gathered
+        for module in (
+            m for part in self.model_parts for m in part.modules()
+        ):  # a forward pass alone leaves them gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
         if out is None:

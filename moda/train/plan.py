@@ -143,16 +143,15 @@ class Plan:
 
     def _pipeline_rows(self) -> list[tuple[str, str]]:
         c = self.config
-        count = c.parallel.pipeline
-        if count == 1:
+        ranks, per_rank = c.parallel.pipeline, c.parallel.stages_per_rank
+        if ranks == 1:
             return []
-        stages = make_stages(c.model, count, self.transformer.vocab_size)
-        layers = ", ".join(f"{s.first}-{s.end - 1}" for s in stages)
-        microbatches = c.train.global_batch_size * count // (self.world_size * c.train.microbatch)
-        idle = (count - 1) / (microbatches + count - 1)
-        sent = ", ".join(f"{2 * s.numbers_sent:,} ({s.sent} slots)" for s in stages[:-1])
+        stages = make_stages(c.model, ranks, self.transformer.vocab_size, per_rank)
+        microbatches = c.train.global_batch_size * ranks // (self.world_size * c.train.microbatch)
+        idle = (ranks - 1) / (microbatches * per_rank + ranks - 1)
+        sent = ", ".join(f"{2 * s.numbers_sent:,} ({len(s.sent)} slots)" for s in stages[:-1])
         return [
-            ("layers of each stage", layers),
+            ("layers of each stage", ", ".join(f"{s.first}-{s.end - 1}" for s in stages)),
             ("microbatches per step", f"{microbatches}; stages wait for {idle:.1%} of the time"),
             ("bytes per token across each cut, each way (bf16)", sent),
         ]
@@ -200,6 +199,13 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         if world_size % getattr(parallel, key):
             raise UserError(f"parallel.{key}", f"a divisor of the {world_size} processes", getattr(parallel, key))
     replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+    if parallel.data == DataParallel.hsdp:
+        if world_size == 1:
+            raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
+        if parallel.shard_degree is not None and replicas % parallel.shard_degree:
+            raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    if parallel.stages_per_rank > 1:  # whose turns are for as many microbatches as there are ranks
+        replicas *= parallel.pipeline
     if not isinstance(train.microbatch_size, int):
         if train.global_batch_size % replicas:
             expected = f"a multiple of the {replicas} processes"
@@ -210,11 +216,6 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
             f"a multiple of train.microbatch_size x processes ({train.microbatch_size} x {replicas})",
             train.global_batch_size,
         )
-    if parallel.data == DataParallel.hsdp:
-        if world_size == 1:
-            raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
-        if parallel.shard_degree is not None and replicas % parallel.shard_degree:
-            raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
     device = device or (this_machine() if torch.cuda.is_available() else ASSUMED)
     made = Plan(fitted(config, transformer, world_size, device), tokenizer, transformer, world_size, device)
     if train.cuda_graph:

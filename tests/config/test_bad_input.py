@@ -86,7 +86,9 @@ CASES: list[tuple] = [
     ("parallel={pipeline: 2, data: ddp}", ["parallel.data", "fsdp or hsdp with parallel.pipeline", "ddp"]),
     ("parallel={pipeline: 2, tensor: 2}", ["parallel.tensor", "1 with parallel.pipeline", "2"]),
     ("parallel={pipeline: 2, context: 2}", ["parallel.context", "1 with parallel.pipeline", "2"]),
-    ("parallel.pipeline=4", ["parallel.pipeline", "at most model.n_layers (3)", "4"]),
+    ("parallel.pipeline=4", ["parallel.pipeline", "at most model.n_layers (3) stages", "4"]),
+    ("parallel={pipeline: 2, stages_per_rank: 2}", ["parallel.pipeline", "at most model.n_layers (3) stages", "4"]),
+    ("parallel.stages_per_rank=2", ["parallel.stages_per_rank", "1 without parallel.pipeline", "2"]),
     ("parallel.pipeline=2", ["parallel.pipeline", "a divisor of the 1 processes", "2"]),
     ("parallel.context=3", ["train.sequence_length", "a multiple of 2 x parallel.context (6)", "32"]),
     ("parallel.context=2", ["parallel.context", "a divisor of the 1 processes", "2"]),
@@ -141,10 +143,10 @@ def test_what_does_not_work_with_a_pipeline(folder: Path) -> None:
     ), text
     text = message(folder, "logging.layers_interval=1", "parallel.pipeline=2", world_size=2)
     assert text.startswith("logging.layers_interval: expected null with parallel.pipeline"), text
-    text = message(folder, "train.global_batch_size=6", "parallel.pipeline=2", world_size=8)
-    assert text.startswith(
-        "train.global_batch_size: expected a multiple of train.microbatch_size x processes (2 x 4)"
-    ), text
+    for stages, processes in (("parallel.pipeline=2", 4), ("parallel={pipeline: 2, stages_per_rank: 2}", 8)):
+        text = message(folder, "model.n_layers=4", "train.global_batch_size=6", stages, world_size=8)
+        assert text.startswith("train.global_batch_size: expected a multiple of"), text
+        assert f"(2 x {processes})" in text
 
 
 @pytest.mark.parametrize(
