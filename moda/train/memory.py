@@ -233,6 +233,25 @@ def slots_memory(
     return forward, backward
 
 
+def _crossing_memory(
+    t: ModelTransformerConfig, share: _Share, tokens: float, size: int, gpu: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """:func:`slots_memory` of all microbatches in flight, with what crosses the cuts of a pipeline."""
+    if not share.stages:
+        return slots_memory(t, tokens, size, gpu)
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    for s in share.stages:
+        of_pass, of_backward = slots_memory(t, tokens, size, gpu, s)
+        forward |= {name: forward.get(name, 0.0) + n * share.in_flight for name, n in of_pass.items()}
+        backward |= {name: max(backward.get(name, 0.0), n) for name, n in of_backward.items()}
+    crossing = max(2 * (s.numbers(s.entering) + s.numbers(s.leaving)) for s in share.stages)
+    # Slots are kept for as many microbatches as there are ranks.
+    kept = max(s.ranks * (s.numbers(s.kept) - s.width) for s in share.stages)
+    backward["what crosses cuts, with its gradients"] = tokens * size * (crossing + kept)
+    return forward, backward
+
+
 def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: bool) -> dict[str, float]:
     """By purpose, of the process that needs most."""
     replicas = world_size // config.parallel.pipeline
@@ -268,16 +287,8 @@ def _memory_of(
     stream = tokens * t.d_model * size / tensor
     parts["activations: block inputs"] = (1 - kept) * layers * stream
     parts["activations: head"] = stream
-    slots: dict[str, float] = {}
-    late: dict[str, float] = {}
-    for stage in share.stages or (None,):
-        of_pass, of_backward = slots_memory(t, tokens / tensor, size, gpu, stage)
-        slots = {name: slots.get(name, 0.0) + n for name, n in of_pass.items()}
-        late = {name: max(late.get(name, 0.0), n) for name, n in of_backward.items()}
-    parts |= {name: n * share.in_flight for name, n in slots.items()}
-    if share.stages:
-        numbers = max(s.numbers(s.entering) + s.numbers(s.leaving) for s in share.stages)
-        late["what crosses cuts, with its gradients"] = 2 * tokens * size * numbers
+    slots, late = _crossing_memory(t, share, tokens / tensor, size, gpu)
+    parts |= slots
     if depth is not None:
         kept_between = depth.memory(model, tokens / tensor, size)
         parts |= {name: n * layers / t.n_layers for name, n in kept_between.items()}
@@ -319,6 +330,8 @@ def _divisors(n: int) -> list[int]:
 def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device: Device) -> RunConfig:
     """The configuration with numbers for ``auto``: the largest microbatch that fits, with checkpointing if otherwise none does.
 
+    With a pipeline a step has enough microbatches for its ranks to wait little.
+
     Where nothing fits it is what needs least.
 
     :param config: whose global batch the processes can share.
@@ -327,8 +340,12 @@ def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device
     if isinstance(train.microbatch_size, int):
         sizes = [train.microbatch_size]
     else:
-        together = parallel.tensor * parallel.context * (parallel.pipeline if parallel.stages_per_rank == 1 else 1)
+        ranks, turns = parallel.pipeline, parallel.stages_per_rank
+        together = parallel.tensor * parallel.context * (ranks if turns == 1 else 1)
         sizes = _divisors(train.global_batch_size * together // world_size)
+        if ranks > 1:  # so many microbatches that ranks wait for a tenth of the time at most, if there can be
+            turns *= train.global_batch_size * ranks // world_size
+            sizes = [n for n in sizes if turns // n >= 9 * (ranks - 1)] or sizes[:1]
     modes = [parallel.activation_checkpointing]
     if modes == [Checkpointing.auto]:
         modes = [Checkpointing.none] if parallel.prefetch else [Checkpointing.none, Checkpointing.full]

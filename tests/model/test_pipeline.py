@@ -103,6 +103,22 @@ def test_stages_have_the_gradients_of_the_whole(name: str, errors: dict[str, dic
     assert {n: error for n, error in errors[name].items() if not error < TOLERANCE} == {}
 
 
+def test_what_is_sent_is_bounded() -> None:
+    """With one stage per rank by the policy; with several by what the next rank has not been sent before."""
+    depth = {"mechanism": "moda", **DEPTH}
+    everything, recent = (
+        ModelConfig(depth={**depth, "read": read}, **{**SMALL, "n_layers": 12})  # type: ignore[arg-type]
+        for read in ("all", {"recent": 3})
+    )
+    assert [len(s.sent) for s in make_stages(everything, 4, 0)] == [6, 12, 18, 0]
+    assert [len(s.sent) for s in make_stages(recent, 4, 0)] == [3, 3, 3, 0]
+    several = make_stages(everything, 4, 0, per_rank=3)  # a layer each: two slots
+    assert [len(s.sent) for s in several] == [2, 4, *[6] * 9, 0]
+    assert [len(s.leaving) for s in several] == [*range(2, 24, 2), 0]
+    assert [len(s.kept) for s in several] == [*range(2, 18, 2), *[0] * 4]
+    assert all(s.received == before.sent for before, s in zip(several, several[1:]))
+
+
 @pytest.mark.parametrize("ranks, parts", itertools.product((1, 2, 3, 4), (1, 2, 3)))
 def test_no_turn_waits_for_one_that_waits_for_it(ranks: int, parts: int) -> None:
     """Every rank takes its turns in order; each needs that of the stage before (forward) or after (backward)."""
