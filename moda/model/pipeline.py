@@ -147,11 +147,9 @@ class Pipeline:
         shapes = s.shapes(len(s.received), size, length, packed)
         entered = self._channel(s.index, down=True).receive(shapes, self.dtype, self.device)
         if s.entering != s.received:
-            kept = tuple(slot for slot in s.entering if slot not in s.received)
-            slots = torch.empty(
-                s.shapes(len(s.entering), size, length, packed)[1], dtype=self.dtype, device=self.device
-            )
-            slots[_rows(kept, s.entering)] = self._kept.pop((s.index, microbatch))
+            shape = s.shapes(len(s.entering), size, length, packed)[1]
+            slots = torch.empty(shape, dtype=self.dtype, device=self.device)
+            slots[_rows(s.here, s.entering)] = self._kept.pop((s.index, microbatch))
             if s.received:
                 slots[_rows(s.received, s.entering)] = entered.pop()
             entered.append(slots)
@@ -196,8 +194,7 @@ class Pipeline:
         if s.is_first:
             return
         if s.entering != s.received:
-            kept = tuple(slot for slot in s.entering if slot not in s.received)
-            self._deposited[s.index - s.ranks, microbatch] = grads[1][_rows(kept, s.entering)]
+            self._deposited[s.index - s.ranks, microbatch] = grads[1][_rows(s.here, s.entering)]
             grads[1:] = [grads[1][_rows(s.received, s.entering)]] if s.received else []
         self._channel(s.index, down=False).send(grads)
 

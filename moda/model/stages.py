@@ -59,6 +59,11 @@ class Stage:
     def is_last(self) -> bool:
         return self.index == self.count - 1
 
+    @property
+    def here(self) -> Slots:
+        """Slots that enter and that the rank has kept."""
+        return tuple(slot for slot in self.entering if slot not in self.received)
+
     def shapes(self, slots: int, batch: int, length: int, packed: bool = False) -> list[tuple[int, ...]]:
         """The shapes of what crosses a cut: ``[B, T, d_model]`` and, with S slots, ``[2 S, B, T, Hk, D]``."""
         rows = (1, batch * length) if packed else (batch, length)  # slots of packed documents are one row

@@ -172,11 +172,10 @@ class PipelineTrainModule(TransformerPipelineTrainModule):
             part.eval()
         options = dict(ignore_index=self.label_ignore_index, loss_reduction="none", return_logits=False)
         out = self.pipeline.evaluate({"input_ids": input_ids, "labels": labels, **kwargs}, **options)
-        for module in (
-            m for part in self.model_parts for m in part.modules()
-        ):  # a forward pass alone leaves them gathered
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for part in self.model_parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # a forward pass alone leaves a stage gathered
         if out is None:
             ce = torch.empty(input_ids.shape, device=self.device)
         else:

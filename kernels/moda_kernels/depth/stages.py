@@ -25,14 +25,14 @@ class _Copy(torch.autograd.Function):
     def forward(ctx: Any, order: Tensor, row: Tensor) -> Tensor:
         stream, layer = stream_of(row)
         ctx.save_for_backward(order, row)
-        return torch.cat(stream.copy(layer))
+        return stream.copy(layer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         order, row = ctx.saved_tensors
         stream, layer = stream_of(row)
-        stream.deposit(layer, *grad.chunk(2))
+        stream.deposit(layer, grad)
         return torch.empty_like(order), None
 
 

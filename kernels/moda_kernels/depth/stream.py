@@ -242,22 +242,21 @@ class DepthStream:
         self._has_gradient.remove(row)
         return self.grad_k[row], self.grad_v[row]
 
-    def copy(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Copies ``[S, B, T, Hk, D]`` of the keys and of the values that a layer reads."""
+    def copy(self, layer: int) -> Tensor:
+        """A copy ``[2 S, B, T, Hk, D]`` of the keys and then the values that a layer reads."""
         if self.layout.quantised:
             raise RuntimeError("depth stream: slots in fp8 do not leave their stream")
-        self.inputs(layer, torch.empty(0), None, None, None)  # they must be there
-        assert self.k is not None and self.v is not None
         rows = [self._rows[slot] for slot in self.layout.read_slots(layer)]
-        return self.k[rows], self.v[rows]
+        assert self.k is not None and self.v is not None and self._held.keys() >= set(rows)
+        return torch.stack([x[row] for x in (self.k, self.v) for row in rows])
 
-    def deposit(self, layer: int, grad_k: Tensor, grad_v: Tensor) -> None:
-        """The gradients of those copies, for the slots' writers to take. Before those of any other read."""
+    def deposit(self, layer: int, grad: Tensor) -> None:
+        """The gradient of that copy, for the slots' writers to take. Before those of any other read."""
         self.begin_backward(layer)
         rows = tuple(self._rows[slot] for slot in self.layout.read_slots(layer))
         assert not self._has_gradient and self._deferral is None
         to = self._gradients(rows)
-        to.k[list(rows)], to.v[list(rows)] = grad_k, grad_v
+        torch._foreach_copy_([x[row] for x in (to.k, to.v) for row in rows], list(grad.unbind()))
 
     def check_taken(self) -> None:
         """Refuse gradients that no writer has taken at the end of a backward pass."""
