@@ -79,3 +79,20 @@ def test_the_dockerfile() -> None:
     assert extras is not None and all(f"\n{extra} = [" in asked for extra in extras[1].split(","))
     torch = re.search(r'ARG TORCH=("[^"]+")', text)
     assert torch is not None and torch[1] in asked
+
+
+def test_what_crosses_the_cuts_of_a_pipeline() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for read, config in (
+        ("`all`", []),
+        ("`{recent: 6}`", ["model.depth.read={recent: 6}"]),
+        ("no", ["model.depth=null"]),
+    ):
+        plan = make_plan(
+            load_config(ROOT / "configs" / "moda_700m.yaml", [*config, "parallel.pipeline=4"]), 8, a_gpu(80)
+        )
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {read}") and line.count("|") == 4)
+        told = dict(plan.rows())["bytes per token across each cut, each way (bf16)"]
+        slots, sent = (re.findall(pattern, told) for pattern in (r"\((\d+) slots\)", r"([\d,]+) \("))
+        assert row.endswith(f" | {', '.join(slots)} | {', '.join(sent)} |"), told
+        assert dict(plan.rows())["layers of each stage"] == "0-9, 10-20, 21-31, 32-35"

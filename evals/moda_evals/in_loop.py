@@ -42,7 +42,7 @@ def check_downstream(config: RunConfig) -> None:
     section = config.eval.downstream
     if section is None:
         return
-    for key in ("tensor", "context"):
+    for key in ("tensor", "context", "pipeline"):
         if getattr(config.parallel, key) > 1:
             expected = f"parallel.{key}: 1 (its ranks have no whole logits)"
             raise UserError("eval.downstream", expected, getattr(config.parallel, key))
@@ -84,7 +84,7 @@ class TaskEvaluator(Evaluator):
         """Note the log-likelihoods of the batch just run."""
         del ce_loss
         if logits is None:
-            expected = "a model that gives whole logits (no tensor or context parallelism)"
+            expected = "a model that gives whole logits (no tensor, context or pipeline parallelism)"
             raise UserError("eval.downstream", expected, "none")
         for row, i in enumerate(batch["index"].tolist()):
             span = self.flat[i]

@@ -23,10 +23,20 @@ layer: its layers write to and read from a :class:`DepthStream` (:mod:`moda_kern
 
 from __future__ import annotations
 
-from .depth import ATTENTION, FFN, DepthLayout, DepthStream, depth_attention, depth_write, slot_attention
+from .depth import (
+    ATTENTION,
+    FFN,
+    DepthLayout,
+    DepthStream,
+    depth_attention,
+    depth_write,
+    receive_slots,
+    send_slots,
+    slot_attention,
+)
 from .moda_attention import available_backends, moda_attention, sequence_kernel
 
 __all__ = [
     "ATTENTION", "FFN", "DepthLayout", "DepthStream", "available_backends", "depth_attention", "depth_write",
-    "moda_attention", "sequence_kernel", "slot_attention",
+    "moda_attention", "receive_slots", "send_slots", "sequence_kernel", "slot_attention",
 ]  # fmt: skip

@@ -149,13 +149,14 @@ def _settings(point: Point, folder: Path) -> Plan:
     config = load_config(point.config, point.overrides)
     world, parallel = launched_world_size(), config.parallel
     if point.replicas > 1:
-        shared: Any = {"data": "hsdp", "shard_degree": world // (point.replicas * parallel.tensor)}
+        shared: Any = {"data": "hsdp", "shard_degree": world // (point.replicas * parallel.tensor * parallel.pipeline)}
         config = load_config(point.config, [*point.overrides, *(f"parallel.{k}={v}" for k, v in shared.items())])
     train = config.train
     if not isinstance(train.microbatch_size, int):
         config = make_plan(config, world, this_machine()).config
     microbatch = config.train.microbatch
-    batch = point.batch or microbatch * point.microbatches * world // (parallel.tensor * parallel.context)
+    together = parallel.tensor * parallel.context * parallel.pipeline
+    batch = point.batch or microbatch * point.microbatches * world // together
     tokenizer = load_tokenizer(config.data.tokenizer)  # type: ignore[arg-type]
     vocab = tokenizer.config.vocab_size
     files = point.tokens or [str(folder / "random.npy")]

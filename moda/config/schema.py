@@ -126,6 +126,8 @@ class ParallelConfig(Section):
     :param hang_timeout: seconds without a sign of life after which a rank is named and the job ended; null for never.
     :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
     :param context: context-parallel ranks, which share the tokens of each sequence; 1 for mechanisms other than ``moda``.
+    :param pipeline: pipeline-parallel ranks, which share the layers; 1 for mechanisms that keep more than slots between layers.
+    :param stages_per_rank: stages of each pipeline-parallel rank: with more of them ranks wait less and send more.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
         estimate not even one sequence fits otherwise.
     :param block_interval: every how many blocks, for ``selected_blocks``.
@@ -141,6 +143,8 @@ class ParallelConfig(Section):
     hang_timeout: Annotated[float, Range(1, unit="seconds")] | None = 600.0
     tensor: Annotated[int, Range(1, unit="processes")] = 1
     context: Annotated[int, Range(1, unit="processes")] = 1
+    pipeline: Annotated[int, Range(1, unit="processes")] = 1
+    stages_per_rank: Annotated[int, Range(1, unit="stages")] = 1
     activation_checkpointing: Checkpointing = Checkpointing.none
     block_interval: Annotated[int, Range(1, unit="blocks")] | None = None
     modules: list[str] | None = None
@@ -175,6 +179,16 @@ class ParallelConfig(Section):
             raise UserError("parallel.data", "fsdp with parallel.context", self.data.value)
         if self.context > 1 and self.tensor > 1:
             raise UserError("parallel.context", "1 with parallel.tensor", self.context, "they do not work together yet")
+        if self.stages_per_rank > 1 and self.pipeline == 1:
+            raise UserError("parallel.stages_per_rank", "1 without parallel.pipeline", self.stages_per_rank)
+        if self.pipeline > 1:
+            for key in ("tensor", "context"):
+                if getattr(self, key) > 1:
+                    reason = "they do not work together yet"
+                    raise UserError(f"parallel.{key}", "1 with parallel.pipeline", getattr(self, key), reason)
+            if self.data == DataParallel.ddp:
+                reason = "stages compute through FSDP, whatever the number of pipelines"
+                raise UserError("parallel.data", "fsdp or hsdp with parallel.pipeline", "ddp", reason)
         if self.shard_degree is not None and self.data != DataParallel.hsdp:
             raise UserError("parallel.shard_degree", "null unless parallel.data is hsdp", self.shard_degree)
 
@@ -346,6 +360,19 @@ class RunConfig(Section):
         if context > 1 and self.train.sequence_length % (2 * context):
             expected = f"a multiple of 2 x parallel.context ({2 * context})"
             raise UserError("train.sequence_length", expected, self.train.sequence_length)
+        pipeline, refused = self.parallel.pipeline, self.model.refuses("pipeline_parallel")
+        if pipeline > 1 and refused is not None:
+            raise UserError("parallel.pipeline", f"1 with this model.depth ({refused})", pipeline)
+        stages = pipeline * self.parallel.stages_per_rank
+        if stages > self.model.n_layers:
+            raise UserError(
+                "parallel.pipeline",
+                f"with stages_per_rank at most model.n_layers ({self.model.n_layers}) stages",
+                stages,
+            )
+        if pipeline > 1 and self.logging.layers_interval is not None:
+            expected = "null with parallel.pipeline (no rank has the whole model)"
+            raise UserError("logging.layers_interval", expected, self.logging.layers_interval)
         sizes = {
             "model.n_kv_heads": self.model.n_kv_heads,
             "model.ffn_hidden_size": self.model.ffn_hidden_size,

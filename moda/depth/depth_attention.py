@@ -86,7 +86,7 @@ class DepthAttention(DepthMechanism):
 
     name = "depth_attention"
     source = "arXiv 2606.05014"
-    refused = refused_but("tensor_parallel")
+    refused = refused_but("tensor_parallel", "pipeline_parallel")
 
     stride: Count | None = None
     recent: Natural = 0

@@ -48,7 +48,7 @@ class DepthOnly(MoDA):
     """Attention over the sequence plus attention over depth, each under a softmax of its own. Options are those of MoDA."""
 
     name = "depth_only"
-    refused = refused_but("tensor_parallel")
+    refused = refused_but("tensor_parallel", "pipeline_parallel")
 
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(self, model, index)

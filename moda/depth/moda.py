@@ -285,7 +285,7 @@ class MoDA(DepthMechanism):
 
     name = "moda"
     source = "arXiv 2603.15619"
-    refused = refused_but("tensor_parallel", "context_parallel")
+    refused = refused_but("tensor_parallel", "context_parallel", "pipeline_parallel")
     no_weight_decay = ("*.depth.scores",)
     renamed: ClassVar[dict[str, str]] = {"slots": "read: {recent: N}"}
 
@@ -308,6 +308,11 @@ class MoDA(DepthMechanism):
         As many as the layer that reads most has slots: layers with parameters of different shapes would share no compiled graph.
         """
         return max(map(len, self.layout(n_layers).reads)) if self.read.scored else 0
+
+    def refuses(self, feature: str) -> str | None:
+        if feature == "pipeline_parallel" and self.slot_dtype is not None:
+            return f"each stage would round slots in {self.slot_dtype.value} again"
+        return super().refuses(feature)
 
     def check(self, model: ModelConfig) -> None:
         if model.qk_norm.value == "none" and self.key_norm != KeyNorm.none:

@@ -156,6 +156,3 @@ class DepthBlock(PlacedBlock):
             parallelize_module(cast(torch.nn.Module, norm), tp_mesh, SequenceParallel())
         self.feed_forward.apply_tp(tp_mesh, input_layout=Shard(1), output_layout=Shard(1), use_local_output=False)
         self.splits = True
-
-    def apply_pp(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a depth mechanism does not work with pipeline parallelism yet")

@@ -17,15 +17,17 @@ from olmo_core.nn.rope import RoPEConfig
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 from olmo_core.nn.transformer.init import init_linear
 from olmo_core.utils import mark_dynamic
+from torch.distributed import DeviceMesh
 
 from moda.config.model import ModelConfig
 from moda.depth.mechanism import State
 from moda.typed import to_dict
-from moda_kernels import DepthLayout, DepthStream
+from moda_kernels import DepthLayout, DepthStream, receive_slots, send_slots
 
 from .attention import DepthAttentionConfig
 from .block import DepthBlock, ModelBlockConfig
 from .lm_head import PaddedLMHeadConfig
+from .stages import Stage
 
 __all__ = ["DepthTransformer", "ModelTransformerConfig", "transformer_config"]
 
@@ -170,18 +172,34 @@ class ModelTransformerConfig(TransformerConfig):
 class _StreamSlots:
     """The slot memory of training and evaluation: a depth stream, whose kernels the attention calls.
 
-    See :class:`moda.depth.mechanism.SlotMemory`. Blocks get the tensor that orders autograd and the layer's row.
+    It is the :class:`moda.depth.mechanism.Host` of one forward pass, and the :class:`moda.depth.mechanism.SlotMemory` that this
+    opens. Blocks get the tensor that orders autograd and the layer's row.
+
+    :param stage: the stage of a pipeline that the pass goes through; None for a whole model.
+    :param received: the slots that it is given, as :func:`moda_kernels.send_slots` has them.
     """
 
-    def __init__(self, layout: DepthLayout, backend: str, device: torch.device) -> None:
-        self.stream = DepthStream(layout, backend)
+    def __init__(self, backend: str, stage: Stage | None, received: torch.Tensor | None) -> None:
+        self.backend, self.stage, self.received = backend, stage, received
+
+    def open_slots(self, layout: DepthLayout, device: torch.device) -> _StreamSlots:
+        stage = self.stage
+        self.stream = DepthStream(layout if stage is None else layout.part(stage.first, stage.end), self.backend)
         self.order = self.stream.start(device)
+        if stage is not None and self.received is not None:
+            self.order = receive_slots(self.order, self.received, self.stream, stage.first)
+        return self
 
     def enter(self, layer: int) -> State:
         return self.order, self.stream.layer_rows[layer]
 
     def leave(self, layer: int, state: State) -> None:
         self.order = state[0]
+
+    def sent(self) -> tuple[torch.Tensor, ...]:
+        """What later stages need of the slots, if they need any."""
+        slots = send_slots(self.order, self.stream) if hasattr(self, "stream") else None
+        return () if slots is None else (slots,)
 
 
 class DepthTransformer(Transformer):
@@ -197,6 +215,7 @@ class DepthTransformer(Transformer):
         mechanism = config.model.depth
         assert mechanism is not None
         self.mechanism = mechanism
+        self.stage: Stage | None = None
         with torch.device(init_device):
             self.depth = mechanism.build_model(config.model)
         for name in ("num_params", "num_non_embedding_params"):  # OLMo-core cached them without the mechanism's
@@ -207,11 +226,7 @@ class DepthTransformer(Transformer):
         """Whether several continuations of one text may share a row under ``mask``."""
         return self.mechanism.refuses("shared_prefix") is None
 
-    def open_slots(self, layout: DepthLayout, device: torch.device) -> _StreamSlots:
-        """See :class:`moda.depth.mechanism.Host`."""
-        return _StreamSlots(layout, self.config.model.attention_backend.value, device)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         *,
@@ -224,15 +239,18 @@ class DepthTransformer(Transformer):
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mask: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | LMOutputWithLoss:
+    ) -> torch.Tensor | LMOutputWithLoss | tuple[torch.Tensor, ...]:
         """Run the model; arguments and results are those of OLMo-core's ``Transformer``.
 
         :param input_ids: ``[B, T]`` token ids.
         :param labels: ``[B, T]`` labels, for the loss.
         :param mask: bool ``[B, T, T]``, which tokens each token sees, in place of the causal mask; for inference only.
+        :param slots: the slots that a stage of a pipeline receives, ``[2 S, B, T, Hk, D]``.
 
-        :returns: logits ``[B, T, vocab]``, or the losses if ``labels`` is given.
+        :returns: logits ``[B, T, vocab]``, or the losses if ``labels`` is given. A stage before the last (:mod:`.stages`) gives
+            hidden states ``[B, T, d_model]`` and, if there are any to be sent, slots.
         """
         input_ids, labels, all_block_kwargs, per_block_kwargs, lm_head_kwargs = self._prepare_inputs(
             input_ids,
@@ -248,13 +266,16 @@ class DepthTransformer(Transformer):
         if mask is not None:
             all_block_kwargs["mask"] = mask
         h = self.embeddings(input_ids) if input_embeddings is None else input_embeddings.to(self.device)
-        stream, forward_pass = self.depth.begin(h, self)
+        memory = _StreamSlots(self.config.model.attention_backend.value, self.stage, slots)
+        stream, forward_pass = self.depth.begin(h, memory)
         for index, block in self.blocks.items():
             layer = int(index)
             stream, state = forward_pass.enter(layer, stream)
             self._mark_dynamic(stream)
             stream, state = block(stream, state=state, **all_block_kwargs, **per_block_kwargs.get(layer, {}))
             stream = forward_pass.leave(layer, stream, state)
+        if self.lm_head is None:
+            return stream, *memory.sent()
         h = forward_pass.finish(stream)
         self._mark_dynamic(h)
         if labels is not None:
@@ -293,6 +314,11 @@ class DepthTransformer(Transformer):
             raise OLMoConfigurationError("a depth mechanism works with the FSDP wrapping strategies full and blocks")
         super().apply_fsdp(*args, **kwargs)
 
-    def apply_pp(self, *args: Any, **kwargs: Any) -> None:
-        reason = self.mechanism.refuses("pipeline_parallel")
-        raise OLMoConfigurationError(f"model.depth does not work with pipeline parallelism: {reason}")
+    def apply_pp(self, pp_mesh: DeviceMesh) -> None:
+        """Prepare a stage.
+
+        :raises OLMoConfigurationError: for a mechanism whose state is more than slots.
+        """
+        if (reason := self.mechanism.refuses("pipeline_parallel")) is not None:
+            raise OLMoConfigurationError(f"model.depth does not work with pipeline parallelism: {reason}")
+        super().apply_pp(pp_mesh)

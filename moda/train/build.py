@@ -40,6 +40,7 @@ from moda.config.schema import Checkpointing, DataParallel, Optimizer
 from moda.data import TrainingData
 from moda.errors import UserError
 from moda.hf import section_of
+from moda.model.stages import make_stages
 from moda.typed import to_dict
 
 from .callbacks import SealCallback, SignalCallback, SkipStepCallback, SpeedCallback, TimedCheckpointer, WandB
@@ -48,6 +49,7 @@ from .float8 import apply_float8
 from .heartbeat import HeartbeatCallback
 from .layers import LayersCallback
 from .module import OneProcessTrainModule
+from .pipeline import PipelineTrainModule
 from .plan import Plan, wandb_needs_key
 from .progress import ProgressCallback
 from .validation import ValidationConfig
@@ -98,7 +100,11 @@ def _data_parallel(plan: Plan, half: bool) -> TransformerDataParallelConfig:
     )
 
 
-def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModule:
+#: What trains: each has a model, or its stage's, and an optimizer.
+AnyTrainModule = TransformerTrainModule | PipelineTrainModule
+
+
+def build_train_module(plan: Plan, device: torch.device) -> AnyTrainModule:
     """The model with its optimizer, sharded and compiled as configured, weights initialised.
 
     Arithmetic is bf16 with fp32 parameters and reductions on a GPU, fp32 on a CPU.
@@ -139,6 +145,9 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
         if graph is None and not (half and plan.graphs_pay):
             graph = False
         built = OneProcessTrainModule(model, half=dtype, cuda_graph=graph, device=device, **options)
+    elif p.pipeline > 1:
+        stages = make_stages(c.model, p.pipeline, plan.transformer.vocab_size, p.stages_per_rank)
+        return PipelineTrainModule(model, stages=stages, dp_config=_data_parallel(plan, half), device=device, **options)
     else:
         built = TransformerTrainModuleConfig(
             dp_config=_data_parallel(plan, half),
@@ -157,7 +166,7 @@ def build_train_module(plan: Plan, device: torch.device) -> TransformerTrainModu
     return built
 
 
-def build_data_loader(plan: Plan, data: TrainingData, module: TransformerTrainModule) -> NumpyDataLoaderBase:
+def build_data_loader(plan: Plan, data: TrainingData, module: AnyTrainModule) -> NumpyDataLoaderBase:
     """The training data in its seeded order.
 
     :raises UserError: if one epoch does not fill one batch.
@@ -186,7 +195,7 @@ def peak_flops(device: torch.device) -> int | None:
     return get_device_peak_flops_per_second(name, using_half_precision=True)
 
 
-def build_trainer(plan: Plan, data: TrainingData, module: TransformerTrainModule, loader: Any) -> Trainer:
+def build_trainer(plan: Plan, data: TrainingData, module: AnyTrainModule, loader: Any) -> Trainer:
     """The trainer with all its callbacks."""
     c = plan.config
     remote = is_url(c.save_folder)

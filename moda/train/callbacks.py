@@ -67,27 +67,28 @@ class SkipStepCallback(Callback):
     """Saves the losses and gradient norms by which a skip-step optimizer judges a step: its own state lacks them."""
 
     @property
-    def _optim(self) -> SkipStepOptimizer:
-        optim = self.trainer.train_module.optim  # type: ignore[attr-defined]
-        assert isinstance(optim, SkipStepOptimizer)
-        return optim
+    def _optims(self) -> list[SkipStepOptimizer]:
+        """The optimizer, or one for each stage of this rank, which judge alike."""
+        module: Any = self.trainer.train_module
+        return getattr(module, "optimizers", None) or [module.optim]
 
     def state_dict(self) -> dict[str, Any]:
-        history = {"losses": self._optim._losses, "grad_norms": self._optim._grad_norms}
+        optim = self._optims[0]
+        history = {"losses": optim._losses, "grad_norms": optim._grad_norms}
         return {name: torch.stack(seen) if seen else torch.empty(0) for name, seen in history.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        losses, norms = (state_dict[name].to(self._optim.device) for name in ("losses", "grad_norms"))
+        optims = self._optims
+        losses, norms = (state_dict[name].to(optims[0].device) for name in ("losses", "grad_norms"))
         clips = self.trainer.train_module.max_grad_norm is not None  # type: ignore[attr-defined]
         if clips != bool(len(norms)):  # the optimizer takes both histories for equally long
-            log.warning(
-                "optim.max_grad_norm was switched on or off: %s begins a new history", type(self._optim).__name__
-            )
+            log.warning("optim.max_grad_norm was switched on or off: %s begins a new history", type(optims[0]).__name__)
             return
-        for loss in losses:
-            self._optim.latest_loss = loss
-        for norm in norms:
-            self._optim.latest_grad_norm = norm
+        for optim in optims:
+            for loss in losses:
+                optim.latest_loss = loss
+            for norm in norms:
+                optim.latest_grad_norm = norm
 
 
 @dataclass

@@ -25,6 +25,8 @@ from moda.config.schema import RunConfig
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig
 from moda.model.loss import chunk_rows
+from moda.model.pipeline import most_in_flight
+from moda.model.stages import Stage, make_stages
 from moda_kernels.depth.stream import DEFER
 
 if TYPE_CHECKING:
@@ -99,6 +101,39 @@ def this_machine() -> Device:
     return Device(host / processes, False, name)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a process has of a model: all of it, or its stages of a pipeline.
+
+    :param layers: how many. :param params: parameters.
+    :param in_flight: microbatches that wait for their backward pass, through all of its layers.
+    """
+
+    layers: int
+    params: float
+    in_flight: float = 1
+    stages: tuple[Stage, ...] = ()
+
+
+def _shares(config: RunConfig, t: ModelTransformerConfig, world_size: int) -> list[_Share]:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.pipeline
+    if ranks == 1:
+        return [_Share(t.n_layers, t.num_params)]
+    head = t.d_model * t.vocab_size
+    block = (t.num_params - head * (1 if t.tie_word_embeddings else 2)) / t.n_layers
+    microbatches = train.global_batch_size * ranks // (world_size * train.microbatch)
+    shares = []
+    stages = make_stages(t.model, ranks, t.vocab_size, parallel.stages_per_rank)
+    for rank in range(ranks):
+        own = tuple(stages[rank::ranks])
+        layers = sum(s.end - s.first for s in own)
+        params = block * layers + head * sum(s.is_first + s.is_last for s in own)
+        passed = most_in_flight(rank, ranks, len(own), microbatches)
+        shares.append(_Share(layers, params, passed / len(own), own))
+    return shares
+
+
 def _shards(config: RunConfig, world_size: int) -> int:
     """Over how many processes parameters, gradients and optimizer state are spread."""
     tensor, data = config.parallel.tensor, config.parallel.data
@@ -110,15 +145,19 @@ def _shards(config: RunConfig, world_size: int) -> int:
     return tensor * (config.parallel.shard_degree or min(local, world_size // tensor))
 
 
-def _states(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: bool, size: int) -> dict[str, float]:
+def _states(
+    config: RunConfig, t: ModelTransformerConfig, share: _Share, world_size: int, gpu: bool, size: int
+) -> dict[str, float]:
     """Parameters and what goes with them, fp32 but for the copies that compute: gathered by FSDP, or of all for one process."""
-    shards, params, tensor = _shards(config, world_size), float(t.num_params), config.parallel.tensor
+    shards, params, tensor = _shards(config, world_size), float(share.params), config.parallel.tensor
     out = {
         "parameters": 4 * params / shards,
         "gradients": 4 * params / shards,
         "optimizer (two moments)": 8 * params / shards,
     }
-    if world_size == 1:
+    if share.stages:  # a stage's stay gathered from its first forward pass to its last backward pass
+        out["gathered copies (FSDP)"] = size * params
+    elif world_size == 1:
         if gpu:
             out["bf16 copies"] = 2 * params
     elif config.parallel.data == DataParallel.ddp:
@@ -177,11 +216,13 @@ def _kept(config: RunConfig) -> float:
 
 
 def slots_memory(
-    t: ModelTransformerConfig, tokens: float, size: int, gpu: bool
+    t: ModelTransformerConfig, tokens: float, size: int, gpu: bool, stage: Stage | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The depth stream's buffers: those of the whole pass, and those of the backward pass."""
     model = t.model
     layout = None if model.depth is None else model.depth.layout(model.n_layers)
+    if layout is not None and stage is not None:
+        layout = layout.part(stage.first, stage.end)
     if layout is None or not layout.n_slots:
         return {}, {}
     assert model.head_dim is not None and model.n_kv_heads is not None
@@ -197,11 +238,39 @@ def slots_memory(
     return forward, backward
 
 
+def _crossing_memory(
+    t: ModelTransformerConfig, share: _Share, tokens: float, size: int, gpu: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """:func:`slots_memory` of all microbatches in flight, with what crosses the cuts of a pipeline."""
+    if not share.stages:
+        return slots_memory(t, tokens, size, gpu)
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    for s in share.stages:
+        of_pass, of_backward = slots_memory(t, tokens, size, gpu, s)
+        forward |= {name: forward.get(name, 0.0) + n * share.in_flight for name, n in of_pass.items()}
+        backward |= {name: max(backward.get(name, 0.0), n) for name, n in of_backward.items()}
+    crossing = max(2 * (s.numbers(s.entering) + s.numbers(s.leaving)) for s in share.stages)
+    # Slots are kept for as many microbatches as there are ranks.
+    kept = max(s.ranks * (s.numbers(s.kept) - s.width) for s in share.stages)
+    backward["what crosses cuts, with its gradients"] = tokens * size * (crossing + kept)
+    return forward, backward
+
+
 def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: bool) -> dict[str, float]:
+    """By purpose, of the process that needs most."""
+    replicas = world_size // config.parallel.pipeline
+    each = [_memory_of(config, t, share, replicas, gpu) for share in _shares(config, t, world_size)]
+    return max(each, key=lambda parts: sum(parts.values()))
+
+
+def _memory_of(
+    config: RunConfig, t: ModelTransformerConfig, share: _Share, world_size: int, gpu: bool
+) -> dict[str, float]:
     tensor, context = config.parallel.tensor, config.parallel.context
     tokens, size = config.train.microbatch * config.train.sequence_length / context, 2 if gpu else 4
     compiled = gpu if config.train.compile is None else config.train.compile
-    states = _states(config, t, world_size, gpu, size)
+    states = _states(config, t, share, world_size, gpu, size)
     if gpu:
         states["workspaces"] = WORKSPACE
     depth, model = t.model.depth, t.model
@@ -214,19 +283,21 @@ def _memory(config: RunConfig, t: ModelTransformerConfig, world_size: int, gpu: 
     if context > 1:  # keys and values of all ranks
         block["attention"] += 2 * tokens * context * size * t.query_width * (model.n_kv_heads or 0) / model.n_heads
     # What a mechanism keeps has the heads of the rank; all that is between sublayers has its tokens.
+    layers = share.layers * share.in_flight
     inside = 0.0 if depth is None else depth.block_memory(model, tokens / tensor, size)
     parts: dict[str, float] = {}
     for name, n in block.items():
-        parts[f"activations: {name}"] = kept * n * t.n_layers
+        parts[f"activations: {name}"] = kept * n * layers
     if inside:
-        parts[f"activations: {depth.name if depth else ''}"] = kept * inside
+        parts[f"activations: {depth.name if depth else ''}"] = kept * inside * layers / t.n_layers
     stream = tokens * t.d_model * size / tensor
-    parts["activations: block inputs"] = (1 - kept) * t.n_layers * stream
+    parts["activations: block inputs"] = (1 - kept) * layers * stream
     parts["activations: head"] = stream
-    slots, late = slots_memory(t, tokens / tensor, size, gpu)
+    slots, late = _crossing_memory(t, share, tokens / tensor, size, gpu)
     parts |= slots
     if depth is not None:
-        parts |= depth.memory(model, tokens / tensor, size)
+        kept_between = depth.memory(model, tokens / tensor, size)
+        parts |= {name: n * layers / t.n_layers for name, n in kept_between.items()}
         late |= depth.backward_memory(model, tokens / tensor, size)
     head = t.d_model * t.vocab_size
     if tensor > 1:
@@ -265,6 +336,8 @@ def _divisors(n: int) -> list[int]:
 def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device: Device) -> RunConfig:
     """The configuration with numbers for ``auto``: the largest microbatch that fits, with checkpointing if otherwise none does.
 
+    With a pipeline a step has enough microbatches for its ranks to wait little.
+
     Where nothing fits it is what needs least.
 
     :param config: whose global batch the processes can share.
@@ -273,7 +346,12 @@ def fitted(config: RunConfig, t: ModelTransformerConfig, world_size: int, device
     if isinstance(train.microbatch_size, int):
         sizes = [train.microbatch_size]
     else:
-        sizes = _divisors(train.global_batch_size * parallel.tensor * parallel.context // world_size)
+        ranks, turns = parallel.pipeline, parallel.stages_per_rank
+        together = parallel.tensor * parallel.context * (ranks if turns == 1 else 1)
+        sizes = _divisors(train.global_batch_size * together // world_size)
+        if ranks > 1:  # so many microbatches that ranks wait for a tenth of the time at most, if there can be
+            turns *= train.global_batch_size * ranks // world_size
+            sizes = [n for n in sizes if turns // n >= 9 * (ranks - 1)] or sizes[:1]
     modes = [parallel.activation_checkpointing]
     if modes == [Checkpointing.auto]:
         modes = [Checkpointing.none] if parallel.prefetch else [Checkpointing.none, Checkpointing.full]

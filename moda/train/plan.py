@@ -16,6 +16,7 @@ from moda.config.schema import DataParallel, RunConfig
 from moda.data import Tokenizer, load_tokenizer
 from moda.errors import UserError
 from moda.model import ModelTransformerConfig, transformer_config
+from moda.model.stages import make_stages
 from moda_kernels.moda_attention.quantised import fp8_missing
 
 from .float8 import check_float8
@@ -133,6 +134,7 @@ class Plan:
             ("sequences per microbatch", f"{train.microbatch}"),
             ("activation checkpointing", self.config.parallel.activation_checkpointing.value),
         ]
+        rows += self._pipeline_rows()
         memory = estimate_memory(self)
         total, device = sum(memory.values()), self.device
         fits = "" if total <= device.room else ", more than fits" if total <= device.memory else ", more than there is"
@@ -140,12 +142,27 @@ class Plan:
         rows += [(f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in memory.items()]
         return rows
 
+    def _pipeline_rows(self) -> list[tuple[str, str]]:
+        c = self.config
+        ranks, per_rank = c.parallel.pipeline, c.parallel.stages_per_rank
+        if ranks == 1:
+            return []
+        stages = make_stages(c.model, ranks, self.transformer.vocab_size, per_rank)
+        microbatches = c.train.global_batch_size * ranks // (self.world_size * c.train.microbatch)
+        idle = (ranks - 1) / (microbatches * per_rank + ranks - 1)
+        sent = ", ".join(f"{2 * s.numbers_sent:,} ({len(s.sent)} slots)" for s in stages[:-1])
+        return [
+            ("layers of each stage", ", ".join(f"{s.first}-{s.end - 1}" for s in stages)),
+            ("microbatches per step", f"{microbatches}; stages wait for {idle:.1%} of the time"),
+            ("bytes per token across each cut, each way (bf16)", sent),
+        ]
+
 
 def _proposal(p: Plan) -> RunConfig | None:
     """The fastest settings that fit: the fewest processes that share a model, no recomputation, the largest microbatch."""
     parallel, train = p.config.parallel, p.config.train
     kinds: list[tuple[DataParallel, int | None]] = [(DataParallel.fsdp, None)]
-    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == 1:
+    if p.world_size > 8 and p.world_size % 8 == 0 and parallel.context == parallel.pipeline == 1:
         kinds.insert(0, (DataParallel.hsdp, 8))  # a host's links are faster than those between hosts
     for data, degree in kinds:
         options: dict[str, Any] = dict(data=data, shard_degree=degree, activation_checkpointing=Checkpointing.auto)
@@ -179,10 +196,17 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
         raise UserError(
             "model.vocab_size", f"at least the tokenizer's {tokenizer.config.vocab_size} ({tokenizer.name})", vocab
         )
-    for key in ("tensor", "context"):  # at most one of them is more than 1
+    for key in ("tensor", "context", "pipeline"):  # at most one of them is more than 1
         if world_size % getattr(parallel, key):
             raise UserError(f"parallel.{key}", f"a divisor of the {world_size} processes", getattr(parallel, key))
-    replicas = world_size // (parallel.tensor * parallel.context)
+    replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+    if parallel.data == DataParallel.hsdp:
+        if world_size == 1:
+            raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
+        if parallel.shard_degree is not None and replicas % parallel.shard_degree:
+            raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
+    if parallel.stages_per_rank > 1:  # whose turns are for as many microbatches as there are ranks
+        replicas *= parallel.pipeline
     if not isinstance(train.microbatch_size, int):
         if train.global_batch_size % replicas:
             expected = f"a multiple of the {replicas} processes"
@@ -193,11 +217,6 @@ def make_plan(config: RunConfig, world_size: int, device: Device | None = None) 
             f"a multiple of train.microbatch_size x processes ({train.microbatch_size} x {replicas})",
             train.global_batch_size,
         )
-    if parallel.data == DataParallel.hsdp:
-        if world_size == 1:
-            raise UserError("parallel.data", "fsdp or ddp with one process", "hsdp")
-        if parallel.shard_degree is not None and replicas % parallel.shard_degree:
-            raise UserError("parallel.shard_degree", f"a divisor of the {replicas} processes", parallel.shard_degree)
     device = device or (this_machine() if torch.cuda.is_available() else ASSUMED)
     made = Plan(fitted(config, transformer, world_size, device), tokenizer, transformer, world_size, device)
     if train.cuda_graph:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -20,7 +21,6 @@ from olmo_core.exceptions import OLMoConfigurationError, OLMoEnvironmentError
 from olmo_core.io import is_url
 from olmo_core.train import LoadStrategy, Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback
-from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -43,10 +43,11 @@ from moda.errors import UserError
 from moda.files import LOCK, METRICS_FILE, PLAN_FILE, locked, read_json, read_metrics, write_json, write_text
 from moda.report import FILES, write_report
 
-from .build import build_data_loader, build_train_module, build_trainer
+from .build import AnyTrainModule, build_data_loader, build_train_module, build_trainer
 from .callbacks import ClockCallback, SignalCallback
 from .environment import LOG_FILE, console, launched_world_size, on_first_rank, prepare_environment, set_up_logging
 from .memory import Device, check_memory, out_of_memory, this_machine
+from .pipeline import PipelineTrainModule
 from .plan import Plan, make_plan
 from .progress import format_duration
 
@@ -296,10 +297,10 @@ def _resume(trainer: Trainer, checkpoint: str, config: RunConfig) -> None:
         log.warning("setting changed since the checkpoint: %s", change)
 
 
-def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrainModule) -> None:
+def _start_from(source: str, p: Plan, trainer: Trainer, module: AnyTrainModule) -> None:
     """Load a checkpoint's weights, and nothing else of it, into a run that begins.
 
-    Rank 0 reads them as an evaluation does, and the other ranks get their parts from it.
+    Rank 0 reads them as an evaluation does, and the other ranks get their parts from it; those of a pipeline read for themselves.
 
     :raises UserError: where they are damaged or not those of the model.
     """
@@ -308,11 +309,17 @@ def _start_from(source: str, p: Plan, trainer: Trainer, module: TransformerTrain
         trainer.load_checkpoint(source, load_trainer_state=False, load_optim_state=False)
     else:
         weights: dict[str, Any] = {}
-        model, other_reads = p.transformer.build(init_device="meta"), p.config.train.load_other_reads
-        on_first_rank(lambda: weights.update(match_weights(Path(source), model, other_reads=other_reads)))
-        # Not strict: of a tied pair only the embedding is there, scores may begin at zero. match_weights has compared all names.
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)
-        set_model_state_dict(module.model, weights, options=options)
+        read = functools.partial(
+            match_weights, Path(source), p.transformer.build(init_device="meta"),
+            other_reads=p.config.train.load_other_reads,
+        )  # fmt: skip
+        on_first_rank(lambda: weights.update(read()))
+        if isinstance(module, PipelineTrainModule):
+            module.load_weights(weights or read())
+        else:
+            # Not strict: of a tied pair only the embedding is there, scores may begin at zero. match_weights compared all names.
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_distributed(), strict=False)
+            set_model_state_dict(module.model, weights, options=options)
     log.info("starting from the weights of %s", source)
 
 

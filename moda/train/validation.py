@@ -26,12 +26,17 @@ class TimedEvaluator(EvaluatorCallback):
 
     _evaluated_at: int | None = None
 
+    def post_attach(self) -> None:
+        """OLMo-core lets some train modules evaluate. All of this project's can, a pipeline's too."""
+
     def perform_eval(self, prefix: str = "eval") -> None:
         head = cast(Any, self.trainer.train_module).model.lm_head
-        head.logits_with_losses = not all(isinstance(e, NextTokenEvaluator) for e in self.evaluators)
+        if head is not None:  # a stage of a pipeline may have none
+            head.logits_with_losses = not all(isinstance(e, NextTokenEvaluator) for e in self.evaluators)
         with between_steps(self.trainer):
             super().perform_eval(prefix)
-        head.logits_with_losses = True
+        if head is not None:
+            head.logits_with_losses = True
         self._evaluated_at = self.step
 
     def _log_progress(self, evaluator: Evaluator, eval_step: int) -> None:

@@ -84,6 +84,13 @@ CASES: list[tuple] = [
     ("parallel={tensor: 2, data: ddp}", ["parallel.data", "fsdp or hsdp with parallel.tensor", "ddp"]),
     ("parallel={context: 2, data: hsdp}", ["parallel.data", "fsdp with parallel.context", "hsdp"]),
     ("parallel={context: 2, tensor: 2}", ["parallel.context", "1 with parallel.tensor", "2"]),
+    ("parallel={pipeline: 2, data: ddp}", ["parallel.data", "fsdp or hsdp with parallel.pipeline", "ddp"]),
+    ("parallel={pipeline: 2, tensor: 2}", ["parallel.tensor", "1 with parallel.pipeline", "2"]),
+    ("parallel={pipeline: 2, context: 2}", ["parallel.context", "1 with parallel.pipeline", "2"]),
+    ("parallel.pipeline=4", ["parallel.pipeline", "at most model.n_layers (3) stages", "4"]),
+    ("parallel={pipeline: 2, stages_per_rank: 2}", ["parallel.pipeline", "at most model.n_layers (3) stages", "4"]),
+    ("parallel.stages_per_rank=2", ["parallel.stages_per_rank", "1 without parallel.pipeline", "2"]),
+    ("parallel.pipeline=2", ["parallel.pipeline", "a divisor of the 1 processes", "2"]),
     ("parallel.context=3", ["train.sequence_length", "a multiple of 2 x parallel.context (6)", "32"]),
     ("parallel.context=2", ["parallel.context", "a divisor of the 1 processes", "2"]),
     ("parallel.tensor=4", ["parallel.tensor", "a divisor of model.n_kv_heads (2)", "4"]),
@@ -122,9 +129,25 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
 def test_parallelism_that_a_model_does_not_work_with(folder: Path, depth: str) -> None:
     text = message(folder, f"model.depth={depth}", "parallel.context=2", world_size=2)
     assert text.startswith("parallel.context: expected 1 with this model.depth"), text
+    if depth != "null":
+        text = message(folder, f"model.depth={depth}", "parallel.pipeline=2", world_size=2)
+        assert text.startswith("parallel.pipeline: expected 1 with this model.depth (its state would have to"), text
     if "mudd" in depth:
         text = message(folder, f"model.depth={depth}", "parallel.tensor=2", world_size=2)
         assert text.startswith("parallel.tensor: expected 1 with this model.depth (it is not split by heads yet)"), text
+
+
+def test_what_does_not_work_with_a_pipeline(folder: Path) -> None:
+    text = message(folder, "model.depth.slot_dtype=fp8", "parallel.pipeline=2", world_size=2)
+    assert text.startswith(
+        "parallel.pipeline: expected 1 with this model.depth (each stage would round slots in fp8"
+    ), text
+    text = message(folder, "logging.layers_interval=1", "parallel.pipeline=2", world_size=2)
+    assert text.startswith("logging.layers_interval: expected null with parallel.pipeline"), text
+    for stages, processes in (("parallel.pipeline=2", 4), ("parallel={pipeline: 2, stages_per_rank: 2}", 8)):
+        text = message(folder, "model.n_layers=4", "train.global_batch_size=6", stages, world_size=8)
+        assert text.startswith("train.global_batch_size: expected a multiple of"), text
+        assert f"(2 x {processes})" in text
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,11 @@ def test_configuration_round_trips() -> None:
     assert isinstance(again.build(init_device="meta"), DepthTransformer)
 
 
-def test_parallelism_that_would_split_the_stream_is_refused() -> None:
-    model = build(depth=MODA)
-    with pytest.raises(Exception, match="pipeline parallelism"):
-        model.apply_pp(None)  # type: ignore[arg-type]
+def test_parallelism_that_would_split_a_mechanism_is_refused() -> None:
+    with pytest.raises(Exception, match="pipeline parallelism: its state would have to cross stages"):
+        build(depth=dict(mechanism="value_residual")).apply_pp(None)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="wrapping strategies full and blocks"):
-        model.apply_fsdp(wrapping_strategy="fine_grained")
+        build(depth=MODA).apply_fsdp(wrapping_strategy="fine_grained")
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])

@@ -88,7 +88,7 @@ def test_a_breakdown_counts_each_moment_once() -> None:
 def test_ranks_that_share_sequences_have_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = str(write_config(tmp_path, train=dict(microbatch_size=2)))
-    for key, batch in {"tensor": 6, "context": 6, "prefetch": 12}.items():
+    for key, batch in {"tensor": 6, "context": 6, "pipeline": 6, "prefetch": 12}.items():
         point = Point(config, [f"parallel.{key}=2"], microbatches=3)
         assert points._settings(point, tmp_path).config.train.global_batch_size == batch
 

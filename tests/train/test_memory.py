@@ -157,6 +157,23 @@ def test_each_purpose_costs_what_it_should() -> None:
     assert "gradients of depth keys and values" not in recent  # they take the rows of keys and values
 
 
+def test_ranks_of_a_pipeline_hold_microbatches_and_wait_little() -> None:
+    four = "train.microbatch_size=4"
+    whole = estimate_memory(plan_of("moda_700m.yaml", four, gpus=8))
+    staged = estimate_memory(plan_of("moda_700m.yaml", four, "parallel.pipeline=4", gpus=8))
+    # The first of four stages has 10 of 36 layers, up to 4 microbatches in flight, and 2 ranks for its parameters.
+    assert staged["activations: FFN"] == pytest.approx(whole["activations: FFN"] * 4 * 10 / 36)
+    slots = staged["depth keys and values"] / whole["depth keys and values"]
+    assert slots == pytest.approx(4 * 20 / 70)  # those that its layers write
+    several = estimate_memory(plan_of("moda_700m.yaml", four, "parallel={pipeline: 4, stages_per_rank: 3}", gpus=8))
+    assert several["depth keys and values"] > staged["depth keys and values"]  # what was received three times
+    auto = ("train.microbatch_size=auto", "parallel={pipeline: 4, activation_checkpointing: full}")
+    chosen = plan_of("moda_700m.yaml", *auto, gpus=8).config
+    assert 9 * 3 <= chosen.train.global_batch_size // (2 * chosen.train.microbatch) < 2 * 9 * 3
+    few = plan_of("moda_700m.yaml", *auto, "train.global_batch_size=16", gpus=8)
+    assert few.config.train.microbatch == 1 and "8; stages wait for 27.3%" in dict(few.rows())["microbatches per step"]
+
+
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "this_machine", lambda: Device(2**10, False, "this host"))
     monkeypatch.setattr(run_module, "prepare_environment", lambda seed: pytest.fail("went on"))

@@ -214,7 +214,15 @@ def validated(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", ["parallel.prefetch=0", "parallel.tensor=2", "parallel.context=2"])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        "parallel.prefetch=0",
+        "parallel.tensor=2",
+        "parallel.context=2",
+        "parallel={pipeline: 2, activation_checkpointing: full}",
+    ],
+)
 def test_two_processes_train_the_same_model(shared: str, whole: Path, tmp_path: Path) -> None:
     two, one_from_two, two_from_one = (tmp_path / n for n in ("two", "one_from_two", "two_from_one"))
     done = run(write_config(two, eval=dict(on_start=True, on_finish=True)), shared, processes=2)

@@ -135,6 +135,19 @@ class DepthLayout:
         """The slot that a layer's attention or FFN writes; None if no layer reads it, or the layout has no such kind."""
         return self._slot_of.get(layer * self.kinds + kind) if kind < self.kinds else None
 
+    def crossing(self, layer: int) -> tuple[int, ...]:
+        """The candidates of layers before ``layer`` that it or a later layer reads: what crosses a cut there."""
+        return tuple(c for c in self._slot_of if c < layer * self.kinds and self.last_reader(self._slot_of[c]) >= layer)
+
+    @functools.lru_cache(256)  # noqa: B019  (a few layouts per process, each forward pass asks)
+    def part(self, first: int, end: int) -> DepthLayout:
+        """The layout of the layers ``first <= l < end`` alone, under the same numbers.
+
+        Slots that come from before are written first. One more layer, the last of the result, reads those that later layers need.
+        """
+        reads = [read if first <= layer < end else () for layer, read in enumerate(self.reads)]
+        return DepthLayout((*reads, self.crossing(end)), self.kinds, self.quantised)
+
     @functools.cached_property
     def slots_read(self) -> int:
         """The sum over layers of the slots they read."""

@@ -68,6 +68,7 @@ class _KeepAlive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.stream.check_taken()
         ctx.stream.release()
         return None, None
 
@@ -258,6 +259,28 @@ class DepthStream:
         """Let go of all buffers, once the backward pass has used them."""
         self.k = self.v = self.scale_k = self.scale_v = self.grad_k = self.grad_v = self._deferral = None
         self._held.clear()
+
+    def copy(self, layer: int) -> Tensor:
+        """A copy ``[2 S, B, T, Hk, D]`` of the keys and then the values that a layer reads."""
+        if self.layout.quantised:
+            raise RuntimeError("depth stream: slots in fp8 do not leave their stream")
+        rows = [self._rows[slot] for slot in self.layout.read_slots(layer)]
+        assert self.k is not None and self.v is not None and self._held.keys() >= set(rows)
+        return torch.stack([x[row] for x in (self.k, self.v) for row in rows])
+
+    def deposit(self, layer: int, grad: Tensor) -> None:
+        """The gradient of that copy, for the slots' writers to take. Before those of any other read."""
+        self.begin_backward(layer)
+        rows = tuple(self._rows[slot] for slot in self.layout.read_slots(layer))
+        assert not self._has_gradient and self._deferral is None
+        to = self._gradients(rows)
+        torch._foreach_copy_([x[row] for x in (to.k, to.v) for row in rows], list(grad.unbind()))
+
+    def check_taken(self) -> None:
+        """Refuse gradients that no writer has taken at the end of a backward pass."""
+        waiting = self._deferral is not None and any(map(self._deferral.covers, self._held))
+        if self._has_gradient or waiting:
+            raise RuntimeError(f"depth stream: gradients of the rows {sorted(self._has_gradient)} were not taken")
 
 
 def stream_of(row: Tensor) -> tuple[DepthStream, int]:
