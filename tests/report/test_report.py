@@ -340,4 +340,4 @@ def test_runs_validated_at_their_end_alone_are_ranked(tmp_path: Path) -> None:
         "the least comes last, which is on top"
     )
     seeds = [line for line in ax.lines if line.get_marker() == "."]
-    assert [sorted(line.get_xdata()) for line in seeds] == [[3.0, 3.1], [2.0, 2.1], [1.5, 1.6]]
+    assert [sorted(np.asarray(line.get_xdata()).tolist()) for line in seeds] == [[3.0, 3.1], [2.0, 2.1], [1.5, 1.6]]
