@@ -146,11 +146,25 @@ class SignalCallback(Callback):
 class SpeedCallback(SpeedMonitorCallback):
     """OLMo-core's figures of speed, over the last steps instead of one, without the time between steps.
 
-    The first step, which compiles, is left out.
+    The batch before the first step, which compiles, is told apart; the first step, which may still do, is left out.
     """
 
     pace: float | None = None  # seconds per step
+    warm_up: float | None = None  # seconds of the batch before the first step
+    _began: float = 0.0
     _ends: deque[float] = field(default_factory=deque)  # of the steps in the window, and of the one before it
+
+    def pre_train(self) -> None:
+        super().pre_train()
+        self._began = time.perf_counter()  # of all callbacks' this one runs last
+
+    def pre_epoch(self) -> None:
+        super().pre_epoch()
+        if self.warm_up is None:
+            if self.trainer.device.type == "cuda":
+                torch.cuda.synchronize(self.trainer.device)
+            self.warm_up = time.perf_counter() - self._began
+            log.info("compiling and warming up took %.1f s", self.warm_up)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count the last ``seconds`` as time of a training step."""

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ from moda.files import LOCK, METRICS_FILE, PLAN_FILE, locked, read_json, read_me
 from moda.report import FILES, write_report
 
 from .build import AnyTrainModule, build_data_loader, build_train_module, build_trainer
-from .callbacks import ClockCallback, SignalCallback
+from .callbacks import ClockCallback, SignalCallback, SpeedCallback
 from .environment import LOG_FILE, console, launched_world_size, on_first_rank, prepare_environment, set_up_logging
 from .memory import Device, check_memory, out_of_memory, this_machine
 from .pipeline import PipelineTrainModule
@@ -232,7 +232,8 @@ def _train(p: Plan, extra_callbacks: ExtraCallbacks | None) -> Outcome:
         if not is_url(config.save_folder):  # a remote folder is looked through by OLMo-core itself
             trainer.load_strategy = LoadStrategy.never  # what was to be loaded has been
         trainer.fit()
-    on_first_rank(lambda: _summarise(config, trainer.global_step, clock.seconds, complete))
+    warm_up = cast(SpeedCallback, trainer.callbacks["speed"]).warm_up
+    on_first_rank(lambda: _summarise(config, trainer.global_step, clock.seconds, warm_up, complete))
     signals = trainer.callbacks["signals"]
     assert isinstance(signals, SignalCallback)
     if signals.received is not None:
@@ -327,9 +328,10 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _summarise(config: RunConfig, steps: int, seconds: float, complete: bool) -> None:
+def _summarise(config: RunConfig, steps: int, seconds: float, warm_up: float | None, complete: bool) -> None:
     """Losses and perplexities before and after, time, and where everything is.
 
+    :param warm_up: seconds, of ``seconds``, of compiling and warming up.
     :param complete: the run was complete already. A summary of these steps is then left as it is.
     """
     folder = Path(config.log_folder)
@@ -361,7 +363,7 @@ def _summarise(config: RunConfig, steps: int, seconds: float, complete: bool) ->
     console.print(f"config.yaml, train.log, {METRICS_FILE} and summary.json: {folder}", soft_wrap=True, highlight=False)
     console.print(f"checkpoints: {config.save_folder}/step*", soft_wrap=True, highlight=False)
     if not written:
-        write_json(file, {"steps": steps, "seconds": seconds, "metrics": ends})
+        write_json(file, {"steps": steps, "seconds": seconds, "warm_up_seconds": warm_up, "metrics": ends})
     try:
         write_report([folder], folder)
         console.print(f"{', '.join(FILES)}: {folder}", soft_wrap=True, highlight=False)

@@ -96,7 +96,7 @@ def test_a_report_that_fails_is_logged(
     whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(training, "write_report", lambda *_: 1 / 0)
-    training._summarise(load_config(whole / "tiny.yaml"), STEPS, 1.0, complete=True)
+    training._summarise(load_config(whole / "tiny.yaml"), STEPS, 1.0, None, complete=True)
     assert "the report could not be made" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
@@ -122,7 +122,13 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_
     printed = (tmp_path / "printed").read_text()
     assert f"SIGTERM: stopped at step {newest.name[4:]} of {STEPS}, saved in {newest}" in printed
     assert f"to continue: python {ROOT}/scripts/train.py {config}" in printed
-    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    metrics = summary["metrics"]
+    assert 0 < summary["warm_up_seconds"] < summary["seconds"]
+    assert (
+        f"compiling and warming up took {summary['warm_up_seconds']:.1f} s"
+        in (tmp_path / "run" / "train.log").read_text()
+    )
     assert metrics["loss"][1] is not None and metrics["eval/text/loss"][1] is None  # validation is of step 0
     victim = max((newest / "model_and_optim").glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
