@@ -125,7 +125,7 @@ class ParallelConfig(Section):
     :param prefetch: blocks whose parameters FSDP gathers ahead.
     :param hang_timeout: seconds without a sign of life after which a rank is named and the job ended; null for never.
     :param tensor: tensor-parallel ranks, which share heads, their depth slots and the FFN.
-    :param context: context-parallel ranks, which share the tokens of each sequence; 1 for mechanisms other than ``moda``.
+    :param context: context-parallel ranks, which share the tokens of each sequence; for ``moda`` and models without depth.
     :param pipeline: pipeline-parallel ranks, which share the layers; 1 for mechanisms that keep more than slots between layers.
     :param stages_per_rank: stages of each pipeline-parallel rank: with more of them ranks wait less and send more.
     :param activation_checkpointing: what is recomputed in the backward pass; ``auto`` for nothing, or ``full`` where by the
@@ -353,8 +353,6 @@ class RunConfig(Section):
         if tensor > 1 and refused is not None:
             raise UserError("parallel.tensor", f"1 with this model.depth ({refused})", tensor)
         context, refused = self.parallel.context, self.model.refuses("context_parallel")
-        if self.model.depth is None:
-            refused = "without a depth mechanism it is not split by tokens yet"
         if context > 1 and refused is not None:
             raise UserError("parallel.context", f"1 with this model.depth ({refused})", context)
         if context > 1 and self.train.sequence_length % (2 * context):

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from moda.depth.mechanism import Context, DepthLayer, Received, State, local
 from moda_kernels import depth_attention, depth_write, moda_attention, sequence_kernel, slot_attention
 from moda_kernels.depth.masked import masked_attention
+from moda_kernels.depth.past import past_attention
 
 from .chunks import past_chunks
 from .linear import joint_linear
@@ -43,25 +44,37 @@ class OperatorBackend(TorchAttentionBackend):
     def __init__(self, *, kernel: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kernel = kernel
+        self.cp_mesh: DeviceMesh | None = None
+
+    def apply_cp(self, cp_mesh: DeviceMesh, ring: Any = None, uly: Any = None) -> None:
+        """Split tokens over the ranks, in OLMo-core's zig-zag order (:mod:`.chunks`)."""
+        del ring, uly
+        self.cp_mesh, self.cp_enabled = cp_mesh, True
 
     def forward(self, qkv: Any, **context: Any) -> torch.Tensor:  # type: ignore[override]
         q, k, v = qkv
-        more = self.cp_enabled or any(x is not None for x in context.values())
+        if self.cp_mesh is not None:  # each of a rank's two chunks is a row
+            rows = (x.reshape(2 * x.shape[0], -1, *x.shape[2:]) for x in qkv)
+            past = past_chunks(k, v, self.cp_mesh)
+            return past_attention(*rows, past, scale=self.scale, backend=self.kernel).view(q.shape)
+        more = any(x is not None for x in context.values())
         if self.kernel == "auto" and (more or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16)):
             return super().forward(qkv, **context)
-        assert not more, "plain models have neither context parallelism nor document masks"
+        assert not more, "plain models have no document masks"
         out = moda_attention(q, k, v, scale=self.scale, backend=self.kernel)
         assert isinstance(out, torch.Tensor)
         return out
 
 
-def use_operator(attention: Any, kernel: str) -> None:
+def use_operator(attention: Any, kernel: str, always: bool = False) -> None:
     """Let a plain model's attention call the operator: any backend that is asked for, ``auto`` where it is FlashAttention 4.
 
     Models with and without slots then run the same kernel over the sequence.
+
+    :param always: ``auto`` wherever it is.
     """
     old = attention.backend
-    if kernel == "auto":
+    if kernel == "auto" and not always:
         if not torch.cuda.is_available():
             return
         device = torch.device("cuda", torch.cuda.current_device())

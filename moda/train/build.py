@@ -40,6 +40,7 @@ from moda.config.schema import Checkpointing, DataParallel, Optimizer
 from moda.data import TrainingData
 from moda.errors import UserError
 from moda.hf import section_of
+from moda.model.attention import use_operator
 from moda.model.stages import make_stages
 from moda.typed import to_dict
 
@@ -125,6 +126,9 @@ def build_train_module(plan: Plan, device: torch.device) -> AnyTrainModule:
         raise UserError("parallel.activation_checkpointing", "a mode other than budget without train.compile", "budget")
     model = plan.transformer.build(init_device="meta")
     model.init_seed = c.train.seed
+    if p.context > 1 and c.model.depth is None:  # OLMo-core's attention does this with packages of its own alone
+        for block in model.blocks.values():
+            use_operator(block.attention, c.model.attention_backend.value, always=True)
     if c.train.float8 is not None:
         apply_float8(model, c.train.float8)
     schedule = CosWithWarmup if c.train.max_tokens is None else CosineOverTokens

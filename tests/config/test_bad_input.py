@@ -125,13 +125,12 @@ def test_one_error_names_key_allowed_and_given(folder: Path, override: str, word
         assert word in text, text
 
 
-@pytest.mark.parametrize("depth", ["null", "{mechanism: value_residual}", "{mechanism: mudd}"])
+@pytest.mark.parametrize("depth", ["{mechanism: value_residual}", "{mechanism: mudd}"])
 def test_parallelism_that_a_model_does_not_work_with(folder: Path, depth: str) -> None:
     text = message(folder, f"model.depth={depth}", "parallel.context=2", world_size=2)
     assert text.startswith("parallel.context: expected 1 with this model.depth"), text
-    if depth != "null":
-        text = message(folder, f"model.depth={depth}", "parallel.pipeline=2", world_size=2)
-        assert text.startswith("parallel.pipeline: expected 1 with this model.depth (its state would have to"), text
+    text = message(folder, f"model.depth={depth}", "parallel.pipeline=2", world_size=2)
+    assert text.startswith("parallel.pipeline: expected 1 with this model.depth (its state would have to"), text
     if "mudd" in depth:
         text = message(folder, f"model.depth={depth}", "parallel.tensor=2", world_size=2)
         assert text.startswith("parallel.tensor: expected 1 with this model.depth (it is not split by heads yet)"), text

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from olmo_core.train.train_module import TransformerContextParallelConfig
 from torch.distributed import init_device_mesh
 
+from moda.model.attention import use_operator
 from tests.model.test_against_plain import DEPTH, SMALL, TOLERANCE, build
 from tests.ranks import DEVICES, on_ranks
 
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "plain": (None, {}),
     "default": (DEPTH, {}),
     "reader, unrotated, projected": ({**DEPTH, "key_norm": "reader", "rope": "none", "attention": "project"}, {}),
     "learned": ({**DEPTH, "read": {"learned": 2}}, {}),
@@ -37,6 +39,9 @@ def _compare(device: str) -> dict[str, dict[str, float]]:
     for name, (depth, model) in VARIANTS.items():
         # The truth stays on the CPU: ranks get their part of RoPE's fp32 tables from there, whose last bit is the device's own.
         whole, split = build("post", depth, **model), build("post", depth, **model).to(device)
+        if depth is None:
+            for block in split.blocks.values():
+                use_operator(block.attention, "auto", always=True)
         split.apply_cp(mesh, ring=ring)
         (part,) = split._cp_load_balancer.batch_shard(inputs=[weights], seq_dims=[1])
         truth, got = _run(whole, ids, weights), _run(split, ids, part)
@@ -57,5 +62,5 @@ def errors(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ranks_have_the_gradients_of_one(name: str, errors: dict[str, dict[str, float]]) -> None:
-    assert len(errors[name]) > 20
+    assert len(errors[name]) >= 20
     assert {n: error for n, error in errors[name].items() if not error < TOLERANCE} == {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,3 +69,62 @@ def past_gradients(
         dk[c] += part.k
         dv[c] += part.v
     return total.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@torch.library.custom_op("moda::past_attention", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past: list[int], scale: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    x = Inputs(q, k, v)
+    p = make_problem(x, causal=True, scale=scale)
+    own = get_backend(backend, p.kind).forward(p, x)
+    out, lse = attend_past(q, past_k, past_v, past, own, scale, backend)
+    return out, lse
+
+
+@_attend.register_fake
+def _(q, *rest):  # type: ignore[no-untyped-def]
+    B, T, Hq, _ = q.shape
+    lse = q.new_empty(B, Hq, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("moda::past_attention_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, out: Tensor, lse: Tensor,
+    past: list[int], scale: float | None, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    x, merged = Inputs(q, k, v), Result(out, lse)
+    p = make_problem(x, causal=True, scale=scale)
+    own = get_backend(backend, p.kind).backward(replace(p, partial=True), grad_out, None, x, merged, None)
+    assert own.k is not None and own.v is not None
+    dq, *of_past = past_gradients(q, past_k, past_v, past, merged, grad_out, own.q, scale, backend)
+    return [dq, own.k, own.v, *of_past]
+
+
+@_attend_backward.register_fake
+def _(grad_out, q, k, v, past_k, past_v, *rest):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, past_k, past_v)]
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, past, scale, backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = past, scale, backend
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Any, ...]:
+    return (*_attend_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None)
+
+
+_attend.register_autograd(_gradients, setup_context=_context)
+
+
+def past_attention(
+    q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor, list[int]], *, scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Causal attention of chunks of sequences, without slots. The arguments are those of :func:`moda_kernels.depth_attention`."""
+    past_k, past_v, counts = past
+    out: Tensor = _attend(q, k, v, past_k, past_v, counts, scale, backend)[0]
+    return out
