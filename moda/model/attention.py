@@ -54,16 +54,17 @@ class OperatorBackend(TorchAttentionBackend):
     def forward(self, qkv: Any, **context: Any) -> torch.Tensor:  # type: ignore[override]
         q, k, v = qkv
         if self.cp_mesh is not None:  # each of a rank's two chunks is a row
-            rows = (x.reshape(2 * x.shape[0], -1, *x.shape[2:]) for x in qkv)
+            rows = [x.reshape(2 * x.shape[0], -1, *x.shape[2:]) for x in (q, k, v)]
             past = past_chunks(k, v, self.cp_mesh)
-            return past_attention(*rows, past, scale=self.scale, backend=self.kernel).view(q.shape)
+            out = past_attention(rows[0], rows[1], rows[2], past, scale=self.scale, backend=self.kernel)
+            return out.view(q.shape)
         more = any(x is not None for x in context.values())
         if self.kernel == "auto" and (more or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16)):
             return super().forward(qkv, **context)
         assert not more, "plain models have no document masks"
-        out = moda_attention(q, k, v, scale=self.scale, backend=self.kernel)
-        assert isinstance(out, torch.Tensor)
-        return out
+        result = moda_attention(q, k, v, scale=self.scale, backend=self.kernel)
+        assert isinstance(result, torch.Tensor)
+        return result
 
 
 def use_operator(attention: Any, kernel: str, always: bool = False) -> None:
