@@ -5,4 +5,4 @@ from pathlib import Path
 
 from .registry import build_parser, run
 
-sys.exit(run(build_parser(["moda_kernels.benchmarks.kernels"], Path()).parse_args()))
+sys.exit(run(build_parser([f"moda_kernels.benchmarks.{name}" for name in ("kernels", "tiles")], Path()).parse_args()))
