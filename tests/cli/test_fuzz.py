@@ -114,6 +114,7 @@ STARTS = {
     "compare": ["nowhere", "nowhere"],
     "generate": ["nowhere", "prompt"],
     "export": ["nowhere", "out"],
+    "choose": ["nowhere", "out"],
     "prepare tokenize": ["output=out", "sources.c=nowhere"],
     "prepare mirror": ["no-such-mix", "mirror", "--dry-run"],
     "prepare inspect": ["nowhere"],
