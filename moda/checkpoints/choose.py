@@ -54,8 +54,8 @@ def choose_slots(folder: Path, run: Path) -> Chosen:
     :param folder: a checkpoint ``stepN`` that was trained with the policy ``learned``.
     :param run: the new run's folder, which gets ``config.yaml`` and a checkpoint of the same name.
 
-    :raises UserError: for a checkpoint of another policy, of another name, damaged, or with scores that are not finite, and a folder
-        that is not empty.
+    :raises UserError: for a checkpoint of another policy or name, a damaged one, scores that are not finite, and a folder that is
+        not empty.
     """
     check_new(run)
     old = open_checkpoint(folder).model
