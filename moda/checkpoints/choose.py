@@ -7,6 +7,7 @@ they are; what the new model lacks (scores, projections of slots that nothing re
 import dataclasses
 import io
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from moda.typed import from_dict, to_dict
 
 from .find import CONFIG, STATE
 from .read import SCORES, open_checkpoint, read_weights
-from .seal import write_checksums
+from .seal import damage, write_checksums
 from .settings import read_settings
 from .trust import read_table
 
@@ -53,7 +54,8 @@ def choose_slots(folder: Path, run: Path) -> Chosen:
     :param folder: a checkpoint ``stepN`` that was trained with the policy ``learned``.
     :param run: the new run's folder, which gets ``config.yaml`` and a checkpoint of the same name.
 
-    :raises UserError: for a checkpoint of another policy or with scores that are not finite, and a folder that is not empty.
+    :raises UserError: for a checkpoint of another policy or name, a damaged one, scores that are not finite, and a folder that is
+        not empty.
     """
     check_new(run)
     old = open_checkpoint(folder).model
@@ -71,6 +73,12 @@ def choose_slots(folder: Path, run: Path) -> Chosen:
             raise UserError(
                 "checkpoint", f"a finite score for each of the {len(slots)} slots of layer {layer}", of_layer
             )
+    if re.fullmatch(r"step\d+", folder.resolve().name) is None:  # a run looks for nothing else, and would begin anew
+        raise UserError(
+            "checkpoint", "a folder stepN", str(folder), "the new run resumes from a folder of the same name"
+        )
+    if (reason := damage(folder)) is not None:  # checksums of the copy would hide it
+        raise UserError("checkpoint", f"a whole checkpoint in {folder}", reason)
     scores = [of_layer.tolist()[: len(slots)] for of_layer, slots in zip(found, layout.reads)]
     listed = read.choose(scores, layout.kinds)
     model = dataclasses.replace(model, depth=dataclasses.replace(depth, read=listed))

@@ -119,7 +119,7 @@ def _load_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 #: Keys whose value is one object by name: ``{name: its options}``.
-_BY_NAME = ("norm_placement", "read", "source")
+_BY_NAME = ("norm_placement", "read", "of", "source")
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

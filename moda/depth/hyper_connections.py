@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from moda.ranges import Count
 
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, set_start
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -59,19 +59,15 @@ def weighted_sum(weights: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
 class Connection(nn.Module):
     """A module with methods ``read`` and ``write``, called by name so that module hooks (offloading) see the calls."""
 
-    #: What ``read`` has computed, for the ``write`` that follows it in the same block.
-    _matrices: tuple[torch.Tensor, ...] | None = None
-
-    def matrices(self, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The matrices of streams ``[n, B, T, d]``, in fp32 or above."""
+    def read(self, streams: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """What the sublayer receives of streams ``[n, B, T, d]``, ``[B, T, d]``, and the matrices of its ``write``."""
         raise NotImplementedError
 
-    def kept_matrices(self, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Those that ``read`` has computed of the same streams, which are let go."""
-        kept, self._matrices = self._matrices, None
-        return self.matrices(streams) if kept is None else kept
+    def write(self, streams: torch.Tensor, out: torch.Tensor, matrices: State) -> torch.Tensor:
+        """The streams after the sublayer gave ``out`` ``[B, T, d]``."""
+        raise NotImplementedError
 
-    def forward(self, method: str, *args: torch.Tensor) -> torch.Tensor:
+    def forward(self, method: str, *args: Any) -> Any:
         """Call a method by name."""
         return getattr(self, method)(*args)
 
@@ -99,14 +95,12 @@ class _Connection(Connection):
             alpha, beta = alpha + s_alpha * given[..., :-1], beta + s_beta * given[..., -1]
         return alpha, beta
 
-    def read(self, streams: torch.Tensor) -> torch.Tensor:
-        """What the sublayer receives, ``[B, T, d]``."""
-        self._matrices = alpha, _ = self.matrices(streams)
-        return weighted_sum(alpha[..., 0], streams).to(streams.dtype)
+    def read(self, streams: torch.Tensor) -> tuple[torch.Tensor, State]:
+        matrices = alpha, _ = self.matrices(streams)
+        return weighted_sum(alpha[..., 0], streams).to(streams.dtype), matrices
 
-    def write(self, streams: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The streams after the sublayer gave ``out`` ``[B, T, d]``."""
-        alpha, beta = self.kept_matrices(streams)
+    def write(self, streams: torch.Tensor, out: torch.Tensor, matrices: State) -> torch.Tensor:
+        alpha, beta = matrices
         mixed = [weighted_sum(alpha[..., 1 + j], streams) + beta[j, ..., None] * out for j in range(len(beta))]
         return torch.stack([x.to(streams.dtype) for x in mixed])
 
@@ -129,11 +123,11 @@ class StreamsLayer(DepthLayer):
         super().__init__()
         self.connections = nn.ModuleDict({"attention": attention, "feed_forward": feed_forward})
 
-    def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
+    def before(self, sublayer: str, stream: Any) -> tuple[torch.Tensor, State]:
         return self.connections[sublayer]("read", stream)
 
-    def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
-        return self.connections[sublayer]("write", stream, out)
+    def after(self, sublayer: str, stream: Any, out: torch.Tensor, kept: State) -> Any:
+        return self.connections[sublayer]("write", stream, out, kept)
 
 
 class _Pass(DepthPass):

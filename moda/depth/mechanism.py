@@ -174,6 +174,14 @@ class DepthLayer(nn.Module):
         """How a sublayer's output joins the stream."""
         return stream + out
 
+    def before(self, sublayer: str, stream: Any) -> tuple[Received, State]:
+        """:meth:`receive`, and tensors for :meth:`after`: what a mechanism computes once for both."""
+        return self.receive(sublayer, stream), ()
+
+    def after(self, sublayer: str, stream: Any, out: torch.Tensor, kept: State) -> Any:
+        """:meth:`add`, with what :meth:`before` gave for the same sublayer."""
+        return self.add(sublayer, stream, out)
+
     def attend(
         self, attention: AttentionHost, x: Received, state: State, context: Context
     ) -> tuple[torch.Tensor, State]:

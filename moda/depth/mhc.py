@@ -33,7 +33,7 @@ from .hyper_connections import (
     streams_memory,
     weighted_sum,
 )  # fmt: skip
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, set_start
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -60,14 +60,12 @@ class _Connection(Connection):
         pre, post, res = (gate * x + b for gate, x, b in parts)
         return pre.sigmoid(), 2 * post.sigmoid(), sinkhorn(res.unflatten(-1, (self.n, self.n)), self.iterations)
 
-    def read(self, streams: torch.Tensor) -> torch.Tensor:
-        """What the sublayer receives, ``[B, T, d]``."""
-        self._matrices = pre, _, _ = self.matrices(streams)
-        return weighted_sum(pre.movedim(-1, 0), streams).to(streams.dtype)
+    def read(self, streams: torch.Tensor) -> tuple[torch.Tensor, State]:
+        pre, post, res = self.matrices(streams)
+        return weighted_sum(pre.movedim(-1, 0), streams).to(streams.dtype), (post, res)
 
-    def write(self, streams: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The streams after the sublayer gave ``out`` ``[B, T, d]``."""
-        _, post, res = self.kept_matrices(streams)
+    def write(self, streams: torch.Tensor, out: torch.Tensor, matrices: State) -> torch.Tensor:
+        post, res = matrices
         rows = res.movedim((-2, -1), (0, 1))
         mixed = [weighted_sum(row, streams) + post[..., j, None] * out for j, row in enumerate(rows)]
         return torch.stack([x.to(streams.dtype) for x in mixed])

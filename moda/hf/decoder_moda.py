@@ -7,6 +7,7 @@ layers and is thrown away after it. Blocks take tensors and return tensors, so t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -273,14 +274,18 @@ class MoDALayer(nn.Module):
         steps, context = _Steps(self.self_attn), {"rotary": rotary, "mask": mask, "cache": cache}
         for sublayer in ("attention", "feed_forward"):
             norms = [getattr(self, name) for name in self.placement.norm_names(sublayer)]
-            x = receive_each(self.placement, self.depth("receive", sublayer, stream), norms)
+            received, kept = self.depth("before", sublayer, stream)
+            x = receive_each(self.placement, received, norms)
             if sublayer == "attention":
                 out, state = self.depth("attend", steps, x, state, context)
             else:
                 out, state = self.depth("feed_forward", lambda x: self.mlp(x), steps, x, state, context)
-            add = lambda stream, out, name=sublayer: self.depth("add", name, stream, out)  # noqa: E731
+            add = functools.partial(self._add, sublayer, kept)
             stream = self.placement.combine(stream, out, norms, add)
         return stream, state, steps.weights
+
+    def _add(self, sublayer: str, kept: State, stream: Any, out: torch.Tensor) -> Any:
+        return self.depth("after", sublayer, stream, out, kept)
 
 
 def causal_mask(

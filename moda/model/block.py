@@ -124,8 +124,9 @@ class DepthBlock(PlacedBlock):
         """
         del loss_div_factor
         for name in ("attention", "feed_forward"):
-            norms, add = self.norms(name), functools.partial(self.depth, "add", name)
-            x = receive_each(self.placement, self.depth("receive", name, stream), norms)
+            norms = self.norms(name)
+            received, kept = self.depth("before", name, stream)
+            x = receive_each(self.placement, received, norms)
             ffn: Any = self.feed_forward
             if self.splits:
                 gathered, x = whole(x)
@@ -134,8 +135,12 @@ class DepthBlock(PlacedBlock):
                 out, state = self.attention(x, depth=self.depth, state=state, **context)
             else:
                 out, state = self.depth("feed_forward", ffn, self.attention, x, state, context)
+            add = functools.partial(self._add, name, kept)
             stream = self.placement.combine(stream, out, norms, add)
         return stream, state
+
+    def _add(self, sublayer: str, kept: State, stream: Any, out: torch.Tensor) -> Any:
+        return self.depth("after", sublayer, stream, out, kept)
 
     def _split_ffn(self, gathered: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The FFN of the tensor whose local form ``x`` is: OLMo-core splits it, and takes distributed tensors."""

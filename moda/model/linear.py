@@ -18,7 +18,8 @@ def joint_linear(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ..
     parallelism it is this rank's part of their outputs. In float8 (:mod:`moda.train.float8`) it is the first one's product with
     all their weights, under one scale where there is one for each tensor.
     """
-    if len({type(linear) for linear in linears}) > 1:  # some have sizes that float8 does not take
+    # Some have sizes that float8 does not take, or they are wrapped to be computed again in the backward pass.
+    if len({type(linear) for linear in linears}) > 1 or not isinstance(linears[0], nn.Linear):
         return tuple(linear(x) for linear in linears)
     weights = [local(linear.weight) for linear in linears]
     bias = None if linears[0].bias is None else torch.cat([local(linear.bias) for linear in linears])

@@ -163,13 +163,19 @@ def train(config: RunConfig, extra_callbacks: ExtraCallbacks | None = None) -> O
     except (RuntimeError, MemoryError) as e:
         if (short := out_of_memory(p, e)) is not None:
             raise short from None
-        diverged = re.fullmatch(r"(\S+) loss encountered at step (\d+)", str(e))
-        if diverged is None:
-            raise
-        hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
-        raise UserError("training", "a finite loss", f"{diverged[1]} at step {diverged[2]}", hint) from e
+        if (short := _diverged(e)) is not None:
+            raise short from e
+        raise
     teardown_training_environment()  # not after an error: NCCL would wait for ranks that wait for this one
     return outcome
+
+
+def _diverged(error: BaseException) -> UserError | None:
+    """The error as one line, if it is about a loss that is not finite."""
+    said = str(error.__cause__ or error)  # with several processes a thread of OLMo-core's has found out
+    found = re.fullmatch(r"(\S+) loss encountered at step (\d+)", said)
+    hint = "a smaller optim.lr or longer optim.warmup_steps may help; checkpoints before that step are kept"
+    return found and UserError("training", "a finite loss", f"{found[1]} at step {found[2]}", hint)
 
 
 def _agreed(p: Plan, config: RunConfig) -> Plan:

@@ -57,6 +57,12 @@ def test_another_policy_takes_the_place_of_the_file_s(config: Path) -> None:
     ):
         depth = load_config(file, [override]).model.depth
         assert depth is not None and depth.to_plain()["read"] == read
+    of = load_config(
+        file, ["model.depth.read={learned: {top: 2, of: {recent: 4}}}", "model.depth.read.learned.of={stride: 2}"]
+    )
+    assert of.model.depth is not None and of.model.depth.to_plain()["read"] == {
+        "learned": {"top": 2, "of": {"stride": 2}}
+    }
 
 
 def test_prepare_reads_overrides_in_the_same_way(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from moda_kernels.yardstick import report, verdicts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("n, iterations", [(4, 3), (4, 20), (3, 5), (1, 2), (2, 1)])
+@pytest.mark.parametrize("n, iterations", [(4, 3), (4, 20), (3, 5), (1, 2), (2, 1), (128, 1)])
 @pytest.mark.usefixtures("poisoned")
 def test_the_kernel_is_the_plain_computation(n: int, iterations: int) -> None:
     """More matrices than a program has, from near the identity to far from any."""

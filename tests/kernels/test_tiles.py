@@ -84,7 +84,7 @@ def test_the_packages_choice_comes_after_the_users(card: Card) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"sm90, 132": 1}', '{"sm90, 132": {"kernel": {"problem": {"kees": 1}}}}', "\x00"]
+    "text", ["{", "[]", '{"sm90, 132": 1}', '{"sm90, 132": {"kernel": {"problem": {"kees": 1}}}}', "\x00", pytest.param("[" * 100_000, id="deep")]
 )
 def test_a_damaged_file_is_done_without(text: str, card: Card, caplog: pytest.LogCaptureFixture) -> None:
     path = tile_cache.user_file()
@@ -105,6 +105,15 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     for _ in range(2):
         assert card.choose(SLOW, FAST) == FAST
     assert len([m for m in caplog.messages if "cannot be written" in m]) == 1
+
+
+def test_a_user_without_a_home_has_no_file(
+    card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MODA_TILE_CACHE", "~nobody-of-this-name/tiles.json")
+    for _ in range(2):
+        assert tile_cache.user_file() is None and card.choose(SLOW, FAST) == FAST
+    assert len([m for m in caplog.messages if "cannot be found" in m]) == 1
 
 
 def test_without_autotuning_or_without_a_file_nothing_is_kept(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ CHECKPOINTING = [
     dict(mode=Mode.selected_blocks, block_interval=2),
     dict(mode=Mode.selected_modules, modules=["blocks.*.feed_forward"]),
     dict(mode=Mode.selected_modules, modules=["blocks.*.attention"]),
+    dict(mode=Mode.selected_modules, modules=["blocks.*.w_*"]),
     dict(mode=Mode.selected_ops),
 ]
 

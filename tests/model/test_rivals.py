@@ -236,10 +236,22 @@ def test_known_everywhere(depth: str) -> None:
     known_everywhere([f"model.depth={{mechanism: {depth}}}"], depth.split(",")[0])
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "full": dict(mode=TransformerActivationCheckpointingMode.full),
+    # A glob's * has dots in it: these are connections as well as sublayers.
+    "sublayers": dict(
+        mode=TransformerActivationCheckpointingMode.selected_modules,
+        modules=["blocks.*.attention", "blocks.*.feed_forward"],
+    ),
+    "mechanism": dict(mode=TransformerActivationCheckpointingMode.selected_modules, modules=["blocks.*.depth"]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ["hyper-connections", "mhc", "blocks", "mudd", "delta", "delta blocks"])
-def test_activation_checkpointing(case: str) -> None:
+def test_activation_checkpointing(case: str, mode: str) -> None:
     net, other = build("pre", CASES[case][0]), build("pre", CASES[case][0])
-    other.apply_activation_checkpointing(mode=TransformerActivationCheckpointingMode.full)
+    other.apply_activation_checkpointing(**MODES[mode])
     ids = torch.arange(14).reshape(2, 7)
     grads = []
     for model in (net, other):

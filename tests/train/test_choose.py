@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import pytest
 import torch
 
 import moda_cli
-from moda.checkpoints import choose_slots, damage, load_model, match_weights, open_checkpoint, read_weights
+from moda.checkpoints import (
+    choose_slots,
+    damage,
+    load_model,
+    match_weights,
+    open_checkpoint,
+    read_weights,
+    write_checksums,
+)
 from moda.config import load_config
 from moda.errors import UserError
-from moda.files import read_metrics
+from moda.files import read_metrics, write_json
 from moda.model import transformer_config
 from moda.typed import to_dict
 from tests.small_checkpoint import MODEL, run_config, save_checkpoint
@@ -31,15 +40,29 @@ def by_layer(folder: Path) -> list[list[float]]:
 def test_the_chosen_model_is_the_other_one_without_the_rest(tmp_path: Path) -> None:
     """Its logits are those of scores that leave out the other slots."""
     config = run_config(make_tokenizer(tmp_path / "tokenizer.json"), {**MODEL, "depth": LEARNED})
-    learned = save_checkpoint(tmp_path / "warmup" / "step7", config, seed=2)
-    chosen = choose_slots(tmp_path / "warmup" / "step7", tmp_path / "run")
-    scores = by_layer(tmp_path / "warmup" / "step7")
+    old = tmp_path / "warmup" / "step7"
+    learned = save_checkpoint(old, config, seed=2)
+    write_json(old / ".metadata.json", {})
+    write_json(old / "train" / "rank0.pt", {})
+    with pytest.raises(UserError, match="checkpoint: expected a whole checkpoint in .*, got it was cut short"):
+        choose_slots(old, tmp_path / "run")
+    write_checksums(old)
+    shutil.copytree(old, tmp_path / "best")
+    with pytest.raises(UserError, match="checkpoint: expected a folder stepN, got .*best"):
+        choose_slots(tmp_path / "best", tmp_path / "run")
+    write_json(tmp_path / "best" / "train" / "rank0.pt", {"not": "as it was"})
+    (tmp_path / "best").rename(tmp_path / "step8")
+    with pytest.raises(UserError, match="got train/rank0.pt has"):
+        choose_slots(tmp_path / "step8", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    chosen = choose_slots(old, tmp_path / "run")
+    scores = by_layer(old)
     best = [max(range(n), key=scores[layer].__getitem__) for layer, n in ((1, 2), (2, 4))]
     assert chosen.slots.layers == ((), *((slot,) for slot in best)) and chosen.scores == [[], scores[1][:2], scores[2]]
     new = tmp_path / "run" / "step7"
-    assert damage(new) == "it was cut short while being written"  # as what it comes from, which has no trainer's state
+    assert damage(new) is None
     assert json.loads((new / "config.json").read_text()) == to_dict(chosen.config)
-    dropped = read_weights(tmp_path / "warmup" / "step7").keys() - read_weights(new).keys()
+    dropped = read_weights(old).keys() - read_weights(new).keys()
     unread = [layer for layer in (0, 1) if 2 * layer + 1 not in best]  # layers whose FFN slot nothing reads
     assert unread and dropped == {
         *(f"blocks.{layer}.depth.scores" for layer in (1, 2)),

@@ -338,3 +338,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         r"error: training: expected a finite loss, got (nan|inf) at step 2 \(a smaller optim\.lr .*\)", error
     )
     assert [p.name for p in (tmp_path / "run").glob("step*")] == ["step1"]
+    with pytest.raises(RuntimeError) as told:  # as OLMo-core has it where several processes train
+        raise RuntimeError("An error occurred") from RuntimeError("nan loss encountered at step 2")
+    assert str(training._diverged(told.value)) == error.removeprefix("error: ").replace(" inf ", " nan ")
+    assert training._diverged(RuntimeError("An error occurred")) is None

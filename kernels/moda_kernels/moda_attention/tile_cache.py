@@ -1,4 +1,4 @@
-"""Tile choices that outlive a process: measured ones that come with the package, and a file of this user's.
+"""Tile choices that outlive a process: a file of this user's, and one that may come with the package.
 
 Both are JSON: card -> kernel -> problem -> tile. Cards are told by what decides (compute capability; in the user's file also the
 number of multiprocessors and Triton's version), never by name. ``MODA_TILE_CACHE`` is the user's file, by default
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What comes with the package; written by ``bench.py tiles``.
+#: What comes with the package, if anything does.
 MEASURED = Path(__file__).parent / "measured_tiles.json"
 
 
 def user_file() -> Path | None:
     """Where this user's choices are kept."""
     named = os.environ.get("MODA_TILE_CACHE")
-    if named is not None:
-        return Path(named).expanduser() if named else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moda" / "tiles.json"
+    if named == "":
+        return None
+    named = named or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/moda/tiles.json"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:  # a container may run as a user without a home
+        _say(Path(named), f"cannot be found ({error})")
+        return None
 
 
 def cards(device: torch.device) -> tuple[str, str]:
@@ -58,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("no JSON object")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         _say(path, f"cannot be read ({error})")
         return {}
     return content

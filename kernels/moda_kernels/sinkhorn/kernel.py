@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MATRICES = 128  # a program
+_NUMBERS = 2048  # a program, unless a single matrix has more
 
 
 @triton.jit
@@ -74,10 +74,10 @@ def _backward(logits, grad, out, n, count, iterations, BLOCK: tl.constexpr, N: t
 def _launch(kernel, iterations: int, logits: Tensor, *others: Tensor) -> Tensor:
     out = torch.empty_like(logits)
     count, n = logits.shape[0], logits.shape[-1]
+    N = triton.next_power_of_2(n)
+    block = max(1, min(128, _NUMBERS // N**2))
     if count:
-        kernel[(triton.cdiv(count, _MATRICES),)](
-            logits, *others, out, n, count, iterations, BLOCK=_MATRICES, N=triton.next_power_of_2(n), num_warps=4
-        )
+        kernel[(triton.cdiv(count, block),)](logits, *others, out, n, count, iterations, BLOCK=block, N=N, num_warps=4)
     return out
 
 
