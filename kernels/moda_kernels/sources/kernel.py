@@ -1,0 +1,244 @@
+"""Sums over sources, a program per few tokens: whole rows in registers, each source's row loaded once for all sums.
+
+With R rows of width D in a program of one warp (more for wide rows) a thread has 16 numbers of a source, and as many fp32 ones of
+each of the c sums (or of their gradients). Rows of sources are loaded some sources ahead. Memory bounds these kernels; bytes per
+token, of e each, for n sources of width d:
+
+    forward    (n + c) d e          backward of a mix    (3 n + c) d e          of an attention    (3 n + 2 c) d e
+
+The 3 are the source and its gradient read and written (written only, by the reader that comes first). Weights, log-sum-exps and
+partial sums are a few per cent.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .stream import Target
+
+_STAGES = tl.constexpr(3)  # sources under way
+_BLOCKS = tl.constexpr(
+    16
+)  # blocks of rows in a program of attention's backward: so many share one partial sum for the queries
+
+
+@triton.jit
+def _rows(block, rows, d, R: tl.constexpr, D: tl.constexpr):
+    """Numbers of a block's rows ``[1, R]``, which of them are there, and offsets and mask of ``[1, R, D]``."""
+    row = block.to(tl.int64) * R + tl.arange(0, R)[None, :]
+    column = tl.arange(0, D)[None, None, :]
+    there = row < rows
+    return row, there, row[:, :, None] * d + column, there[:, :, None] & (column < d)
+
+
+@triton.jit
+def _each(p0, p1, p2, p3, C: tl.constexpr):
+    """Pointers ``[C, 1, 1]`` to the first C of up to four tensors."""
+    c = tl.arange(0, C)[:, None, None]
+    return tl.where(c == 0, p0, tl.where(c == 1, p1, tl.where(c == 2, p2, p3)))
+
+
+@triton.jit
+def _load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add(grad, row, rows, mask, value, i, first, end):
+    """Add to a source's gradient; store where it has none yet."""
+    added = tl.where((i < first) | (i >= end), rows, 0)  # rows that are added to: all, or none
+    old = _load(grad, mask & (row < added)[:, :, None])
+    tl.store(grad, (old + value).to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mix(
+    x, weights, o0, o1, o2, o3, rows, d, n, stride, token_stride,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    row, there, offsets, mask = _rows(tl.program_id(0), rows, d, R, D)
+    weights += row * token_stride + tl.arange(0, C)[:, None] * n
+    total = tl.zeros([C, R, D], tl.float32)
+    following = _load(weights, there)
+    for i in tl.range(0, n, num_stages=_STAGES):
+        w = following
+        following = _load(weights + tl.minimum(i + 1, n - 1), there)
+        total += w[:, :, None] * _load(x + tl.cast(i, tl.int64) * stride + offsets, mask)
+    tl.store(_each(o0, o1, o2, o3, C) + offsets, total.to(o0.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mix_backward(
+    x, weights, g0, g1, g2, g3, grad, grad_weights, rows, d, n, stride, token_stride, first, end,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    row, there, offsets, mask = _rows(tl.program_id(0), rows, d, R, D)
+    way = tl.arange(0, C)[:, None] * n
+    weights += row * token_stride + way
+    g = _load(_each(g0, g1, g2, g3, C) + offsets, mask)
+    following = _load(weights, there)
+    for i in tl.range(0, n, num_stages=_STAGES):
+        w = following
+        following = _load(weights + tl.minimum(i + 1, n - 1), there)
+        source = tl.cast(i, tl.int64) * stride + offsets
+        dot = tl.sum(g * _load(x + source, mask), 2)
+        _add(grad + source, row, rows, mask, tl.sum(w[:, :, None] * g, 0, keep_dims=True), i, first, end)
+        if STATIC:  # a partial sum for each program
+            own = tl.program_id(0).to(tl.int64) * C * n + way + i
+            tl.store(grad_weights + own, tl.sum(dot, 1, keep_dims=True))
+        else:
+            own = row * C * n + way + i
+            tl.store(grad_weights + own, dot.to(grad_weights.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _queries(queries, d, C: tl.constexpr, D: tl.constexpr):
+    column = tl.arange(0, D)[None, None, :]
+    return _load(queries + tl.arange(0, C)[:, None, None] * d + column, column < d)
+
+
+@triton.jit
+def _logits(v, q, d, eps):
+    """Logits ``[C, R]`` of sources' rows ``[1, R, D]``, and the norm's scale ``[1, R]``."""
+    scale = tl.rsqrt(tl.sum(v * v, 2) / d + eps)
+    return tl.sum(q * v, 2) * scale, scale
+
+
+@triton.jit
+def _attend(
+    x, queries, o0, o1, o2, o3, lse, rows, d, n, stride, eps,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    row, there, offsets, mask = _rows(tl.program_id(0), rows, d, R, D)
+    q = _queries(queries, d, C, D)
+    high = tl.full([C, R], -3.0e38, tl.float32)
+    norm = tl.zeros([C, R], tl.float32)
+    total = tl.zeros([C, R, D], tl.float32)
+    for i in tl.range(0, n, num_stages=_STAGES):
+        v = _load(x + tl.cast(i, tl.int64) * stride + offsets, mask)
+        logit, _ = _logits(v, q, d, eps)
+        higher = tl.maximum(high, logit)
+        shrink, p = tl.exp(high - higher), tl.exp(logit - higher)
+        norm = norm * shrink + p
+        total = total * shrink[:, :, None] + p[:, :, None] * v
+        high = higher
+    total = total * (1.0 / norm)[:, :, None]
+    tl.store(_each(o0, o1, o2, o3, C) + offsets, total.to(o0.dtype.element_ty), mask=mask)
+    tl.store(lse + tl.arange(0, C)[:, None] * rows + row, high + tl.log(norm), mask=there)
+
+
+@triton.jit
+def _attend_backward(
+    x, queries, o0, o1, o2, o3, lse, g0, g1, g2, g3, grad_lse, grad, grad_queries, rows, d, n, stride, eps, first, end,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    q = _queries(queries, d, C, D)
+    of_queries = tl.zeros([C, R, D], tl.float32)
+    for k in tl.range(0, _BLOCKS):
+        row, there, offsets, mask = _rows(tl.program_id(0) * _BLOCKS + k, rows, d, R, D)
+        g = _load(_each(g0, g1, g2, g3, C) + offsets, mask)
+        out = _load(_each(o0, o1, o2, o3, C) + offsets, mask)
+        at = tl.arange(0, C)[:, None] * rows + row
+        log_norm = _load(lse + at, there)
+        shift = _load(grad_lse + at, there) - tl.sum(g * out, 2)
+        for i in tl.range(0, n, num_stages=_STAGES):
+            source = tl.cast(i, tl.int64) * stride + offsets
+            v = _load(x + source, mask)
+            logit, scale = _logits(v, q, d, eps)
+            p = tl.exp(logit - log_norm)
+            d_logit = p * (tl.sum(g * v, 2) + shift)
+            d_dot = d_logit * scale
+            of_queries += d_dot[:, :, None] * v
+            of_norm = tl.sum(d_logit * logit, 0, keep_dims=True) * scale * scale / d
+            value = tl.sum(p[:, :, None] * g + d_dot[:, :, None] * q, 0, keep_dims=True) - of_norm[:, :, None] * v
+            _add(grad + source, row, rows, mask, value, i, first, end)
+    column = tl.arange(0, D)[None, None, :]
+    own = tl.program_id(0).to(tl.int64) * C * d + tl.arange(0, C)[:, None, None] * d + column
+    tl.store(grad_queries + own, tl.sum(of_queries, 1, keep_dims=True), mask=column < d)
+
+
+def _tile(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Rows, blocks of rows, and what a kernel is compiled with, for sources ``[n, B, T, d]``."""
+    rows, d = x.shape[1] * x.shape[2], x.shape[3]
+    wide = triton.next_power_of_2(d)
+    per_program = max(1, 512 // wide)
+    return rows, triton.cdiv(rows, per_program), {"R": per_program, "D": wide, "num_warps": max(1, wide // 512)}
+
+
+def _four(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Four pointers for one, two or four tensors."""
+    if len(tensors) not in (1, 2, 4):
+        raise ValueError(f"sources: expected 1, 2 or 4 sums at once, got {len(tensors)}")
+    return [*tensors, *[tensors[0]] * (4 - len(tensors))]
+
+
+def _like(x: Tensor, c: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1:]) for _ in range(c))
+
+
+class FusedSums:
+    """See :class:`moda_kernels.sources.stream.Sums`. Sources are ``[n, B, T, d]``, each contiguous."""
+
+    def mix(self, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        weights, c, n = weights.contiguous(), *weights.shape[-2:]
+        out = _like(x, c)
+        rows, blocks, tile = _tile(x)
+        if blocks:
+            token = c * n if weights.ndim > 2 else 0
+            _mix[(blocks,)](x, weights, *_four(out), rows, x.shape[3], n, x.stride(0), token, C=c, **tile)
+        return out
+
+    def mix_backward(self, x: Tensor, weights: Tensor, grads: Sequence[Tensor], to: Target) -> Tensor:
+        weights, c, n = weights.contiguous(), *weights.shape[-2:]
+        rows, blocks, tile = _tile(x)
+        static = weights.ndim == 2
+        assert to.grad.stride() == x.stride()
+        partial = x.new_empty(blocks, c, n, dtype=torch.float32) if static else torch.empty_like(weights)
+        if blocks:
+            _mix_backward[(blocks,)](
+                x, weights, *_four([g.contiguous() for g in grads]), to.grad, partial, rows, x.shape[3], n, x.stride(0),
+                0 if static else c * n, *to.new, C=c, STATIC=static, **tile,
+            )  # fmt: skip
+        return partial.sum(0).to(weights.dtype) if static else partial
+
+    def attend(self, x: Tensor, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        c = len(queries)
+        out, lse = _like(x, c), x.new_empty(c, *x.shape[1:3], dtype=torch.float32)
+        rows, blocks, tile = _tile(x)
+        if blocks:
+            _attend[(blocks,)](
+                x,
+                queries.float().contiguous(),
+                *_four(out),
+                lse,
+                rows,
+                x.shape[3],
+                len(x),
+                x.stride(0),
+                eps,
+                C=c,
+                **tile,
+            )
+        return out, lse
+
+    def attend_backward(
+        self, x: Tensor, queries: Tensor, eps: float, out: Sequence[Tensor], lse: Tensor, grads: Sequence[Tensor],
+        grad_lse: Tensor, to: Target,
+    ) -> Tensor:  # fmt: skip
+        c, d = queries.shape
+        assert to.grad.stride() == x.stride()
+        rows, blocks, tile = _tile(x)
+        programs = triton.cdiv(blocks, _BLOCKS.value)
+        partial = x.new_empty(programs, c, d, dtype=torch.float32)
+        if programs:
+            _attend_backward[(programs,)](
+                x, queries.float().contiguous(), *_four(out), lse, *_four([g.contiguous() for g in grads]),
+                grad_lse.contiguous(), to.grad, partial, rows, d, len(x), x.stride(0), eps, *to.new, C=c, **tile,
+            )  # fmt: skip
+        return partial.sum(0).to(queries.dtype)
