@@ -24,7 +24,7 @@ from moda.errors import UserError
 from moda.ranges import Count
 
 from .attention_residuals import ReadersModel, check_stream_left_alone, draw_sources, join, read, readers_memory
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, SourceMemory, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -53,36 +53,30 @@ class _Layer(DepthLayer):
 
 
 class _Pass(DepthPass):
-    def __init__(self, readers: nn.ModuleList, length: int | None, h: torch.Tensor) -> None:
-        self.readers, self.length = readers, length
-        self.sources: list[torch.Tensor] = []
+    def __init__(self, readers: nn.ModuleList, length: int | None, sources: SourceMemory, h: torch.Tensor) -> None:
+        self.readers, self.length, self.sources = readers, length, sources
         self.unfinished = h
 
     def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
-        for_attention, sources = self.sources, self.sources
-        if self.length is None and not layer or self.length is not None and layer % self.length == 0:
-            sources = [*sources, self.unfinished]
-        feed_forward = self.readers[2 * layer]
-        if not for_attention:
-            x = stream
-            picked, lse, query = (part[0] for part in read([feed_forward], sources))
-        elif len(sources) == len(for_attention):
-            (x, picked), (_, lse), (_, query) = read([self.readers[2 * layer - 1], feed_forward], sources)
-            x = stream + x
+        feed_forward, x = self.readers[2 * layer], stream
+        if layer % (self.length or len(self.readers)) == 0:  # the FFN has a source more
+            if layer:
+                x = stream + read([self.readers[2 * layer - 1]], self.sources)[0][0]
+            self.sources.write(self.unfinished)
+            picked, lse, query = (part[0] for part in read([feed_forward], self.sources))
         else:
-            x = stream + read([self.readers[2 * layer - 1]], for_attention)[0][0]
-            picked, lse, query = (part[0] for part in read([feed_forward], sources))
-        self.sources = sources
+            (x, picked), (_, lse), (_, query) = read([self.readers[2 * layer - 1], feed_forward], self.sources)
+            x = stream + x
         return (x, picked, lse, query, stream), ()
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
         *_, total, attention, feed_forward = stream
-        if self.length is None:
-            self.sources = [*self.sources, attention, feed_forward]
-        else:
-            begun = layer % self.length == 0
+        if self.length is not None:
             given = attention + feed_forward
-            self.unfinished = given if begun else self.unfinished + given
+            self.unfinished = given if layer % self.length == 0 else self.unfinished + given
+        elif 2 * layer + 1 < len(self.readers):  # nothing reads what the last layer gives
+            self.sources.write(attention)
+            self.sources.write(feed_forward)
         return total
 
 
@@ -92,7 +86,9 @@ class _Model(ReadersModel):
         self.length = length
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return h, _Pass(self.readers, self.length, h)
+        n = len(self.readers)
+        sources = host.open_sources(n if self.length is None else (n + 1) // 2 // self.length, h.device)
+        return h, _Pass(self.readers, self.length, sources, h)
 
 
 @dataclass(frozen=True)

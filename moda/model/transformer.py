@@ -22,6 +22,7 @@ from moda.config.model import ModelConfig
 from moda.depth.mechanism import State
 from moda.typed import to_dict
 from moda_kernels import DepthLayout, DepthStream
+from moda_kernels.sources import Sources, fastest
 
 from .attention import DepthAttentionConfig
 from .block import DepthBlock, ModelBlockConfig
@@ -210,6 +211,10 @@ class DepthTransformer(Transformer):
     def open_slots(self, layout: DepthLayout, device: torch.device) -> _StreamSlots:
         """See :class:`moda.depth.mechanism.Host`."""
         return _StreamSlots(layout, self.config.model.attention_backend.value, device)
+
+    def open_sources(self, n: int, device: torch.device) -> Sources:
+        """See :class:`moda.depth.mechanism.Host`."""
+        return Sources(n, fastest, device)
 
     def forward(
         self,

@@ -5,12 +5,12 @@
     q, k, v = sources.mix(weights)                sums of the sources so far, as many as the weights have
     (y,), (lse,) = sources.attend(queries, eps)   sums under a softmax over the sources so far
 
-A stream owns a buffer ``[n, B, T, d]`` and, once a backward pass has begun, one of the same shape for gradients. A source is copied
-into the buffer once and read there by all later layers, without stacking. Gradients get home without one tensor per source and
-reader: a read's backward pass stores into the gradient buffer, or adds to it, in place; a write's takes its source's out. Every
-write and read hands on a tensor without elements, so that autograd goes through them in reverse order, whatever else it does;
-its last node lets go of the buffers: a loss that is kept keeps no memory. A read is never repeated in the backward pass, so
-streams must be used between checkpointed or compiled blocks, not within.
+A stream owns a buffer ``[n, B, T, d]`` and, once a backward pass has begun, one of the same shape for gradients. A source is
+copied into the buffer once and read there by all later layers, without stacking. Gradients get home without one tensor per
+source and reader: a read's backward pass stores into the gradient buffer, or adds to it, in place; a write's takes its source's
+out. Every write and read hands on a tensor without elements, so that autograd goes through them in reverse order, whatever else
+it does; its last node lets go of the buffers: a loss that is kept keeps no memory. Streams are for what is between blocks:
+within, activation checkpointing would write and read again.
 """
 
 from __future__ import annotations
@@ -200,13 +200,14 @@ class _Attend(torch.autograd.Function):
 class Sources:
     """One forward pass's way to a source stream, and autograd's order in it. Arguments are those of :class:`SourceStream`.
 
-    Results are on the device of the sources, that of the first one.
+    Sources may come from several devices: they are copied to that of the first, and sums to that of the last.
     """
 
     def __init__(self, n: int, choose: Callable[[Tensor], Sums], device: torch.device | None = None) -> None:
         self._stream = SourceStream(n, choose)
         anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
         self._order = _Begin.apply(anchor, self._stream)
+        self._first = self._last = anchor.device
 
     def __len__(self) -> int:
         """How many sources are written."""
@@ -218,6 +219,7 @@ class Sources:
         :raises RuntimeError: for more sources than there should be.
         """
         self._order = _Write.apply(self._order, x, self._stream)
+        self._first, self._last = x.device if len(self) == 1 else self._first, x.device
 
     def mix(self, weights: Tensor, rows: range | None = None) -> tuple[Tensor, ...]:
         """Weighted sums of sources, which are read once for all of them.
@@ -230,8 +232,8 @@ class Sources:
         :raises RuntimeError: for a source that is not written.
         """
         rows = range(len(self)) if rows is None else rows
-        self._order, *out = _Mix.apply(self._order, weights, self._stream, rows)
-        return tuple(out)
+        self._order, *out = _Mix.apply(self._order, weights.to(self._first), self._stream, rows)
+        return tuple(x.to(self._last) for x in out)
 
     def attend(self, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Sums of all sources with weights softmax(query . RMSNorm(source)) over the sources.
@@ -243,5 +245,6 @@ class Sources:
 
         :raises RuntimeError: without a source.
         """
-        self._order, lse, *out = _Attend.apply(self._order, queries, eps, self._stream, range(len(self)))
-        return tuple(out), lse.unbind()
+        queries, rows = queries.to(self._first), range(len(self))
+        self._order, lse, *out = _Attend.apply(self._order, queries, eps, self._stream, rows)
+        return tuple(x.to(self._last) for x in out), lse.to(self._last).unbind()
