@@ -154,14 +154,15 @@ def check_stream_left_alone(model: ModelConfig, mechanism: str) -> None:
         raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
 
 
-def readers_memory(model: ModelConfig, sources: int, tokens: float, element_size: int) -> dict[str, float]:
-    """Bytes of what readers of at most so many sources need."""
+def sources_memory(model: ModelConfig, sources: int, joined: int, tokens: float, element_size: int) -> dict[str, float]:
+    """Bytes of a stream of sources, and of so many sums of them and sources that blocks join, each kept for the backward pass."""
     size = float(tokens * model.d_model * element_size)
-    return {
-        "outputs of sublayers": 2 * model.n_layers * size,  # the block form keeps partial sums in their place
-        "sums of sources": 2 * model.n_layers * size,
-        "sources stacked": sources * size,
-    }
+    return {"sources": sources * size, "sums of sources": joined * size}
+
+
+def gradients_memory(model: ModelConfig, sources: int, tokens: float, element_size: int) -> dict[str, float]:
+    """Bytes of the gradients of a stream of sources."""
+    return {"gradients of sources": float(sources * tokens * model.d_model * element_size)}
 
 
 def draw_sources(axes: Any, counts: list[int], title: str) -> None:
@@ -212,7 +213,13 @@ class AttentionResiduals(DepthMechanism):
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
-        return readers_memory(model, max(self._sources(model)), tokens, element_size)
+        length, n = self._length(model), model.n_layers
+        # Of each FFN's reader, and of an attention's that joins a source; the end's. A source joined takes the result's place.
+        joined = n + 1 + sum(2 * layer % length > 0 for layer in range(n))
+        return sources_memory(model, max(self._sources(model)), joined, tokens, element_size)
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return gradients_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

@@ -23,7 +23,15 @@ import torch.nn as nn
 from moda.errors import UserError
 from moda.ranges import Count
 
-from .attention_residuals import ReadersModel, check_stream_left_alone, draw_sources, join, read, readers_memory
+from .attention_residuals import (
+    ReadersModel,
+    check_stream_left_alone,
+    draw_sources,
+    gradients_memory,
+    join,
+    read,
+    sources_memory,
+)
 from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, SourceMemory, State
 
 if TYPE_CHECKING:
@@ -117,6 +125,10 @@ class DeltaResiduals(DepthMechanism):
         finished = [-(-layer // length) for layer in range(model.n_layers + 1)]
         return [n for pair in zip(finished, (layer // length + 1 for layer in range(model.n_layers))) for n in pair]
 
+    def _written(self, model: ModelConfig) -> int:
+        """Sources that are not joined within a block alone."""
+        return 2 * model.n_layers - 1 if self.blocks is None else self.blocks
+
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(model.norm_eps, self.blocks is None)
 
@@ -127,7 +139,12 @@ class DeltaResiduals(DepthMechanism):
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
-        return readers_memory(model, max(self._sources(model)), tokens, element_size)
+        n = model.n_layers
+        joined = 2 * n - 1 + (n if self.blocks is None else 0)  # the full form's FFNs join what the attention gives
+        return sources_memory(model, self._written(model), joined, tokens, element_size)
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return gradients_memory(model, self._written(model), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

@@ -35,12 +35,17 @@ EPS = 1e-6
 WAYS = 4
 
 
+def _hidden(n: int) -> int:
+    """The width between W_1 and W_2 for n outputs."""
+    return (WAYS * n // 64 + 1) * 64
+
+
 class _Mixer(nn.Module):
     """What is mixed after one block: of ``n`` outputs, in ``ways`` ways."""
 
     def __init__(self, d_model: int, n: int, ways: int, dynamic: bool) -> None:
         super().__init__()
-        hidden = (WAYS * n // 64 + 1) * 64
+        hidden = _hidden(n)
         self.static = nn.Parameter(torch.empty(ways, n))
         self.w_1 = nn.Linear(d_model, hidden, bias=False) if dynamic else None
         self.w_2 = nn.Parameter(torch.empty(hidden, ways * n)) if dynamic else None
@@ -51,8 +56,7 @@ class _Mixer(nn.Module):
         static = self.static.to(x.dtype)
         if self.w_1 is None or self.w_2 is None:
             return static
-        wide = torch.promote_types(x.dtype, torch.float32)
-        unit = F.rms_norm(x.to(wide), x.shape[-1:], eps=EPS).to(x.dtype)
+        unit = F.rms_norm(x, x.shape[-1:], eps=EPS)
         return (F.gelu(self.w_1(unit)) @ self.w_2).to(x.dtype).unflatten(-1, static.shape) + static
 
     def forward(self, outputs: SourceMemory, last: torch.Tensor) -> State:
@@ -99,7 +103,7 @@ class _Model(DepthModel):
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
         outputs = host.open_sources(len(self.mixers) + 1, h.device)
         outputs.write(h)
-        return (h,) * WAYS, _Pass(self.mixers, outputs)
+        return tuple(h.expand(WAYS, *h.shape)), _Pass(self.mixers, outputs)
 
     def reset_parameters(self) -> None:
         for mixer in self.mixers:
@@ -134,10 +138,14 @@ class MUDD(DepthMechanism):
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         size = float(element_size * tokens * model.d_model)
-        return {
+        out = {
             "block outputs": size * (model.n_layers + 1),
             "inputs of q, k and v": (WAYS - 1) * size * (model.n_layers - 1),
         }
+        if self.dynamic:
+            widths = [2 * model.d_model + 2 * _hidden(n) + WAYS * n for n in range(2, model.n_layers + 2)]
+            out["inputs and hidden layers of the mixers"] = float(element_size * tokens * sum(widths))
+        return out
 
     def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         return {"gradients of block outputs": float(element_size * tokens * model.d_model * (model.n_layers + 1))}

@@ -79,8 +79,8 @@ def _train(
     return seen, {name: get_local_tensor(x) for name, x in figures.items() if isinstance(x, torch.Tensor)}
 
 
-# What these keep has several readers, whose gradients autograd adds in another order under FSDP: they are compared in fp32.
-SUMS = ("denseformer", "mudd", "attention_residuals", "delta_residuals")
+# FSDP rounds what enters a block to its dtype, and so the LSEs and queries of these: they are compared in fp32.
+ROUNDED = ("attention_residuals", "delta_residuals")
 MECHANISMS = [(name, True, None) for name in DepthMechanism.known]
 FLOAT8 = [(None, True, "rowwise"), ("moda", True, "tensorwise"), ("moda", True, "rowwise")]
 
@@ -98,7 +98,7 @@ def test_trains_as_fsdp_does(
         rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
         z_loss_multiplier=1e-3,
     )  # fmt: skip
-    dtype = DType.float32 if depth in SUMS else DType.bfloat16
+    dtype = DType.float32 if depth in ROUNDED else DType.bfloat16
     own = OneProcessTrainModule(_build(section, float8), half=dtype.as_pt(), device=CPU, **options)
     found = _train(own)
     assert found[1]["logits"].dtype == dtype.as_pt()
@@ -114,10 +114,6 @@ def test_trains_as_fsdp_does(
         expected = _train(cast(TransformerTrainModule, build(_build(section, float8), device=CPU)))
     finally:
         dist.destroy_process_group()
-    if depth in SUMS:
-        for ours, theirs in zip(found[0], expected[0]):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-        return
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
