@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moda_kernels.benchmarks.sources import _draw as drawn
+from moda_kernels.benchmarks.sources import moved, sources_table
+from moda_kernels.benchmarks.timing import Quantiles
 from moda_kernels.sources import NaiveSums, Sources, Sums, Target, fastest
 from moda_kernels.yardstick import report, verdicts
 
@@ -81,7 +84,7 @@ def test_one_source_and_wide_rows(kind: str) -> None:
 @pytest.mark.parametrize("c, kind", [(1, "static"), (4, "by token"), (4, "static"), (2, "attend")])
 @pytest.mark.usefixtures("poisoned")
 def test_the_kernels_in_bf16(c: int, kind: str, d: int) -> None:
-    judge(25, (4, 509), d, c, kind, (20, 25), torch.bfloat16)
+    judge(25, (2, 127), d, c, kind, (20, 25), torch.bfloat16)
 
 
 def test_three_sums_at_once_are_refused() -> None:
@@ -157,6 +160,28 @@ def test_two_passes_alive_and_an_evaluation_between() -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.gpu
+def test_sources_of_several_devices() -> None:
+    """The first is on the CPU, where the buffer then is, the others are on the GPU."""
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        shapes = (SHAPE, (*SHAPE[:2], 1, 2), (1, SHAPE[2]))
+        x, by_token, queries = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_() for shape in shapes
+        )
+        sources = Sources(2, fastest)
+        sources.write(x.cpu())
+        sources.write(2 * x)
+        (y,) = sources.mix(by_token)
+        (z,), (lse,) = sources.attend(queries, EPS)
+        assert {t.device.type for t in (y, z, lse)} == {device}
+        grads = torch.autograd.grad((y * z * lse[..., None]).sum(), (x, by_token, queries))
+        found.append([t.cpu() for t in (y, z, lse, *grads)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("part", [True, False], ids=["of some leaves", "of all"])
 def test_a_second_backward_is_refused(part: bool) -> None:
     leaves = make_leaves()
@@ -190,3 +215,23 @@ def test_what_is_not_there_is_refused() -> None:
         sources.mix(torch.zeros(1, 2), range(2))
     with pytest.raises(RuntimeError, match="more than the 1 sources"):
         sources.write(torch.zeros(1, 2, 8))
+
+
+def test_the_benchmark_times_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [("static", 1, 3, 32, 20), ("by token", 2, 3, 32, 20), ("attend", 2, 3, 32, 20)]
+    monkeypatch.setattr("moda_kernels.benchmarks.sources._draw", _in_fp32)
+    table = sources_table(cases, 1e9, DEVICE, lambda runs: [Quantiles(2.0, 1.0, 3.0, 5) for _ in runs])
+    assert [row["pass"] for row in table] == ["forward", "backward", "backward-add"] * 3
+    assert all(
+        row["status"] == "ok" and row["over_floor"] == pytest.approx(2 / row["floor_ms"], rel=0.01) for row in table
+    )
+    assert moved(*cases[0], "forward") == 2 * 20 * 4 * 32 and moved(*cases[2], "backward-add") == 2 * 20 * (13 * 32 + 4)
+    monkeypatch.setattr("moda_kernels.sources.kernel.FusedSums.mix", lambda self, x, w: tuple(x[: w.shape[-2]]))
+    table = sources_table(cases[:1], 1e9, DEVICE, lambda runs: pytest.fail("timed"))
+    assert {row["status"] for row in table} == {"parity failed"}
+
+
+def _in_fp32(*case: Any) -> tuple[Any, ...]:
+    """Triton's interpreter has no bf16."""
+    x, weights, grads, grad_lse, grad = drawn(*case)
+    return x.float(), weights.float(), [g.float() for g in grads], grad_lse, grad.float()

@@ -1,4 +1,4 @@
-"""One process without FSDP trains as FSDP2 does on one rank: to the bit, where gradients are added in the same order."""
+"""One process without FSDP trains as FSDP2 does on one rank: to the bit."""
 
 from __future__ import annotations
 
@@ -186,12 +186,12 @@ def test_what_a_graph_replays_is_a_step(batch: int, float8: str | None, monkeypa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("float8", [None, "tensorwise", "rowwise"])
-@pytest.mark.parametrize("depth", [None, "moda"])
+@pytest.mark.parametrize("depth", [None, "moda", "denseformer", "mudd", "attention_residuals", "delta_residuals"])
 def test_a_graph_adds_up_microbatches(depth: str | None, float8: str | None) -> None:
     """Steps of three microbatches, of which the dry one's warm up: every later one is replayed."""
     section: dict[str, Any] = dict(
         d_model=64, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=96, vocab_size=VOCAB, tie_embeddings=True,
-        depth=depth and {"mechanism": depth}, attention_backend="reference",
+        depth=depth and {"mechanism": depth}, attention_backend="reference", norm_placement="pre",
     )  # fmt: skip
     device = torch.device("cuda")
     if float8 is not None and (reason := fp8_missing(device)) is not None:

@@ -1,8 +1,8 @@
 """Sums over sources, a program per few tokens: whole rows in registers, each source's row loaded once for all sums.
 
-With R rows of width D in a program of one warp (more for wide rows) a thread has 16 numbers of a source, and as many fp32 ones of
-each of the c sums (or of their gradients). Rows of sources are loaded some sources ahead. Memory bounds these kernels; bytes per
-token, of e each, for n sources of width d:
+A program is one warp (more for wide rows), so that dot products wait for no other. A thread has 16 or 32 numbers of a source, and
+as many fp32 ones of each of the c sums (or of their gradients). Rows of sources are loaded some sources ahead. Memory bounds
+these kernels; bytes per token, for n sources of width d and numbers of e bytes:
 
     forward    (n + c) d e          backward of a mix    (3 n + c) d e          of an attention    (3 n + 2 c) d e
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .stream import Target
 
+_NUMBERS = {1: 32, 2: 16, 4: 16}  # of a source, in a thread, by c: more programs, or more registers
 _STAGES = tl.constexpr(3)  # sources under way
 _BLOCKS = tl.constexpr(
     16
@@ -163,18 +164,21 @@ def _attend_backward(
     tl.store(grad_queries + own, tl.sum(of_queries, 1, keep_dims=True), mask=column < d)
 
 
-def _tile(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Rows, blocks of rows, and what a kernel is compiled with, for sources ``[n, B, T, d]``."""
-    rows, d = x.shape[1] * x.shape[2], x.shape[3]
-    wide = triton.next_power_of_2(d)
-    per_program = max(1, 512 // wide)
-    return rows, triton.cdiv(rows, per_program), {"R": per_program, "D": wide, "num_warps": max(1, wide // 512)}
+def _tile(x: Tensor, c: int) -> tuple[int, int, dict[str, int]]:
+    """Rows, blocks of rows, and what a kernel is compiled with, for c sums of sources ``[n, B, T, d]``."""
+    if c not in _NUMBERS:
+        raise ValueError(f"sources: expected 1, 2 or 4 sums at once, got {c}")
+    rows, wide, of_warp = x.shape[1] * x.shape[2], triton.next_power_of_2(x.shape[3]), 32 * _NUMBERS[c]
+    per_program = max(1, of_warp // wide)
+    return (
+        rows,
+        triton.cdiv(rows, per_program),
+        {"C": c, "R": per_program, "D": wide, "num_warps": max(1, wide // of_warp)},
+    )
 
 
 def _four(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Four pointers for one, two or four tensors."""
-    if len(tensors) not in (1, 2, 4):
-        raise ValueError(f"sources: expected 1, 2 or 4 sums at once, got {len(tensors)}")
     return [*tensors, *[tensors[0]] * (4 - len(tensors))]
 
 
@@ -188,29 +192,29 @@ class FusedSums:
     def mix(self, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         weights, c, n = weights.contiguous(), *weights.shape[-2:]
         out = _like(x, c)
-        rows, blocks, tile = _tile(x)
+        rows, blocks, tile = _tile(x, c)
         if blocks:
             token = c * n if weights.ndim > 2 else 0
-            _mix[(blocks,)](x, weights, *_four(out), rows, x.shape[3], n, x.stride(0), token, C=c, **tile)
+            _mix[(blocks,)](x, weights, *_four(out), rows, x.shape[3], n, x.stride(0), token, **tile)
         return out
 
     def mix_backward(self, x: Tensor, weights: Tensor, grads: Sequence[Tensor], to: Target) -> Tensor:
         weights, c, n = weights.contiguous(), *weights.shape[-2:]
-        rows, blocks, tile = _tile(x)
+        rows, blocks, tile = _tile(x, c)
         static = weights.ndim == 2
         assert to.grad.stride() == x.stride()
         partial = x.new_empty(blocks, c, n, dtype=torch.float32) if static else torch.empty_like(weights)
         if blocks:
             _mix_backward[(blocks,)](
                 x, weights, *_four([g.contiguous() for g in grads]), to.grad, partial, rows, x.shape[3], n, x.stride(0),
-                0 if static else c * n, *to.new, C=c, STATIC=static, **tile,
+                0 if static else c * n, *to.new, STATIC=static, **tile,
             )  # fmt: skip
         return partial.sum(0).to(weights.dtype) if static else partial
 
     def attend(self, x: Tensor, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], Tensor]:
         c = len(queries)
         out, lse = _like(x, c), x.new_empty(c, *x.shape[1:3], dtype=torch.float32)
-        rows, blocks, tile = _tile(x)
+        rows, blocks, tile = _tile(x, c)
         if blocks:
             _attend[(blocks,)](
                 x,
@@ -233,12 +237,12 @@ class FusedSums:
     ) -> Tensor:  # fmt: skip
         c, d = queries.shape
         assert to.grad.stride() == x.stride()
-        rows, blocks, tile = _tile(x)
+        rows, blocks, tile = _tile(x, c)
         programs = triton.cdiv(blocks, _BLOCKS.value)
         partial = x.new_empty(programs, c, d, dtype=torch.float32)
         if programs:
             _attend_backward[(programs,)](
                 x, queries.float().contiguous(), *_four(out), lse, *_four([g.contiguous() for g in grads]),
-                grad_lse.contiguous(), to.grad, partial, rows, d, len(x), x.stride(0), eps, *to.new, C=c, **tile,
+                grad_lse.contiguous(), to.grad, partial, rows, d, len(x), x.stride(0), eps, *to.new, **tile,
             )  # fmt: skip
         return partial.sum(0).to(queries.dtype)
