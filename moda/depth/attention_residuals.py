@@ -30,12 +30,10 @@ if TYPE_CHECKING:
     from moda.config.model import ModelConfig
 
 
-def read(
-    readers: Sequence[nn.Module], sources: SourceMemory
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
-    """What readers get of all sources, in one pass over them: sums ``[B, T, d]``, LSEs ``[B, T]``; and the readers' queries."""
-    queries = torch.stack([reader() for reader in readers])
-    return *sources.attend(queries, readers[0].eps), queries  # type: ignore[arg-type]
+def read(readers: Sequence[nn.Module], sources: SourceMemory) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """What readers get of all sources, in one pass over them: sums ``[B, T, d]``, LSEs ``[B, T]``; and their queries."""
+    queries = tuple(reader() for reader in readers)
+    return *sources.attend(torch.stack(queries), readers[0].eps), queries  # type: ignore[arg-type]
 
 
 def join(own: torch.Tensor, query: torch.Tensor, eps: float, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -169,12 +169,8 @@ def _tile(x: Tensor, c: int) -> tuple[int, int, dict[str, int]]:
     if c not in _NUMBERS:
         raise ValueError(f"sources: expected 1, 2 or 4 sums at once, got {c}")
     rows, wide, of_warp = x.shape[1] * x.shape[2], triton.next_power_of_2(x.shape[3]), 32 * _NUMBERS[c]
-    per_program = max(1, of_warp // wide)
-    return (
-        rows,
-        triton.cdiv(rows, per_program),
-        {"C": c, "R": per_program, "D": wide, "num_warps": max(1, wide // of_warp)},
-    )
+    tile = {"C": c, "R": max(1, of_warp // wide), "D": wide, "num_warps": max(1, wide // of_warp)}
+    return rows, triton.cdiv(rows, tile["R"]), tile
 
 
 def _four(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -217,17 +213,7 @@ class FusedSums:
         rows, blocks, tile = _tile(x, c)
         if blocks:
             _attend[(blocks,)](
-                x,
-                queries.float().contiguous(),
-                *_four(out),
-                lse,
-                rows,
-                x.shape[3],
-                len(x),
-                x.stride(0),
-                eps,
-                C=c,
-                **tile,
+                x, queries.float().contiguous(), *_four(out), lse, rows, x.shape[3], len(x), x.stride(0), eps, **tile
             )
         return out, lse
 

@@ -17,12 +17,16 @@ def _join(to: Target, grad: Tensor) -> None:
     to.grad[end:] += grad[end:]
 
 
+def _apart(sums: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in sums)
+
+
 class NaiveSums:
     """See :class:`moda_kernels.sources.stream.Sums`."""
 
     def mix(self, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         token = "" if weights.ndim == 2 else "bt"
-        return torch.einsum(f"{token}cn,nbtd->cbtd", weights.to(x.dtype), x).unbind()
+        return _apart(torch.einsum(f"{token}cn,nbtd->cbtd", weights.to(x.dtype), x))
 
     def mix_backward(self, x: Tensor, weights: Tensor, grads: Sequence[Tensor], to: Target) -> Tensor:
         token, grad = "" if weights.ndim == 2 else "bt", torch.stack(list(grads))
@@ -40,7 +44,7 @@ class NaiveSums:
         logits, _ = self._logits(x, queries, eps)
         lse = logits.logsumexp(0)
         out = torch.einsum("nbtc,nbtd->cbtd", (logits - lse).exp().to(x.dtype), x)
-        return out.unbind(), lse.movedim(-1, 0)
+        return _apart(out), lse.movedim(-1, 0)
 
     def attend_backward(
         self, x: Tensor, queries: Tensor, eps: float, out: Sequence[Tensor], lse: Tensor, grads: Sequence[Tensor],

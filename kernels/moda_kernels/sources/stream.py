@@ -36,7 +36,7 @@ class Sums(Protocol):
     """Sums over sources ``x [n, B, T, d]``, c of them at once, and their gradients."""
 
     def mix(self, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """c sums ``[B, T, d]`` with weights ``[B, T, c, n]``, or ``[c, n]`` for all tokens."""
+        """c contiguous sums ``[B, T, d]`` with weights ``[B, T, c, n]``, or ``[c, n]`` for all tokens."""
         ...
 
     def mix_backward(self, x: Tensor, weights: Tensor, grads: Sequence[Tensor], to: Target) -> Tensor:
@@ -44,9 +44,9 @@ class Sums(Protocol):
         ...
 
     def attend(self, x: Tensor, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], Tensor]:
-        """c sums ``[B, T, d]`` with the weights softmax over n of query . RMSNorm(x), for queries ``[c, d]`` in fp32 or above.
+        """c contiguous sums ``[B, T, d]`` with weights softmax(query . RMSNorm(x)) over n, and the logits' natural-log LSE.
 
-        And the natural-log LSE ``[c, B, T]`` of the logits, in the queries' dtype. RMSNorm has no gain.
+        :param queries: ``[c, d]``, fp32 or above, which is also the dtype of the LSE ``[c, B, T]``. RMSNorm has no gain.
         """
         ...
 
@@ -176,6 +176,8 @@ class _Mix(torch.autograd.Function):
 
 
 class _Attend(torch.autograd.Function):
+    """No result is a view: compiled blocks would depend on what it is a view of."""
+
     @staticmethod
     def forward(
         ctx: Any, order: Tensor, queries: Tensor, eps: float, stream: SourceStream, rows: range
@@ -184,15 +186,16 @@ class _Attend(torch.autograd.Function):
         ctx.stream, ctx.rows, ctx.number, ctx.eps = stream, rows, stream.begin_read(), eps
         out, lse = stream.sums.attend(x, queries, eps)
         ctx.save_for_backward(queries, lse, *out)
-        return torch.empty_like(order), lse, *out
+        return torch.empty_like(order), *(part.clone() for part in lse), *out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_order: Tensor, grad_lse: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_order: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         stream, rows, (queries, lse, *out) = ctx.stream, ctx.rows, ctx.saved_tensors
         stream.begin_backward(ctx.number)
+        of_lse, of_out = torch.stack(grads[: len(out)]), grads[len(out) :]
         grad = stream.sums.attend_backward(
-            stream.read(rows), queries, ctx.eps, out, lse, grads, grad_lse, stream.gradients(rows)
+            stream.read(rows), queries, ctx.eps, out, lse, of_out, of_lse, stream.gradients(rows)
         )
         return grad_order, grad, None, None, None
 
@@ -246,5 +249,6 @@ class Sources:
         :raises RuntimeError: without a source.
         """
         queries, rows = queries.to(self._first), range(len(self))
-        self._order, lse, *out = _Attend.apply(self._order, queries, eps, self._stream, rows)
-        return tuple(x.to(self._last) for x in out), lse.to(self._last).unbind()
+        self._order, *parts = _Attend.apply(self._order, queries, eps, self._stream, rows)
+        parts = [x.to(self._last) for x in parts]
+        return tuple(parts[len(queries) :]), tuple(parts[: len(queries)])
