@@ -108,8 +108,7 @@ class _Pass(DepthPass):
     def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
         if 2 * layer % self.length == 0:
             self.sources.write(self.newest)
-        parts = read(self.readers[2 * layer : 2 * layer + 2], self.sources)
-        attention, feed_forward = zip(*parts)
+        attention, feed_forward = zip(*read([*self.readers[2 * layer : 2 * layer + 2]], self.sources))
         return (*attention, *feed_forward, self.newest), ()
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
