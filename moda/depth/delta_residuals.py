@@ -67,7 +67,7 @@ class _Pass(DepthPass):
 
     def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
         feed_forward, x = self.readers[2 * layer], stream
-        if layer % (self.length or len(self.readers)) == 0:  # the FFN has a source more
+        if not layer or self.length is not None and layer % self.length == 0:  # the FFN has a source more
             if layer:
                 x = stream + read([self.readers[2 * layer - 1]], self.sources)[0][0]
             self.sources.write(self.unfinished)

@@ -24,9 +24,11 @@ from .stream import Target
 
 _NUMBERS = {1: 32, 2: 16, 4: 16}  # of a source, in a thread, by c: more programs, or more registers
 _STAGES = tl.constexpr(3)  # sources under way
-_BLOCKS = tl.constexpr(
-    16
-)  # blocks of rows in a program of attention's backward: so many share one partial sum for the queries
+# Blocks of rows in a program of attention's backward pass: so many share a partial sum of the queries' gradient.
+_BLOCKS = tl.constexpr(16)
+
+# Layers read more and more sources: one compiled kernel for all their numbers.
+_VARYING = ["n", "token_stride", "first", "end"]
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _add(grad, row, rows, mask, value, i, first, end):
     tl.store(grad, (old + value).to(grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _mix(
     x, weights, o0, o1, o2, o3, rows, d, n, stride, token_stride,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
@@ -74,7 +76,7 @@ def _mix(
     tl.store(_each(o0, o1, o2, o3, C) + offsets, total.to(o0.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _mix_backward(
     x, weights, g0, g1, g2, g3, grad, grad_weights, rows, d, n, stride, token_stride, first, end,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, STATIC: tl.constexpr,
@@ -111,7 +113,7 @@ def _logits(v, q, d, eps):
     return tl.sum(q * v, 2) * scale, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _attend(
     x, queries, o0, o1, o2, o3, lse, rows, d, n, stride, eps,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
@@ -134,7 +136,7 @@ def _attend(
     tl.store(lse + tl.arange(0, C)[:, None] * rows + row, high + tl.log(norm), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _attend_backward(
     x, queries, o0, o1, o2, o3, lse, g0, g1, g2, g3, grad_lse, grad, grad_queries, rows, d, n, stride, eps, first, end,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,

@@ -227,7 +227,7 @@ class Sources:
     def mix(self, weights: Tensor, rows: range | None = None) -> tuple[Tensor, ...]:
         """Weighted sums of sources, which are read once for all of them.
 
-        :param weights: ``[B, T, c, n]``, or ``[c, n]`` for all tokens; c is 1, 2 or 4.
+        :param weights: ``[B, T, c, n]``, or ``[c, n]`` for all tokens; c is 1, 2 or 4 (on a CPU any).
         :param rows: which n sources; None for all that are written.
 
         :returns: c sums ``[B, T, d]``.
@@ -241,7 +241,7 @@ class Sources:
     def attend(self, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Sums of all sources with weights softmax(query . RMSNorm(source)) over the sources.
 
-        :param queries: ``[c, d]``, fp32 (fp64 for such sources); c is 1, 2 or 4.
+        :param queries: ``[c, d]``, fp32 (fp64 for such sources); c is 1, 2 or 4 (on a CPU any).
         :param eps: the norm's.
 
         :returns: c sums ``[B, T, d]``, and c natural-log LSEs ``[B, T]`` in the queries' dtype.
