@@ -101,47 +101,51 @@ def _mix_backward(
 
 
 @triton.jit
-def _queries(queries, d, C: tl.constexpr, D: tl.constexpr):
+def _queries(queries, d, root, C: tl.constexpr, D: tl.constexpr):
+    """Queries ``[C, 1, D]`` times ``root``, that of d: the norms need not divide by d then."""
     column = tl.arange(0, D)[None, None, :]
-    return _load(queries + tl.arange(0, C)[:, None, None] * d + column, column < d)
+    return root * _load(queries + tl.arange(0, C)[:, None, None] * d + column, column < d)
 
 
 @triton.jit
-def _logits(v, q, d, eps):
-    """Logits ``[C, R]`` of sources' rows ``[1, R, D]``, and the norm's scale ``[1, R]``."""
-    scale = tl.rsqrt(tl.sum(v * v, 2) / d + eps)
+def _logits(v, q, eps):
+    """Logits ``[C, R]`` of sources' rows ``[1, R, D]``, and the norm's scale ``[1, R]``. ``eps`` is d times the norm's."""
+    square = tl.sum(v * v, 2) + eps
+    scale = tl.rsqrt(square)
+    scale *= 1.5 - 0.5 * square * scale * scale  # a GPU's root is right to 22 bits
     return tl.sum(q * v, 2) * scale, scale
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _attend(
-    x, queries, o0, o1, o2, o3, lse, rows, d, n, stride, eps,
+    x, queries, o0, o1, o2, o3, lse, rows, d, n, stride, root, eps,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     row, there, offsets, mask = _rows(tl.program_id(0), rows, d, R, D)
-    q = _queries(queries, d, C, D)
+    q = _queries(queries, d, root, C, D)
     high = tl.full([C, R], -3.0e38, tl.float32)
     norm = tl.zeros([C, R], tl.float32)
     total = tl.zeros([C, R, D], tl.float32)
     for i in tl.range(0, n, num_stages=_STAGES):
         v = _load(x + tl.cast(i, tl.int64) * stride + offsets, mask)
-        logit, _ = _logits(v, q, d, eps)
+        logit, _ = _logits(v, q, eps)
         higher = tl.maximum(high, logit)
         shrink, p = tl.exp(high - higher), tl.exp(logit - higher)
         norm = norm * shrink + p
         total = total * shrink[:, :, None] + p[:, :, None] * v
         high = higher
-    total = total * (1.0 / norm)[:, :, None]
+    total *= tl.div_rn(tl.full([C, R], 1.0, tl.float32), norm)[:, :, None]
     tl.store(_each(o0, o1, o2, o3, C) + offsets, total.to(o0.dtype.element_ty), mask=mask)
     tl.store(lse + tl.arange(0, C)[:, None] * rows + row, high + tl.log(norm), mask=there)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _attend_backward(
-    x, queries, o0, o1, o2, o3, lse, g0, g1, g2, g3, grad_lse, grad, grad_queries, rows, d, n, stride, eps, first, end,
+    x, queries, o0, o1, o2, o3, lse, g0, g1, g2, g3, grad_lse, grad, grad_queries, rows, d, n, stride, root, eps,
+    first, end,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    q = _queries(queries, d, C, D)
+    q = _queries(queries, d, root, C, D)
     of_queries = tl.zeros([C, R, D], tl.float32)
     for k in tl.range(0, _BLOCKS):
         row, there, offsets, mask = _rows(tl.program_id(0) * _BLOCKS + k, rows, d, R, D)
@@ -153,17 +157,17 @@ def _attend_backward(
         for i in tl.range(0, n, num_stages=_STAGES):
             source = tl.cast(i, tl.int64) * stride + offsets
             v = _load(x + source, mask)
-            logit, scale = _logits(v, q, d, eps)
+            logit, scale = _logits(v, q, eps)
             p = tl.exp(logit - log_norm)
             d_logit = p * (tl.sum(g * v, 2) + shift)
             d_dot = d_logit * scale
             of_queries += d_dot[:, :, None] * v
-            of_norm = tl.sum(d_logit * logit, 0, keep_dims=True) * scale * scale / d
+            of_norm = tl.sum(d_logit * logit, 0, keep_dims=True) * scale * scale
             value = tl.sum(p[:, :, None] * g + d_dot[:, :, None] * q, 0, keep_dims=True) - of_norm[:, :, None] * v
             _add(grad + source, row, rows, mask, value, i, first, end)
     column = tl.arange(0, D)[None, None, :]
     own = tl.program_id(0).to(tl.int64) * C * d + tl.arange(0, C)[:, None, None] * d + column
-    tl.store(grad_queries + own, tl.sum(of_queries, 1, keep_dims=True), mask=column < d)
+    tl.store(grad_queries + own, root * tl.sum(of_queries, 1, keep_dims=True), mask=column < d)
 
 
 def _tile(x: Tensor, c: int) -> tuple[int, int, dict[str, int]]:
@@ -210,12 +214,12 @@ class FusedSums:
         return partial.sum(0).to(weights.dtype) if static else partial
 
     def attend(self, x: Tensor, queries: Tensor, eps: float) -> tuple[tuple[Tensor, ...], Tensor]:
-        c = len(queries)
+        c, d = queries.shape
         out, lse = _like(x, c), x.new_empty(c, *x.shape[1:3], dtype=torch.float32)
         rows, blocks, tile = _tile(x, c)
         if blocks:
             _attend[(blocks,)](
-                x, queries.float().contiguous(), *_four(out), lse, rows, x.shape[3], len(x), x.stride(0), eps, **tile
+                x, queries.float().contiguous(), *_four(out), lse, rows, d, len(x), x.stride(0), d**0.5, d * eps, **tile
             )
         return out, lse
 
@@ -231,6 +235,7 @@ class FusedSums:
         if programs:
             _attend_backward[(programs,)](
                 x, queries.float().contiguous(), *_four(out), lse, *_four([g.contiguous() for g in grads]),
-                grad_lse.contiguous(), to.grad, partial, rows, d, len(x), x.stride(0), eps, *to.new, **tile,
+                grad_lse.contiguous(), to.grad, partial, rows, d, len(x), x.stride(0), d**0.5, d * eps,
+                *to.new, **tile,
             )  # fmt: skip
         return partial.sum(0).to(queries.dtype)
