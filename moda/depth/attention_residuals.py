@@ -8,8 +8,8 @@ and the final norm receives such a sum as well. The block form keeps sums: subla
 the sum of its outputs, and a sublayer attends over the embedding, the finished blocks and the sum of its own block so far. At
 the start w is zero, which is the mean.
 
-Before a block of the model its two sublayers read what is there already, in one pass over it; within the block the second one
-adds what the first one gave, by log-sum-exp. So blocks receive the same few tensors in every layer, and share compiled graphs.
+Before a block of the model its two sublayers read what is finished, in one pass over it; within the block they add the source
+that still grows, by log-sum-exp. So blocks receive the same few tensors in every layer, and share compiled graphs.
 """
 
 from __future__ import annotations
@@ -24,67 +24,16 @@ import torch.nn as nn
 from moda.errors import UserError
 from moda.ranges import Count
 
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, SourceMemory, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
 
-#: Sources whose gradients are computed at once.
-CHUNK = 16
 
-
-def _dot(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """``[..., c]`` of ``x [..., d]`` and queries ``[c, d]``, in fp32 or above, on a GPU without a wide copy of ``x``."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda and x.dtype != wide:
-        return torch.mm(x.flatten(0, -2), queries.to(x.dtype).mT, out_dtype=wide).unflatten(0, x.shape[:-1])
-    return x.to(wide) @ queries.to(wide).mT
-
-
-class _Read(torch.autograd.Function):
-    """Attention of c queries ``[c, d]`` over n sources ``[B, T, d]``: sums ``[c, B, T, d]`` and natural-log LSE ``[c, B, T]``.
-
-    All queries share a pass over the sources, which are saved as they are: what is stacked lives as long as the product.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.stack(sources)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, dtype=wide).square() / x.shape[-1] + eps)
-        logits = _dot(x, queries) * scale[..., None]  # the query meets the norm's scale afterwards
-        lse = logits.logsumexp(0)
-        out = torch.einsum("nbtc,nbtd->cbtd", (logits - lse).exp().to(x.dtype), x).to(x.dtype)
-        ctx.save_for_backward(queries, logits, lse, scale, out, *sources)
-        return out, lse.movedim(-1, 0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
-        queries, logits, lse, scale, out, *sources = ctx.saved_tensors
-        shift = (grad_lse - (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).movedim(0, -1)
-        grad_queries, grads = torch.zeros_like(queries, dtype=lse.dtype), []
-        for lo in range(0, len(sources), CHUNK):
-            x, part, r = torch.stack(sources[lo : lo + CHUNK]), logits[lo : lo + CHUNK], scale[lo : lo + CHUNK]
-            p = (part - lse).exp()
-            d_logits = p * (torch.einsum("cbtd,nbtd->nbtc", grad_out, x).to(p.dtype) + shift)
-            d_dots = (d_logits * r[..., None]).to(x.dtype)
-            grad_queries += torch.einsum("nbtc,nbtd->cd", d_dots, x)
-            d_norm = (d_logits * part).sum(-1) * r.square() / x.shape[-1]
-            grad = torch.einsum("nbtc,cbtd->nbtd", p.to(x.dtype), grad_out) + d_dots @ queries.to(x.dtype)
-            grads += (grad - d_norm[..., None].to(x.dtype) * x).unbind()
-        return grad_queries.to(queries.dtype), None, *grads
-
-
-def read(
-    readers: Sequence[nn.Module], sources: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What readers get of the sources ``[B, T, d]``: sums ``[c, B, T, d]``, LSEs ``[c, B, T]``, and the readers' queries."""
-    last = sources[-1]
-    queries = torch.stack([reader() for reader in readers]).to(last.device)
-    return *_Read.apply(queries, readers[0].eps, *(x.to(last.device) for x in sources)), queries
+def read(readers: Sequence[nn.Module], sources: SourceMemory) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """What readers get of all sources, in one pass over them: sums ``[B, T, d]``, LSEs ``[B, T]``; and their queries."""
+    queries = tuple(reader() for reader in readers)
+    return *sources.attend(torch.stack(queries), readers[0].eps), queries  # type: ignore[arg-type]
 
 
 def join(own: torch.Tensor, query: torch.Tensor, eps: float, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -128,7 +77,7 @@ class ReadersModel(DepthModel):
 
 
 class _Layer(DepthLayer):
-    """The stream is the attention's input; of its FFN's reader the sum, the LSE and the query; and the newest source.
+    """The stream is, of each sublayer's reader, the sum over the finished blocks, the LSE and the query; and the newest source.
 
     :param begins: by sublayer, whether its output begins a block.
     """
@@ -138,37 +87,38 @@ class _Layer(DepthLayer):
         self.eps, self.begins = eps, begins
 
     def receive(self, sublayer: str, stream: Any) -> torch.Tensor:
-        return stream[0] if sublayer == "attention" else join(stream[-1], stream[2], self.eps, *stream[:2])
+        out, lse, query = stream[:3]
+        if sublayer == "attention" and self.begins[sublayer]:  # the newest source is among the finished ones
+            return out
+        return join(stream[-1], query, self.eps, out, lse)
 
     def add(self, sublayer: str, stream: Any, out: torch.Tensor) -> Any:
         newest = stream[-1]
         if sublayer == "attention":
-            return (*stream[1:-1], out if self.begins[sublayer] else newest + out)
+            return (*stream[3:-1], out if self.begins[sublayer] else newest + out)
         return (newest, out) if self.begins[sublayer] else (newest + out,)
 
 
 class _Pass(DepthPass):
-    def __init__(self, readers: nn.ModuleList, length: int, h: torch.Tensor) -> None:
-        self.readers, self.length, self.sources = readers, length, [h]
+    """Sources are the embedding and finished blocks. The newest one, which still grows, is joined within blocks of the model."""
 
-    def _begins(self, layer: int) -> bool:
-        return 2 * layer % self.length == 0
+    def __init__(self, readers: nn.ModuleList, length: int, sources: SourceMemory, h: torch.Tensor) -> None:
+        self.readers, self.length, self.sources, self.newest = readers, length, sources, h
 
     def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
-        attention, feed_forward = self.readers[2 * layer : 2 * layer + 2]
-        if self._begins(layer):
-            (x, out), (_, lse), (_, query) = read([attention, feed_forward], self.sources)
-        else:  # what the attention gives joins the newest source before the FFN reads it
-            x = read([attention], self.sources)[0][0]
-            out, lse, query = (part[0] for part in read([feed_forward], self.sources[:-1]))
-        return (x, out, lse, query, self.sources[-1]), ()
+        if 2 * layer % self.length == 0:
+            self.sources.write(self.newest)
+        attention, feed_forward = zip(*read([*self.readers[2 * layer : 2 * layer + 2]], self.sources))
+        return (*attention, *feed_forward, self.newest), ()
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
-        kept = self.sources if self._begins(layer) else self.sources[:-1]
-        self.sources = [*kept, *stream]
+        *finished, self.newest = stream
+        for source in finished:
+            self.sources.write(source)
         return stream
 
     def finish(self, stream: Any) -> torch.Tensor:
+        self.sources.write(self.newest)
         return read([self.readers[-1]], self.sources)[0][0]
 
 
@@ -178,7 +128,8 @@ class _Model(ReadersModel):
         self.length = length
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return h, _Pass(self.readers, self.length, h)
+        sources = host.open_sources((len(self.readers) - 1) // self.length + 1, h.device)
+        return h, _Pass(self.readers, self.length, sources, h)
 
 
 class _Probe:
@@ -200,14 +151,15 @@ def check_stream_left_alone(model: ModelConfig, mechanism: str) -> None:
         raise UserError("model.norm_placement", expected, model.norm_placement.name, "for example pre")
 
 
-def readers_memory(model: ModelConfig, sources: int, tokens: float, element_size: int) -> dict[str, float]:
-    """Bytes of what readers of at most so many sources need."""
+def sources_memory(model: ModelConfig, sources: int, joined: int, tokens: float, element_size: int) -> dict[str, float]:
+    """Bytes of a stream of sources, and of so many sums of them and sources that blocks join, each kept for the backward pass."""
     size = float(tokens * model.d_model * element_size)
-    return {
-        "outputs of sublayers": 2 * model.n_layers * size,  # the block form keeps partial sums in their place
-        "sums of sources": 2 * model.n_layers * size,
-        "sources stacked": sources * size,
-    }
+    return {"sources": sources * size, "sums of sources": joined * size}
+
+
+def gradients_memory(model: ModelConfig, sources: int, tokens: float, element_size: int) -> dict[str, float]:
+    """Bytes of the gradients of a stream of sources."""
+    return {"gradients of sources": float(sources * tokens * model.d_model * element_size)}
 
 
 def draw_sources(axes: Any, counts: list[int], title: str) -> None:
@@ -258,7 +210,13 @@ class AttentionResiduals(DepthMechanism):
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
-        return readers_memory(model, max(self._sources(model)), tokens, element_size)
+        length, n = self._length(model), model.n_layers
+        # Of each FFN's reader, and of an attention's that joins a source; the end's. A source joined takes the result's place.
+        joined = n + 1 + sum(2 * layer % length > 0 for layer in range(n))
+        return sources_memory(model, max(self._sources(model)), joined, tokens, element_size)
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return gradients_memory(model, max(self._sources(model)), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

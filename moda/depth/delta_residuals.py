@@ -23,8 +23,16 @@ import torch.nn as nn
 from moda.errors import UserError
 from moda.ranges import Count
 
-from .attention_residuals import ReadersModel, check_stream_left_alone, draw_sources, join, read, readers_memory
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, State
+from .attention_residuals import (
+    ReadersModel,
+    check_stream_left_alone,
+    draw_sources,
+    gradients_memory,
+    join,
+    read,
+    sources_memory,
+)
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, SourceMemory, State
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -53,36 +61,30 @@ class _Layer(DepthLayer):
 
 
 class _Pass(DepthPass):
-    def __init__(self, readers: nn.ModuleList, length: int | None, h: torch.Tensor) -> None:
-        self.readers, self.length = readers, length
-        self.sources: list[torch.Tensor] = []
+    def __init__(self, readers: nn.ModuleList, length: int | None, sources: SourceMemory, h: torch.Tensor) -> None:
+        self.readers, self.length, self.sources = readers, length, sources
         self.unfinished = h
 
     def enter(self, layer: int, stream: Any) -> tuple[Any, State]:
-        for_attention, sources = self.sources, self.sources
-        if self.length is None and not layer or self.length is not None and layer % self.length == 0:
-            sources = [*sources, self.unfinished]
-        feed_forward = self.readers[2 * layer]
-        if not for_attention:
-            x = stream
-            picked, lse, query = (part[0] for part in read([feed_forward], sources))
-        elif len(sources) == len(for_attention):
-            (x, picked), (_, lse), (_, query) = read([self.readers[2 * layer - 1], feed_forward], sources)
-            x = stream + x
+        feed_forward, x = self.readers[2 * layer], stream
+        if not layer or self.length is not None and layer % self.length == 0:  # the FFN has a source more
+            if layer:
+                x = stream + read([self.readers[2 * layer - 1]], self.sources)[0][0]
+            self.sources.write(self.unfinished)
+            picked, lse, query = (part[0] for part in read([feed_forward], self.sources))
         else:
-            x = stream + read([self.readers[2 * layer - 1]], for_attention)[0][0]
-            picked, lse, query = (part[0] for part in read([feed_forward], sources))
-        self.sources = sources
+            (x, picked), (_, lse), (_, query) = read([self.readers[2 * layer - 1], feed_forward], self.sources)
+            x = stream + x
         return (x, picked, lse, query, stream), ()
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
         *_, total, attention, feed_forward = stream
-        if self.length is None:
-            self.sources = [*self.sources, attention, feed_forward]
-        else:
-            begun = layer % self.length == 0
+        if self.length is not None:
             given = attention + feed_forward
-            self.unfinished = given if begun else self.unfinished + given
+            self.unfinished = given if layer % self.length == 0 else self.unfinished + given
+        elif 2 * layer + 1 < len(self.readers):  # nothing reads what the last layer gives
+            self.sources.write(attention)
+            self.sources.write(feed_forward)
         return total
 
 
@@ -92,7 +94,9 @@ class _Model(ReadersModel):
         self.length = length
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return h, _Pass(self.readers, self.length, h)
+        n = len(self.readers)
+        sources = host.open_sources(n if self.length is None else (n + 1) // 2 // self.length, h.device)
+        return h, _Pass(self.readers, self.length, sources, h)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ class DeltaResiduals(DepthMechanism):
         finished = [-(-layer // length) for layer in range(model.n_layers + 1)]
         return [n for pair in zip(finished, (layer // length + 1 for layer in range(model.n_layers))) for n in pair]
 
+    def _written(self, model: ModelConfig) -> int:
+        """Sources that are not joined within a block alone."""
+        return 2 * model.n_layers - 1 if self.blocks is None else self.blocks
+
     def build_layer(self, model: ModelConfig, index: int) -> DepthLayer:
         return _Layer(model.norm_eps, self.blocks is None)
 
@@ -131,7 +139,12 @@ class DeltaResiduals(DepthMechanism):
         return 6 * model.d_model * sum(self._sources(model))  # the query, the norm's sum of squares, the weighted sum
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
-        return readers_memory(model, max(self._sources(model)), tokens, element_size)
+        n = model.n_layers
+        joined = 2 * n - 1 + (n if self.blocks is None else 0)  # the full form's FFNs join what the attention gives
+        return sources_memory(model, self._written(model), joined, tokens, element_size)
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return gradients_memory(model, self._written(model), tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         form = "full" if self.blocks is None else f"{self.blocks} blocks"

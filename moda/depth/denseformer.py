@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from moda.ranges import Count
 
-from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, State, set_start
+from .mechanism import DepthMechanism, DepthModel, DepthPass, Host, SourceMemory, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -26,14 +26,14 @@ __all__ = ["DenseFormer"]
 
 
 class _Pass(DepthPass):
-    def __init__(self, averages: nn.ParameterList, dilation: int, h: torch.Tensor) -> None:
-        self.averages, self.dilation, self.outputs = averages, dilation, [h]
+    def __init__(self, averages: nn.ParameterList, dilation: int, outputs: SourceMemory) -> None:
+        self.averages, self.dilation, self.outputs = averages, dilation, outputs
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
-        self.outputs.append(stream)
-        read = self.outputs[(layer + 1) % self.dilation :: self.dilation]
-        weights = self.averages[layer].to(stream)
-        return sum(w * x.to(stream.device) for w, x in zip(weights, read))
+        self.outputs.write(stream)
+        read = range((layer + 1) % self.dilation, layer + 2, self.dilation)
+        (mixed,) = self.outputs.mix(self.averages[layer][None].to(stream), read)
+        return mixed
 
 
 class _Model(DepthModel):
@@ -44,7 +44,9 @@ class _Model(DepthModel):
         self.reset_parameters()
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return h, _Pass(self.averages, self.dilation, h)
+        outputs = host.open_sources(len(self.averages) + 1, h.device)
+        outputs.write(h)
+        return h, _Pass(self.averages, self.dilation, outputs)
 
     def reset_parameters(self) -> None:
         for weights in self.averages:

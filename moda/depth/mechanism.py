@@ -55,11 +55,35 @@ class SlotMemory(Protocol):
         ...
 
 
+class SourceMemory(Protocol):
+    """Outputs that later layers sum, in one forward pass, as the host keeps them: :class:`moda_kernels.sources.Sources`."""
+
+    def __len__(self) -> int:
+        """How many are written."""
+        ...
+
+    def write(self, x: torch.Tensor) -> None:
+        """The next one, ``[B, T, d_model]``."""
+        ...
+
+    def mix(self, weights: torch.Tensor, rows: range | None = None) -> tuple[torch.Tensor, ...]:
+        """c sums ``[B, T, d_model]`` of n of them (None: of all), with weights ``[B, T, c, n]`` or ``[c, n]``."""
+        ...
+
+    def attend(self, queries: torch.Tensor, eps: float) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """c sums of all of them under a softmax of query . RMSNorm, for queries ``[c, d_model]``, and c LSEs ``[B, T]``."""
+        ...
+
+
 class Host(Protocol):
     """The model around a mechanism."""
 
     def open_slots(self, layout: DepthLayout, device: torch.device) -> SlotMemory:
         """An empty slot memory for one forward pass."""
+        ...
+
+    def open_sources(self, n: int, device: torch.device) -> SourceMemory:
+        """Room for n sources of one forward pass. Not within blocks, which may run again in the backward pass."""
         ...
 
 

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .denseformer import draw_outputs
-from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, Received, State, set_start
+from .mechanism import DepthLayer, DepthMechanism, DepthModel, DepthPass, Host, Received, SourceMemory, State, set_start
 
 if TYPE_CHECKING:
     from moda.config.model import ModelConfig
@@ -35,24 +35,9 @@ EPS = 1e-6
 WAYS = 4
 
 
-class _Mix(torch.autograd.Function):
-    """Sums ``[c, B, T, d]`` of n outputs ``[B, T, d]`` with weights ``[B, T, c, n]``.
-
-    The outputs are read once for all ways, and saved as they are: what is stacked lives as long as the product. Sums of products
-    would read them once per way, and autograd would keep every stack.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weights, *outputs)
-        return torch.einsum("btcn,nbtd->cbtd", weights, torch.stack(outputs)).to(outputs[0].dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weights, *outputs = ctx.saved_tensors
-        grad_weights = torch.einsum("cbtd,nbtd->btcn", grad, torch.stack(outputs))
-        return grad_weights, *torch.einsum("btcn,cbtd->nbtd", weights, grad).unbind()
+def _hidden(n: int) -> int:
+    """The width between W_1 and W_2 for n outputs."""
+    return (WAYS * n // 64 + 1) * 64
 
 
 class _Mixer(nn.Module):
@@ -60,24 +45,22 @@ class _Mixer(nn.Module):
 
     def __init__(self, d_model: int, n: int, ways: int, dynamic: bool) -> None:
         super().__init__()
-        hidden = (WAYS * n // 64 + 1) * 64
+        hidden = _hidden(n)
         self.static = nn.Parameter(torch.empty(ways, n))
         self.w_1 = nn.Linear(d_model, hidden, bias=False) if dynamic else None
         self.w_2 = nn.Parameter(torch.empty(hidden, ways * n)) if dynamic else None
         self.reset_parameters()
 
     def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """A ``[B, T, ways, n]`` for the last output ``[B, T, d]``."""
+        """A ``[B, T, ways, n]`` for the last output ``[B, T, d]``; ``[ways, n]`` if it is the same for all tokens."""
         static = self.static.to(x.dtype)
         if self.w_1 is None or self.w_2 is None:
-            return static.expand(*x.shape[:2], -1, -1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        unit = F.rms_norm(x.to(wide), x.shape[-1:], eps=EPS).to(x.dtype)
+            return static
+        unit = F.rms_norm(x, x.shape[-1:], eps=EPS)
         return (F.gelu(self.w_1(unit)) @ self.w_2).to(x.dtype).unflatten(-1, static.shape) + static
 
-    def forward(self, outputs: list[torch.Tensor]) -> State:
-        last = outputs[-1]
-        return _Mix.apply(self.weights(last), *(x.to(last.device) for x in outputs)).unbind()
+    def forward(self, outputs: SourceMemory, last: torch.Tensor) -> State:
+        return outputs.mix(self.weights(last))
 
     def reset_parameters(self) -> None:
         start = torch.zeros(self.static.shape)
@@ -98,12 +81,12 @@ class _Layer(DepthLayer):
 
 
 class _Pass(DepthPass):
-    def __init__(self, mixers: nn.ModuleList, h: torch.Tensor) -> None:
-        self.mixers, self.outputs = mixers, [h]
+    def __init__(self, mixers: nn.ModuleList, outputs: SourceMemory) -> None:
+        self.mixers, self.outputs = mixers, outputs
 
     def leave(self, layer: int, stream: Any, state: State) -> Any:
-        self.outputs.append(stream)
-        return self.mixers[layer](self.outputs)
+        self.outputs.write(stream)
+        return self.mixers[layer](self.outputs, stream)
 
     def finish(self, stream: Any) -> torch.Tensor:
         return stream[-1]
@@ -118,7 +101,9 @@ class _Model(DepthModel):
         )
 
     def begin(self, h: torch.Tensor, host: Host) -> tuple[Any, DepthPass]:
-        return (h,) * WAYS, _Pass(self.mixers, h)
+        outputs = host.open_sources(len(self.mixers) + 1, h.device)
+        outputs.write(h)
+        return tuple(h.expand(WAYS, *h.shape)), _Pass(self.mixers, outputs)
 
     def reset_parameters(self) -> None:
         for mixer in self.mixers:
@@ -153,11 +138,17 @@ class MUDD(DepthMechanism):
 
     def memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
         size = float(element_size * tokens * model.d_model)
-        return {
+        out = {
             "block outputs": size * (model.n_layers + 1),
             "inputs of q, k and v": (WAYS - 1) * size * (model.n_layers - 1),
-            "block outputs stacked, twice": 2 * size * (model.n_layers + 1),
         }
+        if self.dynamic:
+            widths = [2 * model.d_model + 2 * _hidden(n) + WAYS * n for n in range(2, model.n_layers + 2)]
+            out["inputs and hidden layers of the mixers"] = float(element_size * tokens * sum(widths))
+        return out
+
+    def backward_memory(self, model: ModelConfig, tokens: float, element_size: int) -> dict[str, float]:
+        return {"gradients of block outputs": float(element_size * tokens * model.d_model * (model.n_layers + 1))}
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         kind = "dynamic" if self.dynamic else "static"

@@ -21,6 +21,8 @@ from moda.depth.mechanism import DepthLayer, DepthModel, Received, State
 from moda.placements.placement import receive_each
 from moda_kernels.depth.layout import DepthLayout
 from moda_kernels.moda_attention.fp8 import rounded
+from moda_kernels.sources.naive import NaiveSums
+from moda_kernels.sources.stream import Sources
 
 
 class Cache(Protocol):
@@ -331,6 +333,10 @@ class DecoderParts:
     def open_slots(self, layout: DepthLayout, device: torch.device) -> _Slots:
         """See :class:`moda.depth.mechanism.Host`."""
         return _Slots(layout, self.round_slots)
+
+    def open_sources(self, n: int, device: torch.device) -> Sources:
+        """See :class:`moda.depth.mechanism.Host`."""
+        return Sources(n, lambda x: NaiveSums(), device)
 
     def run(
         self,

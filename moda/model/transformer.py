@@ -23,6 +23,7 @@ from moda.config.model import ModelConfig
 from moda.depth.mechanism import State
 from moda.typed import to_dict
 from moda_kernels import DepthLayout, DepthStream, receive_slots, send_slots
+from moda_kernels.sources import Sources, fastest
 
 from .attention import DepthAttentionConfig
 from .block import DepthBlock, ModelBlockConfig
@@ -189,6 +190,9 @@ class _StreamSlots:
         if stage is not None and self.received is not None:
             self.order = receive_slots(self.order, self.received, self.stream, stage.first)
         return self
+
+    def open_sources(self, n: int, device: torch.device) -> Sources:
+        return Sources(n, fastest, device)
 
     def enter(self, layer: int) -> State:
         return self.order, self.stream.layer_rows[layer]

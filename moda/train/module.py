@@ -82,8 +82,9 @@ def _hand_over(own: torch.Tensor, copy: torch.Tensor) -> None:
 class OneProcessTrainModule(TransformerTrainModule):
     """OLMo-core's train module without a process group.
 
-    What it computes is what FSDP2 computes on one rank, bit for bit (but for the order in which autograd adds the gradients of
-    what several later layers read). Small models wait for the host there: for wrappers, and for one launch after another.
+    What it computes is what FSDP2 computes on one rank, bit for bit, but for attention residuals and delta residuals, whose LSEs
+    and queries FSDP2 rounds where they enter a block. Small models wait for the host there: for wrappers, and for one launch
+    after another.
 
     :param half: dtype of the model's arithmetic; None for that of its parameters.
     :param cuda_graph: run forward and backward of a microbatch as one CUDA graph, once :data:`WARMUP` have run without. None: if

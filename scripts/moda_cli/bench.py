@@ -9,6 +9,7 @@ from moda_kernels.benchmarks import registry
 MODULES = (
     "moda_kernels.benchmarks.kernels",
     "moda_kernels.benchmarks.tiles",
+    "moda_kernels.benchmarks.sources",
     "moda.bench.step",
     "moda.bench.scaling",
     "moda.bench.training",

@@ -84,7 +84,15 @@ def test_the_packages_choice_comes_after_the_users(card: Card) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"sm90, 132": 1}', '{"sm90, 132": {"kernel": {"problem": {"kees": 1}}}}', "\x00", pytest.param("[" * 100_000, id="deep")]
+    "text",
+    [
+        "{",
+        "[]",
+        '{"sm90, 132": 1}',
+        '{"sm90, 132": {"kernel": {"problem": {"kees": 1}}}}',
+        "\x00",
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_a_damaged_file_is_done_without(text: str, card: Card, caplog: pytest.LogCaptureFixture) -> None:
     path = tile_cache.user_file()

@@ -10,10 +10,9 @@ from olmo_core.nn.transformer import TransformerActivationCheckpointingMode
 
 from moda.config import load_config
 from moda.config.model import ModelConfig
-from moda.depth.attention_residuals import _Read
-from moda.depth.mudd import _Mix
 from moda.errors import UserError
 from moda.model import transformer_config
+from moda_kernels.sources import Sources, fastest
 from moda_kernels.yardstick import report, verdicts
 from tests.model.test_against_plain import SMALL, TOLERANCE, build
 from tests.plain_model import PLACEMENTS, PlainDecoder, rms
@@ -149,8 +148,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, tuple[Any, ...]]] = {
     "case, placement",
     [(case, p) for case in CASES for p in (PLACEMENTS if CASES[case][1] is mudd else ("pre", "peri"))],
 )
-def test_logits_and_gradients(case: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moda.depth.attention_residuals.CHUNK", 4)
+def test_logits_and_gradients(case: str, placement: str) -> None:
     depth, plain, options = CASES[case]
     net = build(placement, depth)
     generator = torch.Generator().manual_seed(2)
@@ -268,9 +266,22 @@ def read_plainly(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
     return torch.cat([out, logits.logsumexp(-1, keepdim=True).to(out.dtype)], dim=-1)
 
 
+def written(sources: tuple[torch.Tensor, ...]) -> Sources:
+    stream = Sources(len(sources), fastest, sources[0].device)
+    for x in sources:
+        stream.write(x)
+    return stream
+
+
 def read_together(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    out, lse = _Read.apply(weights, 1e-6, *sources)
+    out, lse = map(
+        torch.stack, written(sources).attend(weights.to(torch.promote_types(weights.dtype, torch.float32)), 1e-6)
+    )
     return torch.cat([out, lse[..., None].to(out.dtype)], dim=-1)
+
+
+def mix_together(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    return torch.stack(written(sources).mix(weights))
 
 
 def mix_plainly(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
@@ -280,7 +291,7 @@ def mix_plainly(weights: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "ours, plain, shape",
-    [(read_together, read_plainly, (2, 64)), (_Mix.apply, mix_plainly, (2, 16, 4, 20))],
+    [(read_together, read_plainly, (2, 64)), (mix_together, mix_plainly, (2, 16, 4, 20))],
     ids=["read", "mix"],
 )
 def test_sources_in_half_precision(ours: Any, plain: Any, shape: tuple[int, ...], device: str) -> None:

@@ -1,4 +1,4 @@
-"""One process without FSDP trains as FSDP2 does on one rank: to the bit, where gradients are added in the same order."""
+"""One process without FSDP trains as FSDP2 does on one rank: to the bit."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def _train(
     return seen, {name: get_local_tensor(x) for name, x in figures.items() if isinstance(x, torch.Tensor)}
 
 
-# What these keep has several readers, whose gradients autograd adds in another order under FSDP: they are compared in fp32.
-SUMS = ("denseformer", "mudd", "attention_residuals", "delta_residuals")
+# FSDP rounds what enters a block to its dtype, and so the LSEs and queries of these: they are compared in fp32.
+ROUNDED = ("attention_residuals", "delta_residuals")
 MECHANISMS = [(name, True, None) for name in DepthMechanism.known]
 FLOAT8 = [(None, True, "rowwise"), ("moda", True, "tensorwise"), ("moda", True, "rowwise")]
 
@@ -98,7 +98,7 @@ def test_trains_as_fsdp_does(
         rank_microbatch_size=2 * LENGTH, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), max_grad_norm=1.0,
         z_loss_multiplier=1e-3,
     )  # fmt: skip
-    dtype = DType.float32 if depth in SUMS else DType.bfloat16
+    dtype = DType.float32 if depth in ROUNDED else DType.bfloat16
     own = OneProcessTrainModule(_build(section, float8), half=dtype.as_pt(), device=CPU, **options)
     found = _train(own)
     assert found[1]["logits"].dtype == dtype.as_pt()
@@ -114,10 +114,6 @@ def test_trains_as_fsdp_does(
         expected = _train(cast(TransformerTrainModule, build(_build(section, float8), device=CPU)))
     finally:
         dist.destroy_process_group()
-    if depth in SUMS:
-        for ours, theirs in zip(found[0], expected[0]):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-        return
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
@@ -190,12 +186,12 @@ def test_what_a_graph_replays_is_a_step(batch: int, float8: str | None, monkeypa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("float8", [None, "tensorwise", "rowwise"])
-@pytest.mark.parametrize("depth", [None, "moda"])
+@pytest.mark.parametrize("depth", [None, "moda", "denseformer", "mudd", "attention_residuals", "delta_residuals"])
 def test_a_graph_adds_up_microbatches(depth: str | None, float8: str | None) -> None:
     """Steps of three microbatches, of which the dry one's warm up: every later one is replayed."""
     section: dict[str, Any] = dict(
         d_model=64, n_layers=3, n_heads=2, n_kv_heads=1, ffn_hidden_size=96, vocab_size=VOCAB, tie_embeddings=True,
-        depth=depth and {"mechanism": depth}, attention_backend="reference",
+        depth=depth and {"mechanism": depth}, attention_backend="reference", norm_placement="pre",
     )  # fmt: skip
     device = torch.device("cuda")
     if float8 is not None and (reason := fp8_missing(device)) is not None:
