@@ -191,7 +191,7 @@ class HyperConnections(DepthMechanism):
         return streams_memory(model, self.streams, tokens, element_size)
 
     def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
-        return streams_block_memory(model, self.streams, 10.5 if self.dynamic else 6.1, tokens, element_size)
+        return streams_block_memory(model, self.streams, 2.15 if self.dynamic else 2.05, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         kind = "dynamic" if self.dynamic else "static"

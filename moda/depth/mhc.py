@@ -110,7 +110,7 @@ class MHC(DepthMechanism):
         return streams_memory(model, self.streams, tokens, element_size)
 
     def block_memory(self, model: ModelConfig, tokens: float, element_size: int) -> float:
-        return streams_block_memory(model, self.streams, 11.2, tokens, element_size)
+        return streams_block_memory(model, self.streams, 2.45, tokens, element_size)
 
     def describe(self, model: ModelConfig) -> list[tuple[str, str]]:
         return [("residual streams", f"{self.streams}, doubly stochastic, {self.iterations} iterations")]
