@@ -66,19 +66,24 @@ ROWS = {
 def test_the_planner_tells_the_memory_of_the_slots(
     name: str, slot_dtype: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def size(stream: DepthStream) -> int:
+        names = ("k", "v", "scale_k", "scale_v", "grad_k", "grad_v")
+        tensors = [x.untyped_storage() for n in names if (x := getattr(stream, n)) is not None]
+        return sum({x.data_ptr(): x.nbytes() for x in tensors}.values())
+
     streams: list[Kept] = []
 
     class Kept(DepthStream):
         """Whose size stays known when the backward pass has let go of the buffers."""
 
-        size = 0
+        had = 0
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             streams.append(self)
 
         def release(self) -> None:
-            self.size = size(self)
+            self.had = size(self)
             super().release()
 
     monkeypatch.setattr(transformer, "DepthStream", Kept)
@@ -89,19 +94,13 @@ def test_the_planner_tells_the_memory_of_the_slots(
         torch.testing.assert_close(net(ids), logits, rtol=0, atol=1e-9)
     logits.sum().backward()
 
-    def size(stream: DepthStream) -> int:
-        names = ("k", "v", "scale_k", "scale_v", "grad_k", "grad_v")
-        tensors = [x.untyped_storage() for n in names if (x := getattr(stream, n)) is not None]
-        return sum({x.data_ptr(): x.nbytes() for x in tensors}.values())
-
     training, evaluation = ROWS[name]
     row = 2 * 8 * 14 * 2 * 8  # keys and values, bytes of a number, tokens, Hk, D
     expected = [training * row, evaluation * row]
-    if (
-        slot_dtype is not None
-    ):  # 8 slots of keys and 8 of gradients, whatever is read; a row of 8 numbers has 8 + 4 bytes
+    # Rows of fp8: 8 slots of keys and 8 of gradients, whatever is read; a row of 8 numbers has 8 + 4 bytes.
+    if slot_dtype is not None:
         expected = [8 * (row + row * 12 // 64), evaluation * row * 12 // 64]
-    assert [stream.size or size(stream) for stream in streams] == expected and not size(streams[0])
+    assert [stream.had or size(stream) for stream in streams] == expected and not size(streams[0])
     planned = [n for part in slots_memory(net.config, 14, 8, gpu=False) for n in part.values()]
     assert sum(planned) == expected[0]
     model = net.config.model
