@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.tiny import FORK
+from tests.tiny import PROCESSES
 
 #: Where to run: a CPU, and with two GPUs those.
 DEVICES = [
@@ -43,7 +43,9 @@ def on_ranks(function: Callable[[str], Any], device: str = "cpu", ranks: int = 2
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "result.pt")
-        started = [FORK.Process(target=_join, args=(rank, ranks, port, out, function, device)) for rank in range(ranks)]
+        started = [
+            PROCESSES.Process(target=_join, args=(rank, ranks, port, out, function, device)) for rank in range(ranks)
+        ]
         for p in started:
             p.start()
         for p in started:

@@ -14,7 +14,7 @@ import yaml
 from moda.config import load_config
 from moda.train.plan import make_plan
 from moda_cli._main import COMMANDS, arguments
-from tests.tiny import FORK, ROOT, make_tokenizer
+from tests.tiny import PROCESSES, ROOT, make_tokenizer
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Programs that are not ours.
@@ -139,7 +139,7 @@ def test_python_runs(text: str, tmp_path: Path) -> None:
     if "cuda" in text and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     (tmp_path / "clone").mkdir()
-    process = FORK.Process(target=execute, args=(text, tmp_path / "clone", tmp_path / "printed"))
+    process = PROCESSES.Process(target=execute, args=(text, tmp_path / "clone", tmp_path / "printed"))
     process.start()
     process.join(200)
     assert process.exitcode == 0

@@ -96,8 +96,8 @@ def environment() -> dict[str, str]:
 
 #: Starts processes that have imported everything already, which takes most of the time of a run this small. A fork of a process
 #: that has looked for GPUs cannot use them.
-FORK: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-FORK.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
+PROCESSES: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+PROCESSES.set_forkserver_preload(["moda.train.run", "moda_evals.in_loop", "matplotlib.backends.backend_agg"])
 
 
 def _train(arguments: list[str], variables: dict[str, str], printed: tuple[str, str]) -> None:
@@ -131,7 +131,7 @@ def run(config: Path, *overrides: str, processes: int | None = None) -> subproce
         printed = str(Path(folder) / "stdout"), str(Path(folder) / "stderr")
         for rank in map(str, range(processes or 1)):
             variables = {} if processes is None else {**joined, "RANK": rank, "LOCAL_RANK": rank}
-            started.append(FORK.Process(target=_train, args=(arguments, variables, printed)))
+            started.append(PROCESSES.Process(target=_train, args=(arguments, variables, printed)))
             started[-1].start()
         deadline = time.monotonic() + 300
         while alive := [p for p in started if p.is_alive()]:

@@ -23,7 +23,7 @@ from moda.sweep.state import state_of
 from moda.sweep.table import board_table, plan_table
 from moda.typed import to_dict
 from moda_cli import main
-from tests.tiny import FORK, ROOT, environment, write_config
+from tests.tiny import PROCESSES, ROOT, environment, write_config
 
 AXES: list[dict[str, Any]] = [
     {"model.norm_placement": ["pre", "post"]},
@@ -258,8 +258,8 @@ def _hold(folder: str, held: Any) -> None:
 
 def test_a_run_of_two_sweeps_at_once_is_refused_before_anything_starts(tmp_path: Path, started: list[str]) -> None:
     cells = load_sweep(sweep_file(tmp_path)).cells[:3]
-    held = FORK.Event()
-    other = FORK.Process(target=_hold, args=(str(tmp_path / "logs" / ".pre-moda"), held), daemon=True)
+    held = PROCESSES.Event()
+    other = PROCESSES.Process(target=_hold, args=(str(tmp_path / "logs" / ".pre-moda"), held), daemon=True)
     other.start()
     assert held.wait(30)
     with pytest.raises(UserError, match=rf"run pre-moda: expected no other sweep in .*, got process {other.pid} on"):

@@ -19,7 +19,7 @@ from moda.bench.point import OLMO_CORE, Point, main, measure
 from moda.config.model import ModelConfig
 from moda.model import transformer_config
 from moda_kernels.benchmarks import results
-from tests.tiny import FORK, write_config
+from tests.tiny import PROCESSES, write_config
 
 SMALL: dict[str, Any] = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn_hidden_size=256, vocab_size=512)
 
@@ -97,7 +97,7 @@ def run(point: Point, folder: Path) -> dict[str, Any]:
     """A point on one process, which has imported everything already."""
     folder.mkdir()
     (folder / "point.json").write_text(json.dumps(dataclasses.asdict(point)))
-    process = FORK.Process(target=main, args=(str(folder / "point.json"),))
+    process = PROCESSES.Process(target=main, args=(str(folder / "point.json"),))
     process.start()
     process.join(200)
     return json.loads((folder / "result.json").read_text())

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from moda.train.heartbeat import HeartbeatCallback, Watch
-from tests.tiny import FORK, _train, write_config
+from tests.tiny import PROCESSES, _train, write_config
 
 
 def test_a_silent_rank_is_named_and_one_that_has_ended_is_not() -> None:
@@ -68,7 +68,8 @@ def test_a_frozen_rank_ends_the_job(frozen: int, tmp_path: Path) -> None:
     joined = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     printed = str(tmp_path / "stdout"), str(tmp_path / "stderr")
     ranks = [
-        FORK.Process(target=_train, args=([str(config)], {**joined, "RANK": r, "LOCAL_RANK": r}, printed)) for r in "01"
+        PROCESSES.Process(target=_train, args=([str(config)], {**joined, "RANK": r, "LOCAL_RANK": r}, printed))
+        for r in "01"
     ]
     try:
         for p in ranks:

@@ -49,10 +49,22 @@ def _build(section: dict[str, Any], float8: str | None = None) -> Transformer:
     return model
 
 
+def _one_process(
+    section: dict[str, Any], float8: str | None, graph: bool, device: torch.device
+) -> OneProcessTrainModule:
+    return OneProcessTrainModule(
+        _build(section, float8), half=torch.bfloat16, cuda_graph=graph, device=device, rank_microbatch_size=2 * LENGTH,
+        max_grad_norm=1.0, max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
+    )  # fmt: skip
+
+
 def _train(
-    module: TransformerTrainModule, steps: int = 3, batch: int = 4, device: torch.device = CPU
+    module: TransformerTrainModule, steps: int = 3, batch: int = 4, device: torch.device = CPU, same: bool = False
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Losses and gradient norms of some steps of microbatches of two after a dry one, as in a run, and the weights after them."""
+    """Losses and gradient norms of some steps of microbatches of two after a dry one, as in a run, and the weights after them.
+
+    :param same: every step sees the same batch.
+    """
     seen: list[dict[str, float]] = []
 
     def record(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +81,7 @@ def _train(
     seen.clear()
     for _ in range(steps):
         seen.append({})
+        generator = torch.Generator().manual_seed(1) if same else generator
         module.zero_grads()
         module.train_batch({"input_ids": torch.randint(0, VOCAB, (batch, LENGTH), generator=generator)})
         module.optim_step()
@@ -168,11 +181,7 @@ def test_what_a_graph_replays_is_a_step(batch: int, float8: str | None, monkeypa
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Tape)
     runs = []
     for graph in (False, True):
-        module = OneProcessTrainModule(
-            _build(section, float8),
-            half=torch.bfloat16, cuda_graph=graph, device=CPU, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
-            max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
-        )  # fmt: skip
+        module = _one_process(section, float8, graph, CPU)
         monkeypatch.setattr(torch.cuda, "graph", functools.partial(_capturing, module=module))
         runs.append(_train(module, steps=6, batch=batch))
         assert (module._graph is not None) == graph
@@ -198,12 +207,9 @@ def test_a_graph_adds_up_microbatches(depth: str | None, float8: str | None) -> 
         pytest.skip(reason)
     runs = []
     for graph in (False, True):
-        module = OneProcessTrainModule(
-            _build(section, float8),
-            half=torch.bfloat16, cuda_graph=graph, device=device, rank_microbatch_size=2 * LENGTH, max_grad_norm=1.0,
-            max_sequence_length=LENGTH, optim=AdamWConfig(lr=1e-2), z_loss_multiplier=1e-3,
-        )  # fmt: skip
-        runs.append(_train(module, steps=5, batch=6, device=device)[0])
+        module = _one_process(section, float8, graph, device)
+        runs.append(_train(module, steps=5, batch=6, device=device, same=True)[0])
         assert (module._graph is not None) == graph
     for eager, replayed in zip(*runs):
         assert replayed == pytest.approx(eager, rel=1e-3), "kernels that add in any order"
+    assert runs[0][-1]["loss"] < 0.9 * runs[0][0]["loss"], "a batch that is seen again is learned"

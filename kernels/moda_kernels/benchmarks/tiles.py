@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
             measure(case)
             print(f"{i}/{len(listed)} {case.name}", flush=True)
         written[kind] = json.loads(Path(os.environ["MODA_TILE_CACHE"]).read_text())[card]
-    args.out.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+    tile_cache.write(args.out, written)
     print(f"{args.out}: {sum(map(len, written[kind].values()))} choices for {kind}")
 
 

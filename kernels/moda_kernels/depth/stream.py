@@ -44,6 +44,7 @@ from ..moda_attention.fp8 import CODES
 from ..moda_attention.problem import Problem, as_run, make_problem, slot_table
 from ..moda_attention.quantised import Quantised, quantise_to
 from ..moda_attention.tensors import DepthGradients, DepthTarget, Inputs
+from ..order import begin
 from .deferral import Deferral
 from .layout import DepthLayout
 
@@ -56,21 +57,6 @@ WINDOW = 4
 
 _STREAMS: weakref.WeakValueDictionary[int, DepthStream] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
-
-
-class _KeepAlive(torch.autograd.Function):
-    """Gives the first ``order``, keeps the stream alive until the last node of the graph is gone, and ends its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, stream: DepthStream) -> Tensor:
-        ctx.stream = stream
-        return torch.empty_like(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        ctx.stream.check_taken()
-        ctx.stream.release()
-        return None, None
 
 
 class DepthStream:
@@ -118,8 +104,12 @@ class DepthStream:
         self._has_backward = torch.is_grad_enabled()
         if not self._has_backward:
             self._rows = self.layout.rows
-        anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
-        return _KeepAlive.apply(anchor, self)
+        return begin(self, device)
+
+    def end_backward(self) -> None:
+        """Let go of the buffers. :raises RuntimeError: if a gradient is left over."""
+        self.check_taken()
+        self.release()
 
     def write(self, slot: int, k: Tensor, v: Tensor) -> None:
         """Fill a slot with ``[B, T, Hk, D]`` keys and values; a slot already written is left as it is."""

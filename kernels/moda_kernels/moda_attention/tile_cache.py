@@ -69,6 +69,21 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Put a file in its place, whole. :raises OSError: where that cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as f:
+            f.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
 def known(device: torch.device, kernel: str, problem: str) -> list[dict[str, Any]]:
     """Tiles that were chosen for a problem before, as dictionaries: this user's first, then the package's."""
     kind, card = cards(device)
@@ -93,15 +108,6 @@ def remember(device: torch.device, kernel: str, problem: str, tile: Tile) -> Non
         section = section[key]
     section[problem] = {k: v for k, v in dataclasses.asdict(tile).items() if v is not None}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w") as f:
-                json.dump(content, f, indent=1, sort_keys=True)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        write(path, content)
     except OSError as error:
         _say(path, f"cannot be written ({error.strerror})")

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..order import begin
+
 
 class Target(NamedTuple):
     """Gradients ``[n, B, T, d]`` of the sources read, which a backward pass adds to.
@@ -126,23 +128,9 @@ class SourceStream:
         self._has_gradient.remove(row)
         return self._grad[row]
 
-    def release(self) -> None:
-        """Let go of the buffers, once the backward pass has used them."""
+    def end_backward(self) -> None:
+        """Let go of the buffers."""
         self._buffer = self._grad = None
-
-
-class _Begin(torch.autograd.Function):
-    """Gives the first ``order``, and ends the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, stream: SourceStream) -> Tensor:
-        ctx.stream = stream
-        return torch.empty_like(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        ctx.stream.release()
-        return None, None
 
 
 class _Write(torch.autograd.Function):
@@ -208,9 +196,8 @@ class Sources:
 
     def __init__(self, n: int, choose: Callable[[Tensor], Sums], device: torch.device | None = None) -> None:
         self._stream = SourceStream(n, choose)
-        anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
-        self._order = _Begin.apply(anchor, self._stream)
-        self._first = self._last = anchor.device
+        self._order = begin(self._stream, device)
+        self._first = self._last = self._order.device
 
     def __len__(self) -> int:
         """How many sources are written."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moda.errors import UserError
-from moda.ranges import Count
-
-from .all_slots import All
 from .listed import Listed
-from .policy import SlotPolicy
+from .top import TopSlots
 
 
 @dataclass(frozen=True)
-class Learned(SlotPolicy):
+class Learned(TopSlots):
     """A warm-up: a layer reads what another policy reads, and a trained score per slot is added to the slot's logits.
 
     ``moda choose`` ends it: each layer goes on with the ``top`` slots of the largest scores, and without the scores.
@@ -25,17 +21,6 @@ class Learned(SlotPolicy):
 
     name = "learned"
     scored = True
-    top: Count
-    of: SlotPolicy = All()
-
-    def __post_init__(self) -> None:
-        if self.of.alone:
-            raise UserError(
-                "model.depth.read.learned.of", "a policy that is not dynamic or learned", self.of.to_plain()
-            )
-
-    def slots(self, layer: int, kinds: int) -> tuple[int, ...]:
-        return self.of.slots(layer, kinds)
 
     def choose(self, scores: Sequence[Sequence[float]], kinds: int) -> Listed:
         """The ``top`` slots of each layer, where scores are equal the most recent ones.
